@@ -1,0 +1,9 @@
+"""Track how well a network's features suit a task: the log of maximum evidence (LogME) in PyTorch Lightning."""
+
+from lightning_logme.callback import LogMECallback
+from lightning_logme.evidence import Evidence
+from lightning_logme.history import read_evidence, read_history
+from lightning_logme.metric import LogME
+
+__all__ = ["Evidence", "LogME", "LogMECallback", "read_evidence", "read_history"]
+__version__ = "0.1.0"

@@ -1,0 +1,90 @@
+"""Where the labels are in a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lightning_logme.moments import Task, is_exclusive
+
+TargetSpec = str | int | Callable[[Any], Tensor] | None
+
+LABEL_KEYS = ("labels", "label", "targets", "target", "y")
+
+
+def find_target(batch: Any, target: TargetSpec = None) -> Tensor:
+    """The labels of a batch.
+
+    Args:
+        batch: as the loader made it: (inputs, labels, …), a mapping, or an object with attributes.
+        target: a key, an index, or a callable(batch); None takes the second item of a tuple or list, or what has one
+            of the usual names (labels, label, targets, target, y).
+
+    Raises:
+        ValueError: there are no labels where they were looked for, or they are no tensor; the message shows what to
+            pass.
+    """
+    try:
+        labels = _look_up(batch, target)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"target={target!r} does not lead to labels in a batch that is {_describe(batch)} ({error!r})."
+        ) from error
+    if labels is None:
+        raise ValueError(
+            f"no labels found in a batch that is {_describe(batch)}; say where they are: LogMECallback(target=…) takes "
+            "a key, an index, or a "
+            "callable(batch) -> Tensor."
+        )
+    if not isinstance(labels, Tensor):
+        raise ValueError(
+            f"the labels (target={target!r}) must be a torch.Tensor, got {type(labels).__name__} from a batch that is "
+            f"{_describe(batch)}; "
+            "LogMECallback(target=callable) can convert them."
+        )
+    return labels
+
+
+def conform_target(target: Tensor, task: Task) -> Tensor:
+    """Bring labels to the metric's form where only the form differs.
+
+    That is (N, 1) to (N,) for classes, and the 0.0 and 1.0 of a binary loss to integers.
+    """
+    if is_exclusive(task) and target.ndim == 2 and target.shape[1] == 1:
+        target = target[:, 0]
+    if task == "binary" and target.is_floating_point() and bool((target == target.round()).all()):
+        target = target.long()
+    return target
+
+
+def find_mask(batch: Any) -> Tensor | None:
+    """The attention mask of a Hugging Face batch."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask if isinstance(mask, Tensor) else None
+
+
+def _look_up(batch: Any, target: TargetSpec) -> Any:
+    if callable(target):
+        return target(batch)
+    if isinstance(target, str) and not isinstance(batch, Mapping):
+        return getattr(batch, target)
+    if target is not None:
+        return batch[target]
+    if isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields"):
+        return batch[1] if len(batch) > 1 else None
+    if isinstance(batch, Tensor):
+        return None
+    get = batch.get if isinstance(batch, Mapping) else lambda key: getattr(batch, key, None)
+    found = (get(key) for key in LABEL_KEYS)
+    named = next((labels for labels in found if labels is not None), None)
+    return batch[1] if named is None and isinstance(batch, tuple) and len(batch) > 1 else named
+
+
+def _describe(batch: Any) -> str:
+    if isinstance(batch, Mapping):
+        return f"a {type(batch).__name__} with keys {', '.join(map(repr, batch))}"
+    if isinstance(batch, (tuple, list)):
+        return f"a {type(batch).__name__} of {len(batch)} ({', '.join(type(item).__name__ for item in batch)})"
+    return f"a {type(batch).__name__}"

@@ -1,0 +1,359 @@
+"""LogME at every validation of a Lightning Trainer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from lightning_logme.batch import TargetSpec, conform_target, find_mask, find_target
+from lightning_logme.distributed import agree, rows_without_padding, validation_loader
+from lightning_logme.evidence import Evidence
+from lightning_logme.heads import find_head, get_module
+from lightning_logme.history import Row, figures, merge
+from lightning_logme.metric import LogME
+from lightning_logme.moments import Task, check_task, is_exclusive, moments_device
+from lightning_logme.plots import log_plots
+from lightning_logme.taps import Pooling, Tap, check_pooling, pool
+
+_HEAD = ""  # the source of features that is the head's input; every other source is the name of a layer
+
+
+class LogMECallback(Callback):
+    """Track how well the features of a network suit the labels of its validation set, at every validation.
+
+    The input of the classifier head is collected while ``validation_step`` runs, as additive moments on the device,
+    and turned into the log of maximum evidence (see :func:`lightning_logme.functional.logme`) when validation ends. No
+    forward pass is added, and no feature is kept. Logged with ``pl_module.log``, so that
+    ``ModelCheckpoint(monitor="logme", mode="max")``, ``EarlyStopping``, the progress bar and every logger see them in
+    the same epoch:
+
+    - ``logme`` and ``logme_gain``: the score, and what it exceeds the score of useless features by, in nats per sample;
+    - ``logme/<layer>`` and ``logme_gain/<layer>`` for each of ``layers``;
+    - with Lightning's suffix ``/dataloader_idx_<i>`` where there are several validation loaders.
+
+    Checkpoints carry the history: see :func:`lightning_logme.read_history`.
+
+    Args:
+        head: dotted name of the module whose **input** is the feature; None finds the classifier head and says which
+            it took.
+        layers: dotted names of modules whose **output** is scored as well.
+        task: "binary", "multiclass", "multilabel" or "regression".
+        num_classes: the number of classes or labels; None takes what the head puts out.
+        target: where the labels are in a batch: a key, an index, or a callable(batch) -> Tensor; None finds them in
+            the usual forms.
+        pooling: how tokens (N, T, D) and maps (N, C, H, W) become (N, D): "auto" and "mean" average (tokens under the
+            batch's attention mask), "cls" takes the first token, a callable(Tensor) -> Tensor does what it does.
+        name: prefix of everything that is logged; callbacks in one Trainer need different ones.
+        fit_intercept: centre features and targets first. The papers do not.
+        ignore_index: rows with this label are left out, as in ``torch.nn.functional.cross_entropy``; has no part in
+            regression.
+        class_names: names of the outputs for the figure.
+        plots: whether loggers that can show them get histograms and a figure at every validation.
+
+    Raises:
+        ValueError: an argument does not fit; when the run starts, a module is not found or the head cannot be told; on
+            the first batch, features or labels do not fit. After the first batch nothing raises: the validation is
+            logged as NaN with a warning.
+
+    Attributes:
+        history: one dict a validation and key, oldest first, as :func:`lightning_logme.read_history` returns it.
+        evidence: by key, the last :class:`~lightning_logme.Evidence`, on the CPU.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning.pytorch.callbacks import ModelCheckpoint
+        >>> from lightning_logme import LogMECallback
+        >>> trainer = Trainer(
+        ...     callbacks=[LogMECallback(), ModelCheckpoint(monitor="logme", mode="max")], logger=False,
+        accelerator="cpu" ... )
+    """
+
+    def __init__(
+        self,
+        head: str | None = None,
+        *,
+        layers: Sequence[str] = (),
+        task: Task = "multiclass",
+        num_classes: int | None = None,
+        target: TargetSpec = None,
+        pooling: Pooling = "auto",
+        name: str = "logme",
+        fit_intercept: bool = False,
+        ignore_index: int | None = -100,
+        class_names: Sequence[str] | None = None,
+        plots: bool = True,
+    ) -> None:
+        check_task(task)
+        check_pooling(pooling)
+        if isinstance(layers, str):
+            raise ValueError(
+                f"layers must be a sequence of names, got the string {layers!r}; write layers=[{layers!r}]."
+            )
+        if num_classes is not None and num_classes < 1:
+            raise ValueError(f"num_classes must be a positive integer, got {num_classes!r}.")
+        if not name:
+            raise ValueError("name must not be empty: it is the key that is logged.")
+        self.head = head
+        self.layers = tuple(layers)
+        self.task: Task = task
+        self.num_classes = num_classes
+        self.target = target
+        self.pooling: Pooling = pooling
+        self.name = name
+        self.fit_intercept = fit_intercept
+        self.ignore_index = None if task == "regression" else ignore_index
+        self.class_names = class_names
+        self.plots = plots
+
+        self.history: list[Row] = []
+        self.evidence: dict[str, Evidence] = {}
+        self._figures: dict[str, dict[str, Any]] = {}
+
+        # Of a run
+        self._taps: dict[str, Tap] = {}
+        self._num_outputs: int | None = None
+        self._num_features: int | None = None  # of the head, where it tells
+        self._announced = False
+        self._proven = False  # whether a batch has gone through: errors raise before, and warn after
+        self._checkpoint_position: tuple[int, int] | None = None
+        # Of a validation
+        self._metrics: dict[tuple[str, int], LogME] = {}
+        self._rows: dict[int, int] = {}
+        self._broken: str | None = None
+        # Of a batch
+        self._labels: tuple[Tensor, Tensor | None] | None = None
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(name=self.name)
+
+    # Hooks of Lightning, in the order in which they come
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._proven = False
+        self._checkpoint_position = None
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:  # which restores its own position
+            self._checkpoint_position = int(checkpoint.get("epoch", 0)), int(checkpoint.get("global_step", 0))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._checkpoint_position is None:  # the run goes on from the checkpoint, and what came later is undone
+            self.history, self._figures = [], {}
+        self.history = merge(list(state_dict["history"]), self.history)
+        self._figures = {**state_dict["evidence"], **self._figures}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.enable_validation:
+            self._attach(pl_module)
+        else:
+            rank_zero_warn(
+                "LogMECallback scores the batches of validation_step, and this run has no validation: nothing will be "
+                "logged."
+            )
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._taps:
+            self._attach(pl_module)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._metrics, self._rows, self._broken = {}, {}, None
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._attempt(self._start_batch, batch)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._attempt(self._end_batch, trainer, batch, dataloader_idx)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        metrics, self._metrics = self._metrics, {}
+        if trainer.sanity_checking:
+            return
+        shapes, broken = agree(
+            {key: (metric.num_features, metric.num_outputs) for key, metric in metrics.items()}, self._broken
+        )
+        loaders = len(trainer.num_val_batches)
+        for source in self._taps:
+            for index in range(loaders):
+                suffix = (f"/{source}" if source else "") + (f"/dataloader_idx_{index}" if loaders > 1 else "")
+                evidence = None
+                if broken is None and (source, index) in shapes:
+                    metric = metrics.get((source, index))
+                    if metric is None:
+                        metric = self._new_metric(*shapes[source, index], pl_module.device)
+                    evidence = self._evidence_of(metric)
+                elif broken is None:
+                    warnings.warn(f"{self.name}{suffix} is NaN: the validation loader gave no batch.", stacklevel=2)
+                self._publish(trainer, pl_module, suffix, evidence)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": list(self.history), "evidence": dict(self._figures)}
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._detach()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._detach()
+
+    # Steps
+
+    def _attach(self, pl_module: LightningModule) -> None:
+        """Find the modules, and listen to them for the whole run."""
+        self._detach()
+        self._num_outputs = 2 if self.task == "binary" else self.num_classes
+        head = self.head
+        if head is None:
+            try:
+                head = find_head(pl_module, self.num_classes)
+            except ValueError:
+                if not self.layers:
+                    raise
+        module = None if head is None else get_module(pl_module, head, "head")
+        outputs = getattr(module, "out_features", getattr(module, "out_channels", None))
+        if self.task == "multiclass" and self._num_outputs is None:
+            if outputs is None or outputs < 2:
+                found = f"'{head}' puts out {outputs}" if outputs else f"{head!r} does not tell"
+                raise ValueError(
+                    f"num_classes: the number of classes is read off the head, but {found}; give "
+                    "LogMECallback(num_classes=…), or "
+                    "task='binary' or task='regression' if that is what the network does."
+                )
+            self._num_outputs = outputs
+        self._num_features = getattr(module, "in_features", None)
+
+        layers = {name: get_module(pl_module, name, "layers") for name in self.layers}
+        if module is not None:
+            self._taps[_HEAD] = Tap(module, "input", f"the head '{head}'")
+            if not self._announced:
+                self._announced = True
+                rank_zero_info(
+                    f"LogMECallback: the feature is the input of '{head}' ({type(module).__name__}), "
+                    f"D = {self._num_features or '?'}, K = {self._num_outputs or outputs or '?'}."
+                )
+        for name, layer in layers.items():
+            self._taps[name] = Tap(layer, "output", f"layer '{name}'")
+
+    def _detach(self) -> None:
+        for tap in self._taps.values():
+            tap.remove()
+        self._taps, self._metrics, self._labels = {}, {}, None
+
+    def _attempt(self, step: Callable[..., None], *args: Any) -> None:
+        """Errors of a run's first batch are the user's to know at once; a later one must not end the run."""
+        if self._broken is not None:
+            return
+        try:
+            step(*args)
+        except Exception as error:
+            if not self._proven:
+                raise
+            self._broken = f"{type(error).__name__}: {error}"
+            warnings.warn(f"{self.name} is NaN for this validation, after an error: {self._broken}", stacklevel=2)
+
+    def _start_batch(self, batch: Any) -> None:
+        # Labels are read before validation_step, which may take them out of the batch.
+        self._labels = None if batch is None else self._read(batch)
+        for tap in self._taps.values():
+            tap.start()
+
+    def _end_batch(self, trainer: Trainer, batch: Any, dataloader_idx: int) -> None:
+        target, mask = self._labels or self._read(batch)
+        first = self._rows.get(dataloader_idx, 0)
+        self._rows[dataloader_idx] = first + len(target)
+        real = rows_without_padding(validation_loader(trainer, dataloader_idx), first, len(target))
+        for source, tap in self._taps.items():
+            seen = tap.take()
+            features = pool(seen, self.pooling, None if source else self._num_features, mask)
+            if len(features) != len(target):
+                raise ValueError(
+                    f"{tap.name} gave {len(features)} features for {len(target)} labels, "
+                    f"shapes {tuple(seen.shape)} and {tuple(target.shape)}; name a module that gives one feature a "
+                    "label, or pass target=."
+                )
+            key = source, dataloader_idx
+            if key not in self._metrics:
+                outputs = self._num_outputs or (target.shape[1] if target.ndim > 1 else 1)
+                self._metrics[key] = self._new_metric(features.shape[1], outputs, features.device)
+            self._metrics[key].update(features[:real], target[:real])
+        self._labels, self._proven = None, True
+
+    def _read(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+        return conform_target(find_target(batch, self.target), self.task), find_mask(batch)
+
+    def _new_metric(self, num_features: int, num_outputs: int, device: torch.device) -> LogME:
+        if self.class_names is not None and len(self.class_names) != num_outputs:
+            raise ValueError(
+                f"class_names must hold one name for each of {num_outputs} outputs, got {len(self.class_names)}."
+            )
+        metric = LogME(
+            self.task,
+            num_features,
+            num_classes=num_outputs,
+            num_labels=num_outputs,
+            num_outputs=num_outputs,
+            ignore_index=self.ignore_index,
+            fit_intercept=self.fit_intercept,
+        )
+        return metric.to(moments_device(device))
+
+    def _evidence_of(self, metric: LogME) -> Evidence | None:
+        try:
+            if not metric.update_called:  # this rank saw no data; it takes part in the sum all the same
+                metric.update(metric.gram.new_empty(0, metric.num_features), _no_target(metric))
+            return metric.evidence().to("cpu")
+        except Exception as error:
+            warnings.warn(
+                f"{self.name} is NaN for this validation, after an error: {type(error).__name__}: {error}", stacklevel=2
+            )
+            return None
+
+    def _publish(self, trainer: Trainer, pl_module: LightningModule, suffix: str, evidence: Evidence | None) -> None:
+        """Log, remember and draw one result; None stands for NaN."""
+        key = self.name + suffix
+        nan = float("nan")
+        numbers = {"logme": nan, "gain": nan, "num_samples": 0} if evidence is None else figures(evidence)
+        for logged, value, in_bar in (
+            (key, numbers["logme"], not suffix),
+            (f"{self.name}_gain{suffix}", numbers["gain"], False),
+        ):
+            # The values are equal on all ranks; sync_dist tells Lightning so.
+            pl_module.log(logged, value, prog_bar=in_bar, sync_dist=trainer.world_size > 1, add_dataloader_idx=False)
+        epoch, global_step = self._checkpoint_position or (trainer.current_epoch, trainer.global_step)
+        shared = {name: numbers[name] for name in ("logme", "gain", "num_samples")}
+        fn = str(trainer.state.fn.value) if trainer.state.fn is not None else ""
+        self.history.append({"epoch": epoch, "global_step": global_step, "key": key, **shared, "stage": fn})
+        if evidence is None:
+            return
+        self._figures[key], self.evidence[key] = numbers, evidence
+        if self.plots and trainer.is_global_zero:
+            try:
+                step = trainer.fit_loop.epoch_loop._batches_that_stepped  # as pl_module.log counts
+                log_plots(trainer.loggers, key, evidence, self.class_names, step)
+            except Exception as error:
+                self.plots = False
+                warnings.warn(
+                    f"LogMECallback draws no more plots, after an error: {type(error).__name__}: {error}", stacklevel=2
+                )
+
+
+def _no_target(metric: LogME) -> Tensor:
+    if is_exclusive(metric.task):
+        return torch.empty(0, dtype=torch.long, device=metric.gram.device)
+    return metric.gram.new_empty(0, metric.num_outputs)

@@ -1,0 +1,67 @@
+"""What processes must know of each other, and of the sampler that feeds them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch.distributed as dist
+from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.utils.data import DistributedSampler
+
+Shapes = dict[tuple[str, int], tuple[int, int]]
+
+
+def agree(shapes: Shapes, broken: str | None) -> tuple[Shapes, str | None]:
+    """The shapes that any process has met, and what broke on any of them.
+
+    Processes that sum tensors must have the same tensors to sum, in the same order: one may have seen no data, or have
+    failed.
+
+    Args:
+        shapes: by source and loader, (num_features, num_outputs) met by this process.
+        broken: what went wrong in this process, if anything.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return shapes, broken
+    everyone: list[tuple[Shapes, str | None] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (shapes, broken))
+    together: Shapes = {}
+    for rank, theirs in enumerate(everyone):
+        assert theirs is not None
+        for key, shape in theirs[0].items():
+            if together.setdefault(key, shape) != shape:
+                broken = (
+                    broken or f"rank {rank} met features or targets of shape {shape} where another met {together[key]}"
+                )
+        broken = broken or theirs[1]
+    return together, broken
+
+
+def validation_loader(trainer: Trainer, index: int) -> Any:
+    """The validation loader in use, as Lightning has prepared it."""
+    # Trainer.val_dataloaders would go on to name those of fit during a later Trainer.validate.
+    fitting = trainer.state.fn == TrainerFn.FITTING
+    loop = trainer.fit_loop.epoch_loop.val_loop if fitting else trainer.validate_loop
+    combined = loop._combined_loader
+    return None if combined is None else combined.flattened[index]
+
+
+def rows_without_padding(loader: Any, first: int, number: int) -> int:
+    """How many of the next ``number`` rows of this process are data.
+
+    ``DistributedSampler`` repeats samples until all processes have as many. Row i of rank r is sample i · world + r of
+    its list, whatever the order, and what is beyond the data set's length is repeated: always the last rows of a
+    process.
+
+    Args:
+        loader: the loader the rows come from.
+        first: rows this process has had from it before.
+        number: rows it gets now.
+    """
+    sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None) or getattr(loader, "sampler", None)
+    if not isinstance(sampler, DistributedSampler) or sampler.drop_last:
+        return number
+    own = math.ceil((len(sampler.dataset) - sampler.rank) / sampler.num_replicas)  # type: ignore[arg-type]
+    return max(0, min(number, own - first))

@@ -1,0 +1,211 @@
+"""The log of maximum evidence: Bayesian linear regression with both precisions at their best values."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_logme.maximum import maximise, null_evidence
+from lightning_logme.moments import Batch, Moments, Task, is_exclusive
+from lightning_logme.spectrum import Spectrum
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The maximised evidence of K outputs, and the Bayesian linear head that goes with it.
+
+    All tensors are float64. An output without evidence (a class that is absent, a target that is zero everywhere) has
+    NaN in ``per_output``, ``null``, ``alpha``, ``beta`` and ``effective_dim``, a zero ``weight``, and no part in the
+    means.
+
+    Attributes:
+        score: scalar, LogME: the mean of ``per_output`` in nats per sample. Comparable only for the same samples and
+            labels.
+        per_output: (K,) maximised log evidence of each output, divided by the number of samples.
+        null: (K,) the same for features that explain nothing.
+        gain: scalar, mean of ``per_output − null`` ≥ 0: nats per sample that the features explain. Zero means useless.
+        alpha: (K,) precision of the weights' prior; infinite where the gain is zero.
+        beta: (K,) precision of the noise; infinite where the features interpolate the target.
+        effective_dim: (K,) γ, the number of directions of feature space that are put to use.
+        weight: (K, D) posterior mean of the weights.
+        num_samples: n.
+        saturated: (K,) bool, True where the fit is perfect with fewer directions than samples: the evidence grows
+            without bound as the noise goes to zero, and the value is what the float64 resolution of the Gram matrix
+            admits. Look for leaked labels.
+        bias: (K,) posterior mean of the intercept; None without one.
+        spectrum: (R,) non-zero eigenvalues of the Gram matrix (centred where there is an intercept), descending.
+    """
+
+    score: Tensor
+    per_output: Tensor
+    null: Tensor
+    gain: Tensor
+    alpha: Tensor
+    beta: Tensor
+    effective_dim: Tensor
+    weight: Tensor
+    num_samples: int
+    saturated: Tensor
+    bias: Tensor | None
+    spectrum: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def from_moments(cls, moments: Moments, task: Task, fit_intercept: bool = False) -> Evidence:
+        """Maximise the evidence given additive moments.
+
+        Never raises for lack of evidence: the result is NaN and one warning names the cause.
+
+        Args:
+            moments: the sums over all samples.
+            task: tells whether the outputs are classes that exclude each other.
+            fit_intercept: centre features and targets first; the evidence is then that of the n − 1 degrees of freedom
+                that are left, per degree of freedom.
+        """
+        n = int(moments.count)
+        # A NaN or Inf anywhere in the features reaches the diagonal of the Gram matrix.
+        cause = _cause_of_nan(n, moments.gram.diagonal(), moments.target_square, task, fit_intercept)
+        if cause is None:
+            try:
+                return _maximise(Spectrum.from_moments(moments, fit_intercept), n)
+            except torch.linalg.LinAlgError as error:
+                cause = f"the eigenvalues of the Gram matrix could not be computed ({error})"
+        return _undefined(cause, n, moments.cross)
+
+    @classmethod
+    @torch.no_grad()
+    def from_rows(cls, batch: Batch, num_outputs: int, task: Task, fit_intercept: bool = False) -> Evidence:
+        """The same given all samples: far cheaper where n < D."""
+        batch = batch.kept()
+        n = len(batch.features)
+        square = batch.dense_target(num_outputs).square().sum(0)
+        cause = _cause_of_nan(n, batch.features.sum(0), square, task, fit_intercept)
+        if cause is None:
+            return _maximise(Spectrum.from_rows(batch, num_outputs, fit_intercept), n)
+        return _undefined(cause, n, batch.features.new_zeros(num_outputs, batch.features.shape[1], dtype=torch.float64))
+
+    def head(self, dtype: torch.dtype | None = None) -> torch.nn.Linear:
+        """The posterior mean as a linear layer, a warm start for a classifier.
+
+        Its outputs estimate the targets (0/1 per class), not logits: the largest is the predicted class.
+
+        Args:
+            dtype: of its parameters; torch's default dtype if None.
+
+        Returns:
+            A ``torch.nn.Linear`` of D inputs and K outputs, with a bias where the intercept was fitted, on the device
+            of the evidence.
+
+        Raises:
+            ValueError: there is no evidence (the score is NaN), so there is no posterior.
+
+        Example:
+            >>> import torch
+            >>> from lightning_logme.functional import evidence
+            >>> features = torch.eye(4).repeat(5, 1)
+            >>> head = evidence(features, torch.arange(4).repeat(5)).head()
+            >>> head
+            Linear(in_features=4, out_features=4, bias=False)
+            >>> head(features[:4]).argmax(1)
+            tensor([0, 1, 2, 3])
+        """
+        if not torch.isfinite(self.weight).all():
+            raise ValueError(
+                "the evidence is NaN, so there is no posterior to make a linear layer of; see the warning given with "
+                "it."
+            )
+        outputs, inputs = self.weight.shape
+        dtype = dtype or torch.get_default_dtype()
+        linear = torch.nn.Linear(inputs, outputs, bias=self.bias is not None, device=self.weight.device, dtype=dtype)
+        with torch.no_grad():
+            linear.weight.copy_(self.weight)
+            if self.bias is not None:
+                linear.bias.copy_(self.bias)
+        return linear
+
+    def to(self, device: torch.device | str) -> Evidence:
+        """The same on another device."""
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
+
+
+def _cause_of_nan(n: int, features: Tensor, square: Tensor, task: Task, fit_intercept: bool) -> str | None:
+    """Why there can be no evidence, if so."""
+    if n == 0:
+        return "there are no samples (n = 0; is the loader empty, or every label ignore_index?)"
+    if not bool(torch.isfinite(features).all()):
+        return "the features contain NaN or Inf"
+    if not bool(torch.isfinite(square).all()):
+        return "the targets contain NaN or Inf"
+    present = int((square > 0).sum())
+    if is_exclusive(task) and present < 2:
+        return f"only one class is present in {n} samples, and at least two are needed"
+    if present == 0:
+        return f"every target is zero in {n} samples, so there is nothing to explain"
+    if fit_intercept and n < 2:
+        return "an intercept needs at least two samples (n = 1)"
+    return None
+
+
+def _undefined(cause: str, n: int, weight: Tensor) -> Evidence:
+    warnings.warn(f"LogME is NaN: {cause}.", stacklevel=3)
+    outputs = torch.full_like(weight[:, 0], math.nan)
+    return Evidence(
+        score=outputs.new_tensor(math.nan),
+        per_output=outputs,
+        null=outputs,
+        gain=outputs.new_tensor(math.nan),
+        alpha=outputs,
+        beta=outputs,
+        effective_dim=outputs,
+        weight=torch.full_like(weight, math.nan),
+        num_samples=n,
+        saturated=torch.zeros_like(outputs, dtype=torch.bool),
+        bias=None,
+        spectrum=outputs[:0],
+    )
+
+
+def _maximise(spectrum: Spectrum, n: int) -> Evidence:
+    eigenvalues, dof = spectrum.eigenvalues, spectrum.dof
+    if len(eigenvalues) == 0:
+        warnings.warn("the features are all zero (or constant, where an intercept is fitted): gain 0.", stacklevel=3)
+    log_evidence, log_t, saturated = maximise(spectrum)
+    per_output, null = log_evidence / dof, null_evidence(spectrum) / dof
+    defined = ~per_output.isnan()
+
+    used = (eigenvalues.log() - log_t[:, None]).sigmoid()  # λ/(λ+t), (K, R): 0 at t = ∞, 1 at t → 0
+    x2 = spectrum.coordinates.square()
+    fit = spectrum.residual + (x2 * (1 - used)).sum(1)
+    beta = dof / fit
+    # α = t β = n t / Q, in a form that stands both ends: Q/t = r₀/t + Σ x²/(λ+t).
+    t = log_t.exp()
+    per_t = torch.where(spectrum.residual > 0, spectrum.residual / t, 0.0) + (x2 * used / eigenvalues).sum(1)
+    alpha = torch.where(log_t == math.inf, math.inf, dof / per_t)
+    weight = spectrum.to_features(spectrum.coordinates * used / eigenvalues.sqrt())
+    weight = torch.where(defined[:, None], weight, 0.0)
+    bias = None
+    if spectrum.centre is not None:
+        feature_mean, target_mean = spectrum.centre
+        bias = target_mean - weight @ feature_mean
+    return Evidence(
+        score=per_output.nanmean(),
+        per_output=per_output,
+        null=null,
+        gain=(per_output - null).nanmean(),
+        alpha=alpha,
+        beta=torch.where(defined, beta, math.nan),
+        effective_dim=used.sum(1),
+        weight=weight,
+        num_samples=n,
+        saturated=saturated,
+        bias=bias,
+        spectrum=eigenvalues,
+    )

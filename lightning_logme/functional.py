@@ -1,0 +1,139 @@
+"""Arrays in, evidence out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_logme.evidence import Evidence
+from lightning_logme.moments import Batch, Moments, Task, check_task, moments_device
+
+__all__ = ["evidence", "logme"]
+
+
+def logme(
+    features: Tensor | np.ndarray[Any, Any],
+    target: Tensor | np.ndarray[Any, Any],
+    task: Task = "multiclass",
+    *,
+    num_classes: int | None = None,
+    ignore_index: int | None = None,
+    fit_intercept: bool = False,
+) -> Tensor:
+    r"""Log of maximum evidence (LogME): how well features suit a target, without training anything.
+
+    Each output (class one-vs-rest, label or regression target) is modelled by Bayesian linear regression,
+    :math:`y \mid w \sim N(F w, \beta^{-1} I)` with :math:`w \sim N(0, \alpha^{-1} I)`. LogME is the mean over the
+    outputs of :math:`\frac{1}{n} \max_{\alpha, \beta} \log p(y \mid F, \alpha, \beta)`, in nats per sample (You et
+    al., "LogME: Practical Assessment of Pre-trained Models for Transfer Learning", ICML 2021, eq. 2–3), here at the
+    global maximum. Scaling or rotating the features does not change it. Larger is better; compare only scores of the
+    same samples and labels.
+
+    Args:
+        features: (N, D) floating point of any precision, tensor or array; computed in float64.
+        target: (N,) integers for "binary" and "multiclass", (N, L) of 0 and 1 for "multilabel", (N,) or (N, M) for
+            "regression".
+        task: "binary", "multiclass", "multilabel" or "regression".
+        num_classes: K; the largest label + 1 if None. For "multilabel", the number of labels, read off the target if
+            None.
+        ignore_index: rows with this label are left out ("multilabel": with any such entry). Has no meaning for
+            "regression".
+        fit_intercept: centre features and targets first. The papers do not.
+
+    Returns:
+        A float64 scalar on the device of the features. NaN, with a warning that names the cause, where there is no
+        evidence: no rows, or fewer than two classes present.
+
+    Raises:
+        TypeError: an input is neither tensor nor array.
+        ValueError: a shape, dtype, label or option does not fit, or an input holds NaN or Inf; the message names it.
+
+    Example:
+        >>> import torch
+        >>> from lightning_logme.functional import logme
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> target = torch.arange(200) % 4
+        >>> noise = torch.randn(200, 8, generator=generator)
+        >>> informative = noise + 2 * torch.eye(4, 8)[target]
+        >>> bool(logme(informative, target) > logme(noise, target))
+        True
+        >>> logme(informative, target).dtype
+        torch.float64
+    """
+    return evidence(
+        features,
+        target,
+        task,
+        num_classes=num_classes,
+        ignore_index=ignore_index,
+        fit_intercept=fit_intercept,
+    ).score
+
+
+def evidence(
+    features: Tensor | np.ndarray[Any, Any],
+    target: Tensor | np.ndarray[Any, Any],
+    task: Task = "multiclass",
+    *,
+    num_classes: int | None = None,
+    ignore_index: int | None = None,
+    fit_intercept: bool = False,
+) -> Evidence:
+    """Everything behind :func:`logme`: the evidence of each output, the gain over the null, and the posterior.
+
+    Arguments and errors are those of :func:`logme`.
+
+    Example:
+        >>> import torch
+        >>> from lightning_logme.functional import evidence
+        >>> features = torch.eye(3).repeat(8, 1) + 0.1 * torch.arange(24)[:, None] / 24
+        >>> result = evidence(features, torch.arange(3).repeat(8))
+        >>> result.num_samples, tuple(result.per_output.shape), tuple(result.weight.shape)
+        (24, (3,), (3, 3))
+        >>> bool((result.per_output >= result.null).all())
+        True
+    """
+    check_task(task)
+    if num_classes is not None and num_classes < 1:
+        raise ValueError(f"num_classes must be a positive integer, got {num_classes!r}.")
+    if task == "binary" and num_classes not in (None, 2):
+        raise ValueError(f"num_classes must be 2 or None for task='binary', got {num_classes}.")
+    if task == "binary":
+        num_classes = 2
+    if task == "regression" and num_classes is not None:
+        raise ValueError(
+            f"num_classes={num_classes} has no meaning for task='regression'; the target's columns are the outputs."
+        )
+    rows, labels = _as_tensor(features, "features"), _as_tensor(target, "target")
+    batch = Batch.checked(rows, labels, task, num_outputs=num_classes, ignore_index=ignore_index).kept()
+    for name, value in (("features", batch.features), ("target", batch.target)):
+        bad = int((~torch.isfinite(value)).sum())
+        if bad:
+            raise ValueError(f"{name} must be finite, but {bad} of {value.numel()} values are NaN or Inf.")
+
+    if num_classes is None:
+        num_classes = _number_of_outputs(batch.target)
+    (n, d), device = batch.features.shape, batch.features.device
+    batch = Batch(batch.features.to(moments_device(device)), batch.target.to(moments_device(device)))
+    if n < d:
+        return Evidence.from_rows(batch, num_classes, task, fit_intercept)
+    moments = Moments.zeros(d, num_classes, batch.features.device).accumulate(batch)
+    return Evidence.from_moments(moments, task, fit_intercept)
+
+
+def _number_of_outputs(target: Tensor) -> int:
+    if target.ndim == 2:
+        return target.shape[1]
+    return int(target.max()) + 1 if len(target) else 1
+
+
+def _as_tensor(values: Tensor | np.ndarray[Any, Any], name: str) -> Tensor:
+    if isinstance(values, Tensor):
+        return values.detach()
+    if isinstance(values, np.ndarray):
+        # torch takes neither negative strides nor, without a warning, memory that it must not write to.
+        return torch.from_numpy(np.require(values, requirements=["C", "W"]))
+    raise TypeError(f"{name} must be a torch.Tensor or a numpy.ndarray, got {type(values).__name__}.")

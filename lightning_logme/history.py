@@ -1,0 +1,85 @@
+"""What a checkpoint carries: plain numbers, readable without Lightning and without trust."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_logme.evidence import Evidence
+
+Row = dict[str, Any]
+
+_FIGURES = ("per_output", "null", "alpha", "beta", "effective_dim", "saturated")
+
+
+def figures(evidence: Evidence) -> dict[str, Any]:
+    """The numbers of an evidence, without its large tensors, as plain floats."""
+    plain: dict[str, Any] = {
+        "logme": float(evidence.score),
+        "gain": float(evidence.gain),
+        "num_samples": int(evidence.num_samples),
+    }
+    for name in _FIGURES:
+        value: Tensor = getattr(evidence, name)
+        plain[name] = value.tolist()
+    return plain
+
+
+def merge(earlier: list[Row], later: list[Row]) -> list[Row]:
+    """Both histories, rows that both hold once."""
+    known = {_identity(row) for row in earlier}
+    return earlier + [row for row in later if _identity(row) not in known]
+
+
+def _identity(row: Row) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in ("key", "stage", "epoch", "global_step"))
+
+
+def read_history(path: str | PathLike[str]) -> list[Row]:
+    """The history of LogME in a Lightning checkpoint.
+
+    Args:
+        path: of a ``.ckpt`` file. It is read with ``weights_only=True``: nothing in it is executed.
+
+    Returns:
+        One dict a validation and key, oldest first: ``epoch``, ``global_step``, ``key`` (the logged name), ``logme``,
+        ``gain`` (nats per sample), ``num_samples`` and ``stage`` ("fit" or "validate").
+
+    Raises:
+        ValueError: the file holds no such history.
+    """
+    return [row for state in _states(path) for row in state["history"]]
+
+
+def read_evidence(path: str | PathLike[str]) -> dict[str, dict[str, Any]]:
+    """The last evidence behind every logged key in a Lightning checkpoint, as plain numbers.
+
+    Args:
+        path: of a ``.ckpt`` file, read as in :func:`read_history`.
+
+    Returns:
+        By key: ``logme``, ``gain``, ``num_samples``, and one number an output in the lists ``per_output``, ``null``,
+            ``alpha``, ``beta``,
+        ``effective_dim`` and ``saturated``, as in :class:`~lightning_logme.Evidence`.
+
+    Raises:
+        ValueError: the file holds no such evidence.
+    """
+    return {key: numbers for state in _states(path) for key, numbers in state["evidence"].items()}
+
+
+def _states(path: str | PathLike[str]) -> list[dict[str, Any]]:
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    callbacks = checkpoint.get("callbacks", {}) if isinstance(checkpoint, dict) else {}
+    states = [
+        state for state in callbacks.values() if isinstance(state, dict) and {"history", "evidence"} <= state.keys()
+    ]
+    if not states:
+        raise ValueError(
+            f"{str(path)!r} holds no history of LogME; it must be a Lightning checkpoint of a run with LogMECallback, "
+            "saved without save_weights_only=True."
+        )
+    return states

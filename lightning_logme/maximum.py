@@ -1,0 +1,140 @@
+"""Where the evidence is largest: a global search over one number per output."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from lightning_logme.spectrum import Spectrum
+
+_LARGEST_RATIO = 1e10  # of t to the largest eigenvalue: beyond it no target can gain more than 1e-10
+_POINTS_PER_DECADE = 8  # every term of the slope is a sigmoid in log t of unit scale: steps of 0.29 bracket its zeros
+_NEWTON_TOLERANCE = 1e-7  # in log t; the evidence is flat at its maximum, so this is far below 1e-10 in the score
+_MAX_NEWTON_STEPS = 60  # bisection alone would have halved a bracket to rounding by then
+_MIN_TEMPORARY = 2**16  # numbers
+
+
+class Maximum(NamedTuple):
+    """Where the evidence of every output is largest.
+
+    Attributes:
+        log_evidence: (K,) its value; NaN for an output that is zero everywhere.
+        log_t: (K,) log α/β: inf where the features explain nothing, −inf where they interpolate the target.
+        saturated: (K,) bool, True where the evidence still grows at the resolution of the Gram matrix, where the
+            search ends.
+    """
+
+    log_evidence: Tensor
+    log_t: Tensor
+    saturated: Tensor
+
+
+def maximise(spectrum: Spectrum) -> Maximum:
+    """Find the largest log evidence of every output.
+
+    For fixed t the best β is n/Q(t) with Q(t) = r₀ + Σ x² t/(λ+t), the least value of ‖Fw − y‖² + t‖w‖². What is left
+    is
+
+        L(t) = −n/2 (log(2π Q(t)/n) + 1) − ½ Σ log(1 + λ/t)
+
+    (MacKay 1992; Bishop 2006, eq. 3.86 with β eliminated). It can have several local maxima: the zeros of its slope
+    are bracketed on a grid for all outputs at once, every one is refined, and the best is compared with the two ends.
+
+    Both ends count: t = ∞, where the evidence is that of noise alone, and t → 0, where it is finite if the features
+        interpolate; if they
+    do not, the search ends at the resolution of the Gram matrix.
+    """
+    best = null_evidence(spectrum)
+    log_t = torch.where(best.isnan(), best, math.inf)
+    if len(spectrum.eigenvalues) == 0:
+        return Maximum(best, log_t, torch.zeros_like(best, dtype=torch.bool))
+
+    low = math.log(spectrum.resolution)
+    lowest = _interpolation_evidence(spectrum) if spectrum.interpolates else _evidence_at(spectrum, low)
+    better = lowest > best
+    best = torch.where(better, lowest, best)
+    log_t = torch.where(better, -math.inf if spectrum.interpolates else low, log_t)
+
+    for output, left, right in _brackets(spectrum, low):
+        at, value = _refine(spectrum, output, left, right)
+        largest = best.scatter_reduce(0, output, value, "amax")
+        wins = (value == largest[output]) & (value > best[output])
+        best[output[wins]] = value[wins]
+        log_t[output[wins]] = at[wins]
+    return Maximum(best, log_t, log_t == low)
+
+
+def null_evidence(spectrum: Spectrum) -> Tensor:
+    """(K,) log evidence of features that explain nothing; NaN for an output that is zero everywhere."""
+    return torch.where(spectrum.square > 0, _gaussian(spectrum.square, spectrum.dof), math.nan)
+
+
+def _gaussian(square: Tensor, dof: int) -> Tensor:
+    """Log density of ``dof`` residuals with this sum of squares under the noise that suits them best."""
+    return -0.5 * dof * (torch.log(2 * math.pi * square / dof) + 1)
+
+
+def _interpolation_evidence(spectrum: Spectrum) -> Tensor:
+    """The limit of L for t → 0, where Q(t) ≈ t Σ x²/λ and as many eigenvalues as samples let t cancel."""
+    scaled = spectrum.coordinates.square() / spectrum.eigenvalues
+    return _gaussian(scaled.sum(1), spectrum.dof) - 0.5 * spectrum.eigenvalues.log().sum()
+
+
+def _evidence_at(spectrum: Spectrum, log_t: float) -> Tensor:
+    offset = log_t - spectrum.eigenvalues.log()
+    fit = spectrum.residual + spectrum.coordinates.square() @ offset.sigmoid()
+    return _gaussian(fit, spectrum.dof) + 0.5 * logsigmoid(offset).sum()
+
+
+def _brackets(spectrum: Spectrum, low: float) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Chunks of (output, left, right): intervals of log t in which the slope of L changes from rising to falling."""
+    log_eigenvalues = spectrum.eigenvalues.log()
+    high = float(log_eigenvalues[0]) + math.log(_LARGEST_RATIO)
+    points = math.ceil((high - low) / math.log(10) * _POINTS_PER_DECADE) + 1
+    grid = torch.linspace(low, high, points, dtype=torch.float64, device=log_eigenvalues.device)
+
+    unused = (grid[:, None] - log_eigenvalues).sigmoid()  # t/(λ+t), (T, R)
+    used = (log_eigenvalues - grid[:, None]).sigmoid()  # λ/(λ+t)
+    x2 = spectrum.coordinates.square()
+    fit = spectrum.residual[:, None] + x2 @ unused.T  # Q, (K, T)
+    slope = used.sum(1) - spectrum.dof * (x2 @ (used * unused).T) / fit
+    rising = slope > 0
+    output, index = (rising[:, :-1] & ~rising[:, 1:]).nonzero().unbind(1)
+
+    rank = len(spectrum.eigenvalues)
+    chunk = max(rank // 4, _MIN_TEMPORARY // rank, 1)  # temporaries stay below a quarter of the Gram matrix
+    for start in range(0, len(output), chunk):
+        part = slice(start, start + chunk)
+        yield output[part], grid[index[part]], grid[index[part] + 1]
+
+
+def _refine(spectrum: Spectrum, output: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Newton's method on the slope dL/dlog t, with bisection where it would leave the bracket. Returns log t and L."""
+    x2, residual = spectrum.coordinates[output].square(), spectrum.residual[output]
+    log_eigenvalues, dof = spectrum.eigenvalues.log(), spectrum.dof
+    at = (left + right) / 2
+    for _ in range(_MAX_NEWTON_STEPS):
+        used = (log_eigenvalues - at[:, None]).sigmoid()
+        both = used * (1 - used)
+        fit = residual + (x2 * (1 - used)).sum(1)
+        x2_both = x2 * both
+        first = x2_both.sum(1) / fit  # dlog Q/dlog t
+        second = (x2_both * (2 * used - 1)).sum(1) / fit - first.square()
+        slope = used.sum(1) - dof * first
+        curvature = -both.sum(1) - dof * second
+        left, right = torch.where(slope > 0, at, left), torch.where(slope > 0, right, at)
+        newton = at - slope / curvature
+        inside = (newton > left) & (newton < right)  # False for NaN
+        proposal = torch.where(inside, newton, (left + right) / 2)
+        moved = (proposal - at).abs().max()
+        at = proposal
+        if moved < _NEWTON_TOLERANCE:
+            break
+    offset = at[:, None] - log_eigenvalues
+    fit = residual + (x2 * offset.sigmoid()).sum(1)
+    return at, _gaussian(fit, dof) + 0.5 * logsigmoid(offset).sum(1)

@@ -1,0 +1,263 @@
+"""The additive sufficient statistics of features and targets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Task = Literal["binary", "multiclass", "multilabel", "regression"]
+
+_GRAM_BLOCK = (
+    256  # columns a matrix product takes: small enough to skip most of the upper triangle, large enough for BLAS
+)
+_ROW_BLOCK = 4096  # rows converted to float64 at a time, so that one huge batch needs no second copy of itself
+
+
+def is_exclusive(task: Task) -> bool:
+    """Whether each sample belongs to exactly one of the outputs (one-vs-rest classes)."""
+    return task in ("binary", "multiclass")
+
+
+def check_task(task: str) -> None:
+    """Raise ``ValueError`` unless ``task`` is one of the four tasks."""
+    if task not in get_args(Task):
+        raise ValueError(f"task must be one of {', '.join(map(repr, get_args(Task)))}, got {task!r}.")
+
+
+def moments_device(device: torch.device) -> torch.device:
+    """The device moments live on for features on ``device``: the same, or the CPU where it has no float64 (MPS)."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over samples that determine the evidence of every output, in float64.
+
+    With features F (n, D) and targets Y (n, K), one-vs-rest 0/1 columns for classes, these are all that the evidence
+    depends on. Being sums, the moments of batches, ranks and nodes add up exactly: nothing but O(D² + DK) numbers is
+    ever kept.
+
+    Attributes:
+        count: n, a scalar.
+        gram: (D, D) the **lower triangle** of FᵀF; what lies above the diagonal is unspecified.
+        cross: (K, D) YᵀF. For classes, row k is the sum of the features of class k.
+        feature_sum: (D,) column sums of F.
+        target_sum: (K,) column sums of Y.
+        target_square: (K,) column sums of Y².
+    """
+
+    count: Tensor
+    gram: Tensor
+    cross: Tensor
+    feature_sum: Tensor
+    target_sum: Tensor
+    target_square: Tensor
+
+    @classmethod
+    def zeros(cls, num_features: int, num_outputs: int, device: torch.device | str | None = None) -> Moments:
+        """The moments of no samples."""
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        return cls(
+            count=zeros(),
+            gram=zeros(num_features, num_features),
+            cross=zeros(num_outputs, num_features),
+            feature_sum=zeros(num_features),
+            target_sum=zeros(num_outputs),
+            target_square=zeros(num_outputs),
+        )
+
+    @property
+    def num_features(self) -> int:
+        return self.cross.shape[1]
+
+    @property
+    def num_outputs(self) -> int:
+        return self.cross.shape[0]
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(**{name: value + getattr(other, name) for name, value in vars(self).items()})
+
+    def to(self, device: torch.device | str) -> Moments:
+        return Moments(**{name: value.to(device) for name, value in vars(self).items()})
+
+    @torch.no_grad()
+    def accumulate(self, batch: Batch) -> Moments:
+        """Add a batch, in place where torch allows it; use what is returned.
+
+        Tensors made under ``torch.inference_mode`` cannot be written to outside it: those are copied first.
+        """
+        # Under autocast a matrix product of float64 would come back in half precision.
+        device = self.gram.device
+        with torch.autocast(device.type, enabled=False):
+            sums = Moments(**{name: _writable(value) for name, value in vars(self).items()})
+            for start in range(0, len(batch.features), _ROW_BLOCK):
+                block = batch[start : start + _ROW_BLOCK]
+                # Conversion happens on the device that has float64.
+                sums._add_rows_(
+                    block.features.detach().to(device).double(),
+                    block.target.detach().to(device),
+                    None if block.keep is None else block.keep.to(device),
+                )
+            return sums
+
+    def _add_rows_(self, rows: Tensor, target: Tensor, keep: Tensor | None) -> None:
+        if keep is None:
+            weight = rows.new_ones(len(rows))
+        else:
+            # Zeroed, not selected: selection would make an accelerator wait for the CPU to learn the number of rows.
+            weight = keep.double()
+            rows = torch.where(keep[:, None], rows, 0.0)
+            target = torch.where(keep.view(-1, *[1] * (target.ndim - 1)), target, 0)
+
+        self.count.add_(weight.sum())
+        self.feature_sum.add_(rows.sum(0))
+        for start in range(0, self.num_features, _GRAM_BLOCK):
+            stop = start + _GRAM_BLOCK
+            self.gram[start:stop, :stop].addmm_(rows[:, start:stop].T, rows[:, :stop])
+        if target.ndim == 1:  # class labels
+            self.cross.index_add_(0, target, rows)
+            self.target_sum.index_add_(0, target, weight)
+            self.target_square.index_add_(0, target, weight)
+        else:
+            target = target.double()
+            self.cross.addmm_(target.T, rows)
+            self.target_sum.add_(target.sum(0))
+            self.target_square.add_(target.square().sum(0))
+
+
+def _writable(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Features and targets that passed every check, ready to be summed.
+
+    Attributes:
+        features: (n, D) floating point.
+        target: (n,) int64 class labels in 0…K−1, or (n, K) numbers.
+        keep: (n,) bool, False where a row is to be left out; None keeps all.
+    """
+
+    features: Tensor
+    target: Tensor
+    keep: Tensor | None = None
+
+    def __getitem__(self, rows: slice) -> Batch:
+        return Batch(self.features[rows], self.target[rows], None if self.keep is None else self.keep[rows])
+
+    def kept(self) -> Batch:
+        """The batch without the rows that are left out."""
+        return self if self.keep is None else Batch(self.features[self.keep], self.target[self.keep])
+
+    def dense_target(self, num_outputs: int) -> Tensor:
+        """The target as (n, K) float64, one-vs-rest for class labels."""
+        if self.target.ndim == 1:
+            return torch.nn.functional.one_hot(self.target, num_outputs).double()
+        return self.target.double()
+
+    @classmethod
+    def checked(
+        cls,
+        features: Tensor,
+        target: Tensor,
+        task: Task,
+        num_outputs: int | None = None,
+        num_features: int | None = None,
+        ignore_index: int | None = None,
+    ) -> Batch:
+        """Check a batch for a task.
+
+        Args:
+            features: (n, D) floating point.
+            target: (n,) integers for "binary" and "multiclass", (n, L) of 0 and 1 for "multilabel", (n,) or (n, M) for
+                "regression".
+            task: one of the four tasks.
+            num_outputs: K; None leaves labels unbounded above and takes the number of columns as it comes.
+            num_features: D; None takes it as it comes.
+            ignore_index: rows with this label (multilabel: with any such entry) are left out.
+
+        Raises:
+            TypeError: ``features`` or ``target`` is not a tensor.
+            ValueError: a shape, dtype or label does not fit; the message names it.
+        """
+        for name, value in (("features", features), ("target", target)):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}.")
+        if not features.is_floating_point():
+            raise ValueError(f"features must be floating point, got {features.dtype}; convert with features.float().")
+        if features.ndim != 2:
+            raise ValueError(
+                f"features must have shape (N, D), got {tuple(features.shape)}; pool or flatten each sample to one "
+                "vector."
+            )
+        if num_features is not None and features.shape[1] != num_features:
+            raise ValueError(
+                f"features must have shape (N, {num_features}) as num_features={num_features}, got "
+                f"{tuple(features.shape)}."
+            )
+        if target.ndim == 0 or len(target) != len(features):
+            raise ValueError(
+                f"features and target must have the same length, got {tuple(features.shape)} and {tuple(target.shape)}."
+            )
+        target = target.detach().to(features.device)
+        if is_exclusive(task):
+            return cls(features, *_check_labels(target, task, num_outputs, ignore_index))
+        return cls(features, *_check_columns(target, task, num_outputs, ignore_index))
+
+
+def _check_labels(
+    target: Tensor, task: Task, num_classes: int | None, ignore_index: int | None
+) -> tuple[Tensor, Tensor | None]:
+    if target.ndim != 1:
+        raise ValueError(f"target must have shape (N,) for task={task!r}, got {tuple(target.shape)}.")
+    if target.is_floating_point() or target.is_complex():
+        raise ValueError(
+            f"target must hold integer class labels for task={task!r}, got {target.dtype}; convert with target.long()."
+        )
+    labels = target.long()
+    keep = None if ignore_index is None else labels != ignore_index
+    met = labels if keep is None else torch.where(keep, labels, 0)
+    if len(met):
+        low, high = torch.stack(met.aminmax()).tolist()  # one wait for the device instead of a device-side assert
+        if low < 0 or (num_classes is not None and high >= num_classes):
+            expected = "at least 0" if num_classes is None else f"in 0…{num_classes - 1} ({num_classes} classes)"
+            raise ValueError(
+                f"target holds labels from {low} to {high}, but for task={task!r} labels must be {expected}; "
+                "give the right num_classes, or mark rows to leave out with ignore_index."
+            )
+    return labels, keep
+
+
+def _check_columns(
+    target: Tensor, task: Task, num_outputs: int | None, ignore_index: int | None
+) -> tuple[Tensor, Tensor | None]:
+    if task == "regression" and target.ndim == 1:
+        target = target[:, None]
+    columns = {"multilabel": "L", "regression": "M"}[task] if num_outputs is None else str(num_outputs)
+    if target.ndim != 2 or (num_outputs is not None and target.shape[1] != num_outputs) or target.shape[1] == 0:
+        also = "(N,) or " if task == "regression" and num_outputs in (None, 1) else ""
+        raise ValueError(f"target must have shape {also}(N, {columns}) for task={task!r}, got {tuple(target.shape)}.")
+    if target.is_complex() or (task == "regression" and target.dtype == torch.bool):
+        raise ValueError(f"target must hold real numbers for task={task!r}, got {target.dtype}.")
+    if task == "regression":
+        if ignore_index is not None:
+            raise ValueError(
+                f"ignore_index={ignore_index} has no meaning for task='regression', where it is a value like any "
+                "other; drop those rows."
+            )
+        return target, None
+    keep = None if ignore_index is None else (target != ignore_index).all(1)
+    met = target if keep is None else torch.where(keep[:, None], target, 0)
+    if not bool(((met == 0) | (met == 1)).all()):
+        raise ValueError(
+            f"target must hold only 0 and 1 for task={task!r}, got values from {met.min().item()} to "
+            f"{met.max().item()}."
+        )
+    return target, keep

@@ -1,0 +1,162 @@
+"""Where features come from: hooks that remember what passes a module, and pooling to one vector a sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Pooling = Literal["auto", "mean", "cls"] | Callable[[Tensor], Tensor]
+
+
+class Tap:
+    """Remembers the input, or the output, of a module while it is open.
+
+    Hooks stay attached for a whole run, and a plain flag opens them: hooks that come and go are not seen by code that
+    torch.compile has compiled before. A class and not a closure, so that the user's module can still be pickled and
+    copied.
+
+    Args:
+        module: what to listen to.
+        side: "input" or "output".
+        name: what errors call the module.
+    """
+
+    def __init__(self, module: nn.Module, side: Literal["input", "output"], name: str) -> None:
+        self.name = name
+        self.open = False
+        self._seen: list[Tensor | None] = []
+        if side == "input":
+            self._handle = module.register_forward_pre_hook(self._on_input, with_kwargs=True)
+        else:
+            self._handle = module.register_forward_hook(self._on_output)
+
+    def _on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.open:
+            self._seen.append(_detach(_first_tensor((args, kwargs))))
+
+    def _on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.open:
+            # An in-place activation after the module would change what was seen.
+            self._seen.append(_detach(_first_tensor(output), clone=True))
+
+    def start(self) -> None:
+        """Forget what was seen, and listen."""
+        self._seen = []
+        self.open = True
+
+    def take(self) -> Tensor:
+        """What the module was called with, or returned, since the start; listen no more.
+
+        Raises:
+            ValueError: it was not called, or more than once, or there was no tensor.
+        """
+        self.open = False
+        seen, self._seen = self._seen, []
+        if len(seen) == 0:
+            raise ValueError(
+                f"{self.name} was not called by validation_step. Name a module that is; or, if the model was compiled "
+                "and run before this "
+                'Trainer started, call torch.compiler.set_stance("force_eager") or compile it anew, so that its hooks '
+                "are seen."
+            )
+        if len(seen) > 1:
+            raise ValueError(
+                f"{self.name} was called {len(seen)} times by one validation_step, so its features cannot be matched "
+                "with the labels; "
+                "name a module that is called once."
+            )
+        if seen[0] is None:
+            raise ValueError(f"{self.name} was called without a tensor; name a module that takes and returns tensors.")
+        return seen[0]
+
+    def remove(self) -> None:
+        self.open = False
+        self._seen = []
+        self._handle.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the user's module takes this along: idle, without the features.
+        return {"name": self.name, "open": False, "_seen": []}
+
+
+def _first_tensor(value: Any) -> Tensor | None:
+    """The first tensor in nested tuples, lists and mappings; the last hidden state of a Hugging Face output."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, Mapping):
+        value = (value.get("last_hidden_state"), *value.values())
+    if isinstance(value, (tuple, list)):
+        for item in value:
+            tensor = _first_tensor(item)
+            if tensor is not None:
+                return tensor
+    return None
+
+
+def _detach(tensor: Tensor | None, clone: bool = False) -> Tensor | None:
+    if tensor is None:
+        return None
+    return tensor.detach().clone() if clone else tensor.detach()
+
+
+def check_pooling(pooling: Any) -> None:
+    """Raise ``ValueError`` unless ``pooling`` is one of its values."""
+    if not callable(pooling) and pooling not in ("auto", "mean", "cls"):
+        raise ValueError(f"pooling must be 'auto', 'mean', 'cls' or a callable(Tensor) -> Tensor, got {pooling!r}.")
+
+
+def pool(
+    features: Tensor, pooling: Pooling = "auto", num_features: int | None = None, mask: Tensor | None = None
+) -> Tensor:
+    """Reduce a batch of features to one vector a sample.
+
+    Args:
+        features: (N, D), tokens (N, T, D), or a map (N, C, H, W) of any number of dimensions.
+        pooling: "auto" and "mean" average over tokens or positions, "cls" takes the first token; a callable does what
+            it does.
+        num_features: D, if known: tells maps with channels last (N, H, W, C) from maps with channels first.
+        mask: (N, T), non-zero where a token counts in the average.
+
+    Returns:
+        (N, D), averages of half precision in float32.
+
+    Raises:
+        ValueError: the shape does not allow it, or a callable returns another shape than (N, D).
+    """
+    if callable(pooling):
+        pooled = pooling(features)
+        if not isinstance(pooled, Tensor) or pooled.ndim != 2 or len(pooled) != len(features):
+            shape = tuple(pooled.shape) if isinstance(pooled, Tensor) else type(pooled).__name__
+            raise ValueError(
+                f"pooling must return a tensor of shape ({len(features)}, D), got {shape} from {tuple(features.shape)}."
+            )
+        return pooled
+    if features.ndim == 2:
+        return features
+    if features.ndim < 2:
+        raise ValueError(
+            f"pooling={pooling!r} needs features of shape (N, D), (N, T, D) or (N, C, H, W), got "
+            f"{tuple(features.shape)}."
+        )
+    if pooling == "cls":
+        if features.ndim != 3:
+            raise ValueError(
+                f"pooling='cls' needs tokens of shape (N, T, D), got {tuple(features.shape)}; use 'mean' or a callable."
+            )
+        return features[:, 0]
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    if features.ndim == 3:
+        if mask is None or mask.shape != features.shape[:2]:
+            return features.mean(1, dtype=dtype)
+        weight = (mask != 0).to(features.device, dtype)[:, :, None]
+        # Padding may hold anything, NaN too: selected, not multiplied away.
+        total = torch.where(weight > 0, features.to(dtype), 0.0).sum(1)
+        return total / weight.sum(1).clamp(min=1)
+    channels_last = (
+        num_features is not None and features.shape[1] != num_features and features.shape[-1] == num_features
+    )
+    positions = range(1, features.ndim - 1) if channels_last else range(2, features.ndim)
+    return features.mean(tuple(positions), dtype=dtype)
