@@ -75,7 +75,7 @@ class Evidence:
                 return _maximise(Spectrum.from_moments(moments, fit_intercept), n)
             except torch.linalg.LinAlgError as error:
                 cause = f"the eigenvalues of the Gram matrix could not be computed ({error})"
-        return _undefined(cause, n, moments.cross)
+        return _undefined(cause, n, tuple(moments.cross.shape), moments.cross.device)
 
     @classmethod
     @torch.no_grad()
@@ -87,7 +87,7 @@ class Evidence:
         cause = _cause_of_nan(n, batch.features.sum(0), square, task, fit_intercept)
         if cause is None:
             return _maximise(Spectrum.from_rows(batch, num_outputs, fit_intercept), n)
-        return _undefined(cause, n, batch.features.new_zeros(num_outputs, batch.features.shape[1], dtype=torch.float64))
+        return _undefined(cause, n, (num_outputs, batch.features.shape[1]), batch.features.device)
 
     def head(self, dtype: torch.dtype | None = None) -> torch.nn.Linear:
         """The posterior mean as a linear layer, a warm start for a classifier.
@@ -144,19 +144,17 @@ def _cause_of_nan(n: int, features: Tensor, square: Tensor, task: Task, fit_inte
         return "the features contain NaN or Inf"
     if not bool(torch.isfinite(square).all()):
         return "the targets contain NaN or Inf"
-    present = int((square > 0).sum())
-    if is_exclusive(task) and present < 2:
+    if is_exclusive(task) and int((square > 0).sum()) < 2:
         return f"only one class is present in {n} samples, and at least two are needed"
-    if present == 0:
-        return f"every target is zero in {n} samples, so there is nothing to explain"
     if fit_intercept and n < 2:
         return "an intercept needs at least two samples (n = 1)"
     return None
 
 
-def _undefined(cause: str, n: int, weight: Tensor) -> Evidence:
+def _undefined(cause: str, n: int, shape: tuple[int, ...], device: torch.device) -> Evidence:
     warnings.warn(f"LogME is NaN: {cause}.", stacklevel=3)
-    outputs = torch.full_like(weight[:, 0], math.nan)
+    weight = torch.full(shape, math.nan, dtype=torch.float64, device=device)
+    outputs = weight.new_full(shape[:1], math.nan)
     return Evidence(
         score=outputs.new_tensor(math.nan),
         per_output=outputs,
@@ -165,7 +163,7 @@ def _undefined(cause: str, n: int, weight: Tensor) -> Evidence:
         alpha=outputs,
         beta=outputs,
         effective_dim=outputs,
-        weight=torch.full_like(weight, math.nan),
+        weight=weight,
         num_samples=n,
         saturated=torch.zeros_like(outputs, dtype=torch.bool),
         bias=None,
@@ -175,6 +173,12 @@ def _undefined(cause: str, n: int, weight: Tensor) -> Evidence:
 
 def _maximise(spectrum: Spectrum, n: int) -> Evidence:
     eigenvalues, dof = spectrum.eigenvalues, spectrum.dof
+    if not bool((spectrum.square > 0).any()):
+        shape = len(spectrum.square), len(spectrum.basis[0])
+        still = "zero" if spectrum.centre is None else "constant"
+        return _undefined(
+            f"every target is {still} in {n} samples, so there is nothing to explain", n, shape, spectrum.square.device
+        )
     if len(eigenvalues) == 0:
         warnings.warn("the features are all zero (or constant, where an intercept is fitted): gain 0.", stacklevel=3)
     log_evidence, log_t, saturated = maximise(spectrum)

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_logme.moments import Batch, Moments
 
 EPS = torch.finfo(torch.float64).eps
+TINY = torch.finfo(torch.float64).tiny
 
 _LOW_RANK = 0.8  # of D: with fewer samples than this, a low-rank factor comes cheaper than a full eigendecomposition
 _PIVOTS = 64  # columns a step of the pivoted Cholesky factorisation takes at most
@@ -127,7 +128,8 @@ def _centred_square(square: Tensor, total: Tensor, n: int) -> Tensor:
 
 def _resolved(eigenvalues: Tensor, dof: int, num_features: int) -> tuple[Tensor, float]:
     """Which of the ascending eigenvalues to keep, largest first, and the resolution below which none is meaningful."""
-    resolution = num_features * EPS * max(float(eigenvalues[-1]), 0.0)
+    largest = float(eigenvalues[-1]) if len(eigenvalues) else 0.0
+    resolution = num_features * EPS * max(largest, 0.0)
     number = min(int((eigenvalues > resolution).sum()), dof)
     last = len(eigenvalues) - 1
     return torch.arange(last, last - number, -1, device=eigenvalues.device), resolution
@@ -137,7 +139,10 @@ def _low_rank_eigh(gram: Tensor, rank: int) -> tuple[Tensor, tuple[Tensor, Tenso
     """Eigenvalues (ascending) and eigenvectors, in two factors, of a Gram matrix of at most this rank."""
     factor = _pivoted_cholesky(gram, rank)
     eigenvalues, vectors = torch.linalg.eigh(factor.T @ factor)
-    return eigenvalues, (factor, vectors / eigenvalues.clamp(min=eigenvalues[-1] * EPS).sqrt())
+    return eigenvalues, (
+        factor,
+        vectors / eigenvalues.clamp(min=TINY).sqrt(),
+    )  # those that are nearly zero will be dropped
 
 
 def _pivoted_cholesky(gram: Tensor, rank: int) -> Tensor:

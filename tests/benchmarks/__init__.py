@@ -1,0 +1,1 @@
+"""Speed, memory and cost in a Trainer, measured: ``python -m tests.benchmarks`` from the root of the repository."""

@@ -1,0 +1,33 @@
+"""Every benchmark, as Markdown tables: ``python -m tests.benchmarks [--only speed|memory|trainer] [--repeats N]``."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+
+import lightning
+import numpy as np
+import torch
+
+from tests.benchmarks import memory, speed, trainer
+
+BENCHMARKS = {"speed": speed.report, "memory": memory.report, "trainer": trainer.report}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
+    parser.add_argument("--only", choices=BENCHMARKS, nargs="+", default=list(BENCHMARKS), help="leave out the others")
+    parser.add_argument("--repeats", type=int, default=5, help="timed rounds; every figure is their median")
+    parser.add_argument("--quick", action="store_true", help="small sizes and two rounds: does it run at all?")
+    options = parser.parse_args()
+    print(
+        f"{platform.machine()}, {torch.get_num_threads()} threads (default, the same for all); "
+        f"Python {platform.python_version()}, torch {torch.__version__}, NumPy {np.__version__}, "
+        f"Lightning {lightning.__version__}\n"
+    )
+    for name in options.only:
+        BENCHMARKS[name](2 if options.quick else options.repeats, options.quick)
+
+
+if __name__ == "__main__":
+    main()

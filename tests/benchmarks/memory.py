@@ -1,0 +1,138 @@
+"""Peak extra memory of ``LogME``: built, fed batches of 256 that are made on the fly, computed.
+
+Every case has a fresh process to itself. After the imports and a small case that wakes the threads and the buffers of
+the BLAS, the kernel's high-water mark of resident memory is set back before each stage (Linux: ``/proc/self``), and
+read after it. "Extra" is that mark above what was resident before the metric was built: states, batches, temporaries
+of the arithmetic, and the buffers that the BLAS keeps.
+
+- The peak must not depend on N, and be at most 6 matrices of D × D float64 and one batch.
+- The papers' algorithm gets all its float32 features in memory first; they are not counted, its float64 copy is.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from lightning_logme import LogME
+from tests.benchmarks.common import BATCH_SIZE, class_features, print_table
+from tests.benchmarks.peers import papers_logme
+
+AIM = 6.0  # of D² float64 numbers
+
+_CLASSES = 10
+_SIZES = ((2_000, 1024), (20_000, 1024), (100_000, 1024), (20_000, 2048), (20_000, 4096))  # N, D
+_FEW_SHOT = ((400, 2048), (400, 4096))
+_PAPERS_SIZES = ((20_000, 1024), (20_000, 2048))
+_QUICK = ((500, 256), (2_000, 256))
+_PAPERS = "papers"
+_METRIC = "metric"
+_MIB = 2**20
+_STATES = Path("/proc/self/status")
+_RESET = Path("/proc/self/clear_refs")
+
+
+def report(repeats: int, quick: bool) -> None:
+    if not _RESET.exists():
+        print("Memory: not measured, there is no /proc here.\n")
+        return
+    repeats = min(repeats, 3)  # memory is far less noisy than time
+    print_table(
+        f"Memory: peak extra MiB, medians of {repeats} processes each (aim: {AIM:g} D² float64 + one batch, flat in N)",
+        ("N × D", "after construction and updates, kept", "peak of updates", "peak of compute", "peak", "peak / D²·8"),
+        (_metric_row(n, d, repeats) for n, d in (_QUICK if quick else (*_SIZES, *_FEW_SHOT))),
+    )
+    print_table(
+        "Memory: the papers' algorithm",
+        ("N × D", "peak extra MiB", "peak / D²·8"),
+        (_papers_row(n, d, repeats) for n, d in (_QUICK if quick else _PAPERS_SIZES)),
+    )
+
+
+def _metric_row(n: int, d: int, repeats: int) -> tuple[str, ...]:
+    runs = [_in_fresh_process(_METRIC, n, d) for _ in range(repeats)]
+    kept, updates, compute = (median(run[stage] for run in runs) for stage in ("kept", "updates", "compute"))
+    batch = BATCH_SIZE * d * 4 / _MIB
+    peak = max(updates, compute)
+    return (
+        f"{n} × {d}",
+        *(f"{value:.1f}" for value in (kept, updates, compute, peak)),
+        f"{(peak - batch) / _matrix(d):.2f} + one batch",
+    )
+
+
+def _papers_row(n: int, d: int, repeats: int) -> tuple[str, ...]:
+    peak = median(_in_fresh_process(_PAPERS, n, d)["compute"] for _ in range(repeats))
+    return f"{n} × {d}", f"{peak:.1f}", f"{peak / _matrix(d):.2f}"
+
+
+def _matrix(d: int) -> float:
+    return d * d * 8 / _MIB
+
+
+def _in_fresh_process(subject: str, n: int, d: int) -> dict[str, float]:
+    command = [sys.executable, "-m", __name__, subject, str(n), str(d)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def _batches(n: int, d: int) -> Iterator[tuple[Tensor, Tensor]]:
+    for start in range(0, n, BATCH_SIZE):
+        yield class_features(min(BATCH_SIZE, n - start), d, _CLASSES, seed=start)
+
+
+def _measure_metric(n: int, d: int) -> dict[str, float]:
+    _run_metric(64, _batches(512, 64))
+    before = _reset_peak()
+    metric = LogME("multiclass", d, _CLASSES)
+    _update(metric, _batches(n, d))
+    updates, kept = _peak() - before, _reset_peak() - before
+    metric.compute()
+    return {"kept": kept, "updates": updates, "compute": _peak() - before}
+
+
+def _run_metric(d: int, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+    metric = LogME("multiclass", d, _CLASSES)
+    _update(metric, batches)
+    metric.compute()
+
+
+def _update(metric: LogME, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+    for features, target in batches:
+        metric.update(features, target)
+
+
+def _measure_papers(n: int, d: int) -> dict[str, float]:
+    small, labels = class_features(512, 64, _CLASSES)
+    papers_logme(small.numpy(), labels.numpy(), _CLASSES)
+    features, target = class_features(n, d, _CLASSES)
+    before = _reset_peak()
+    papers_logme(features.numpy(), target.numpy(), _CLASSES)
+    return {"compute": _peak() - before}
+
+
+def _reset_peak() -> float:
+    """Set the high-water mark back to what is resident now, and return that in MiB."""
+    _RESET.write_text("5")
+    return _status("VmRSS")
+
+
+def _peak() -> float:
+    return _status("VmHWM")
+
+
+def _status(field: str) -> float:
+    line = next(line for line in _STATES.read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 1024
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    measure = {_METRIC: _measure_metric, _PAPERS: _measure_papers}[sys.argv[1]]
+    print(json.dumps(measure(int(sys.argv[2]), int(sys.argv[3]))))

@@ -1,0 +1,453 @@
+"""The callback in real Trainer runs."""
+
+import math
+import warnings
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from models import CLASSES, Classifier, ConvNet, images, loader, mlp, penultimate, trainer, vectors
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from lightning_logme import LogMECallback
+from lightning_logme.functional import evidence, logme
+
+
+def test_score_is_that_of_the_input_of_the_head(tmp_path):
+    module, callback = Classifier(), LogMECallback()
+    run = trainer(tmp_path, callback)
+    run.validate(module, loader(), verbose=False)
+    expected = evidence(*penultimate(module, "model.2", vectors()))
+    assert float(run.callback_metrics["logme"]) == pytest.approx(float(expected.score), rel=1e-6)
+    assert float(run.callback_metrics["logme_gain"]) == pytest.approx(float(expected.gain), rel=1e-6)
+    (row,) = callback.history
+    assert row == {
+        "epoch": 0,
+        "global_step": 0,
+        "key": "logme",
+        "logme": pytest.approx(float(expected.score), rel=1e-9),
+        "gain": pytest.approx(float(expected.gain), rel=1e-9),
+        "num_samples": 96,
+        "stage": "validate",
+    }
+    assert {name: type(value) for name, value in row.items()} == {
+        "epoch": int,
+        "global_step": int,
+        "key": str,
+        "logme": float,
+        "gain": float,
+        "num_samples": int,
+        "stage": str,
+    }
+    torch.testing.assert_close(callback.evidence["logme"].weight, expected.weight, rtol=1e-4, atol=1e-5)
+
+
+def test_fit_scores_every_epoch_with_the_weights_of_that_epoch(tmp_path):
+    class Witness(pl.Callback):
+        def __init__(self) -> None:
+            self.scores: list[float] = []
+
+        def on_validation_epoch_end(self, trainer, pl_module):
+            if not trainer.sanity_checking:
+                self.scores.append(float(logme(*penultimate(pl_module, "model.2", vectors()))))
+
+    witness, callback = Witness(), LogMECallback()
+    run = trainer(tmp_path, witness, callback, max_epochs=3)
+    run.fit(Classifier(), loader(shuffle=True), loader())
+    assert [row["epoch"] for row in callback.history] == [0, 1, 2]
+    assert [row["global_step"] for row in callback.history] == [5, 10, 15]
+    assert [row["logme"] for row in callback.history] == pytest.approx(witness.scores, rel=1e-6)
+    assert len(set(witness.scores)) == 3
+
+
+def test_seen_by_monitors_of_the_same_epoch(tmp_path):
+    class Scheduled(Classifier):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", patience=0)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "logme"}}
+
+    checkpoint = ModelCheckpoint(tmp_path, monitor="logme", mode="max", save_top_k=-1, filename="{epoch}-{logme:.6f}")
+    stopping = EarlyStopping(monitor="logme", mode="max", patience=1, strict=True)
+    callback = LogMECallback()
+    run = trainer(tmp_path, checkpoint, stopping, callback, max_epochs=4)  # monitors before the callback
+    module = Scheduled(lr=1e-12)  # nothing changes, so the second epoch is no better than the first
+    run.fit(module, loader(), loader())
+    assert run.current_epoch == 2
+    assert stopping.stopped_epoch == 1
+    assert float(stopping.best_score) == pytest.approx(callback.history[0]["logme"], rel=1e-6)
+    assert float(checkpoint.best_model_score) == pytest.approx(callback.history[0]["logme"], rel=1e-6)
+    assert run.lr_scheduler_configs[0].scheduler.num_bad_epochs == 0
+    assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-13)
+
+
+def test_several_validations_in_an_epoch(tmp_path):
+    callback = LogMECallback()
+    run = trainer(tmp_path, callback, max_epochs=1, val_check_interval=0.4)
+    run.fit(Classifier(), loader(), loader())
+    assert [(row["epoch"], row["global_step"]) for row in callback.history] == [(0, 2), (0, 4)]
+
+
+def test_several_loaders(tmp_path):
+    callback, module = LogMECallback(layers=["model.0"]), Classifier()
+    run = trainer(tmp_path, callback)
+    other = vectors(60, seed=5)
+    run.validate(module, [loader(), loader(other)], verbose=False)
+    for index, data in enumerate((vectors(), other)):
+        features, labels = penultimate(module, "model.2", data)
+        assert float(run.callback_metrics[f"logme/dataloader_idx_{index}"]) == pytest.approx(
+            float(logme(features, labels)), rel=1e-6
+        )
+        assert f"logme_gain/dataloader_idx_{index}" in run.callback_metrics
+        assert f"logme/model.0/dataloader_idx_{index}" in run.callback_metrics
+        assert callback.evidence[f"logme/dataloader_idx_{index}"].num_samples == len(data)
+    assert "logme" not in run.callback_metrics
+
+
+def test_layers_are_scored_by_their_output(tmp_path):
+    callback, module = LogMECallback(layers=["model.features", "model.features.1"]), Classifier(ConvNet())
+    run = trainer(tmp_path, callback)
+    data = images()
+    run.validate(module, loader(data), verbose=False)
+    x, labels = data.tensors
+    module.eval()
+    with torch.no_grad():
+        norm = module.model.features[1](module.model.features[0](x))
+        expected = {"model.features": norm.relu().mean((2, 3)), "model.features.1": norm.mean((2, 3))}
+    for layer, features in expected.items():
+        assert float(run.callback_metrics[f"logme/{layer}"]) == pytest.approx(float(logme(features, labels)), rel=1e-4)
+        assert f"logme_gain/{layer}" in run.callback_metrics
+    assert {row["key"] for row in callback.history} == {"logme", "logme/model.features", "logme/model.features.1"}
+
+
+def test_layers_alone_where_there_is_no_head(tmp_path):
+    class Encoder(Classifier):
+        def validation_step(self, batch, batch_idx):
+            self.model(batch[0])
+
+    module = Encoder(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()))
+    callback = LogMECallback(layers=["model"], num_classes=CLASSES)
+    run = trainer(tmp_path, callback)
+    run.validate(module, loader(images()), verbose=False)
+    assert set(run.callback_metrics) == {"logme/model", "logme_gain/model"}
+
+
+@pytest.mark.parametrize(
+    ("task", "outputs", "loss", "convert"),
+    [
+        ("binary", 1, nn.functional.binary_cross_entropy_with_logits, lambda y: (y[:, None] % 2).float()),
+        ("binary", 2, nn.functional.cross_entropy, lambda y: y % 2),
+        ("multilabel", 3, nn.functional.binary_cross_entropy_with_logits, lambda y: torch.eye(4)[y][:, :3]),
+        ("regression", 1, nn.functional.mse_loss, lambda y: y[:, None].float()),
+        ("regression", 2, nn.functional.mse_loss, lambda y: torch.stack([y, -y], 1).float()),
+    ],
+)
+def test_tasks(tmp_path, task, outputs, loss, convert):
+    x, y = vectors().tensors
+    data = TensorDataset(x, convert(y))
+    module, callback = Classifier(mlp(16, outputs), loss), LogMECallback(task=task)
+    run = trainer(tmp_path, callback)
+    run.fit(module, loader(data), loader(data))
+    features, target = penultimate(module, "model.2", data)
+    target = target[:, 0].long() if task == "binary" and target.ndim == 2 else target
+    assert callback.history[-1]["logme"] == pytest.approx(float(logme(features, target, task)), rel=1e-6)
+
+
+def test_options_reach_the_score(tmp_path):
+    class Smoothed(Classifier):
+        def validation_step(self, batch, batch_idx):
+            self.model(batch["image"])
+
+    x, y = vectors().tensors
+    y = torch.where(torch.arange(len(y)) % 5 == 0, -100, y)
+    batches = [{"image": a, "info": {"kind": b}} for a, b in zip(x.split(20), y.split(20), strict=True)]
+    module = Smoothed()
+    callback = LogMECallback(
+        head="model.0",
+        name="input",
+        target=lambda batch: batch["info"]["kind"],
+        fit_intercept=True,
+        pooling=lambda features: features[:, :5],
+    )
+    run = trainer(tmp_path, callback)
+    run.validate(module, DataLoader(batches, batch_size=None), verbose=False)
+    expected = logme(x[:, :5], y, ignore_index=-100, fit_intercept=True)
+    assert float(run.callback_metrics["input"]) == pytest.approx(float(expected), rel=1e-6)
+    assert callback.history[0]["num_samples"] == int((y != -100).sum())
+
+
+def test_regression_has_no_ignored_value(tmp_path):
+    x, y = vectors().tensors
+    data = TensorDataset(x, torch.where(y == 0, -100.0, y.float())[:, None])
+    callback = LogMECallback(task="regression")
+    run = trainer(tmp_path, callback)
+    run.validate(Classifier(mlp(16, 1), nn.functional.mse_loss), loader(data), verbose=False)
+    assert callback.history[0]["num_samples"] == len(data)
+
+
+def test_labels_that_validation_step_takes_out_of_the_batch(tmp_path):
+    class Popping(Classifier):
+        def validation_step(self, batch, batch_idx):
+            labels = batch.pop("labels")
+            self.log("val_loss", self.loss(self(batch["x"]), labels))
+
+    x, y = vectors().tensors
+    batches = [{"x": a, "labels": b} for a, b in zip(x.split(20), y.split(20), strict=True)]
+    callback = LogMECallback()
+    trainer(tmp_path, callback).validate(Popping(), DataLoader(batches, batch_size=None), verbose=False)
+    assert callback.history[0]["num_samples"] == 96
+
+
+def test_dataloader_iter_flavour(tmp_path):
+    class Iterating(Classifier):
+        def validation_step(self, dataloader_iter):
+            (x, y), _, _ = next(dataloader_iter)
+            self.log("val_loss", self.loss(self(x), y), batch_size=len(x))
+
+    callback = LogMECallback()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found `dataloader_iter` argument")
+        trainer(tmp_path, callback).validate(Iterating(), loader(), verbose=False)
+    assert callback.history[0]["num_samples"] == 96
+
+
+def test_sanity_check_leaves_no_trace_but_finds_mistakes(tmp_path):
+    callback = LogMECallback()
+    run = trainer(tmp_path, callback, max_epochs=1, num_sanity_val_steps=2)
+    run.fit(Classifier(), loader(), loader())
+    assert [row["num_samples"] for row in callback.history] == [96]
+    with pytest.raises(ValueError, match="target='mood' does not lead to labels"):
+        trainer(tmp_path, LogMECallback(target="mood")).fit(Classifier(), loader(), loader())
+
+
+@pytest.mark.parametrize("options", [{"fast_dev_run": True}, {"limit_val_batches": 2}, {"overfit_batches": 2}])
+def test_short_runs(tmp_path, options):
+    callback = LogMECallback()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="You requested to overfit")
+        trainer(tmp_path, callback, **options).fit(Classifier(), loader(), loader())
+    assert callback.history[-1]["num_samples"] == (20 if "fast_dev_run" in options else 40)
+
+
+def test_validate_then_fit_then_validate(tmp_path):
+    module, callback = Classifier(), LogMECallback()
+    run = trainer(tmp_path, callback, max_epochs=1)
+    run.validate(module, loader(), verbose=False)
+    run.fit(module, loader(), loader())
+    run.validate(module, loader(vectors(60, seed=3)), verbose=False)
+    assert [(row["stage"], row["num_samples"]) for row in callback.history] == [
+        ("validate", 96),
+        ("fit", 96),
+        ("validate", 60),
+    ]
+
+
+def test_no_validation_is_said_and_harmless(tmp_path):
+    with pytest.warns(UserWarning, match="this run has no validation: nothing will be logged"):
+        trainer(tmp_path, LogMECallback(), limit_val_batches=0).fit(Classifier(), loader(), loader())
+
+
+def test_announces_once_which_module_it_took(tmp_path, caplog):
+    module, callback = Classifier(ConvNet()), LogMECallback()
+    run = trainer(tmp_path, callback, max_epochs=1)
+    with caplog.at_level("INFO"):
+        run.fit(module, loader(images()), loader(images()))
+        run.validate(module, loader(images()), verbose=False)
+    said = [record.message for record in caplog.records if record.message.startswith("LogMECallback")]
+    assert said == ["LogMECallback: the feature is the input of 'model.fc' (Linear), D = 8, K = 4."]
+
+
+def hooks(module: nn.Module) -> int:
+    return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules())
+
+
+def test_hooks_are_gone_after_a_run_and_after_an_exception(tmp_path):
+    module, callback = Classifier(), LogMECallback(layers=["model.0"])
+    run = trainer(tmp_path, callback, max_epochs=1)
+    run.fit(module, loader(), loader())
+    assert hooks(module) == 0
+
+    class Failing(Classifier):
+        def training_step(self, batch, batch_idx):
+            assert hooks(self) == 2
+            raise KeyboardInterrupt if self.interrupt else RuntimeError("own mistake")
+
+    for interrupt in (False, True):
+        module = Failing()
+        module.interrupt = interrupt
+        with pytest.raises((RuntimeError, SystemExit, KeyboardInterrupt)):
+            trainer(tmp_path, LogMECallback(layers=["model.0"])).fit(module, loader(), loader())
+        assert hooks(module) == 0
+
+
+def test_the_module_gets_no_new_state(tmp_path):
+    class Saving(Classifier):
+        def on_validation_epoch_end(self):
+            assert not any("logme" in key.lower() for key in self.state_dict())
+
+    module = Saving()
+    trainer(tmp_path, LogMECallback()).fit(module, loader(), loader())
+    assert module.state_dict().keys() == Saving().state_dict().keys()
+
+
+class TestErrors:
+    """At the start they raise; later they warn, and the run goes on."""
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"task": "rank"}, "task must be one of"),
+            ({"pooling": "max"}, "pooling must be"),
+            ({"layers": "model.0"}, r"layers must be a sequence of names, got the string 'model.0'"),
+            ({"num_classes": 0}, "num_classes must be a positive integer"),
+            ({"name": ""}, "name must not be empty"),
+        ],
+    )
+    def test_arguments(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            LogMECallback(**options)
+
+    @pytest.mark.parametrize(
+        ("callback", "model", "message"),
+        [
+            (LogMECallback("model.9"), None, "head: Untouched has no module named 'model.9'; did you mean one of 'model.2'"),
+            (LogMECallback(layers=["body"]), None, "layers: Untouched has no module named 'body'"),
+            (LogMECallback(), nn.ModuleDict({"a": mlp(), "b": mlp()}), r"several layers .* 'model.a.2' \(32 → 4\)"),
+            (LogMECallback(), nn.Conv2d(3, 4, 1), "no torch.nn.Linear"),
+            (LogMECallback(), mlp(16, 1), "num_classes: .* 'model.2' puts out 1; .*task='binary'"),
+            (LogMECallback("model.1"), None, "num_classes: .* 'model.1' does not tell; give LogMECallback"),
+        ],
+    )
+    @pytest.mark.parametrize("verb", ["fit", "validate"])
+    def test_before_the_first_step(self, tmp_path, callback, model, message, verb):
+        class Untouched(Classifier):
+            def training_step(self, batch, batch_idx):
+                pytest.fail("training began")
+
+        run = trainer(tmp_path, callback, num_sanity_val_steps=0)
+        with pytest.raises(ValueError, match=message):
+            getattr(run, verb)(Untouched(model), *[loader()] * (2 if verb == "fit" else 1))
+
+    @pytest.mark.parametrize(
+        ("callback", "message"),
+        [
+            (lambda: LogMECallback(num_classes=3), r"labels from 0 to 3, .* must be in 0…2 \(3 classes\)"),
+            (lambda: LogMECallback(target=0), r"target must have shape \(N,\) for task='multiclass', got \(20, 16\)"),
+            (lambda: LogMECallback(target=7), "target=7 does not lead to labels in a batch that is a list of 2"),
+            (lambda: LogMECallback(target=lambda b: b[1][:3]), "gave 20 features for 3 labels"),
+            (lambda: LogMECallback(class_names=["a"]), "class_names must hold one name for each of 4 outputs, got 1"),
+            (lambda: LogMECallback(layers=["unused"]), "layer 'unused' was not called by validation_step"),
+            (lambda: LogMECallback(layers=["shared"]), "layer 'shared' was called 2 times by one validation_step"),
+            (lambda: LogMECallback(task="regression"), None),
+        ],
+    )
+    def test_on_the_first_batch(self, tmp_path, callback, message):
+        class Odd(Classifier):
+            def __init__(self):
+                super().__init__()
+                self.unused, self.shared = nn.Identity(), nn.Identity()
+
+            def forward(self, x):
+                return self.shared(self.model(self.shared(x)))
+
+        run = trainer(tmp_path, callback())
+        if message is None:  # integer targets are numbers, too
+            run.validate(Odd(), loader(), verbose=False)
+            return
+        module = Odd()
+        with pytest.raises(ValueError, match=message):
+            run.validate(module, loader(), verbose=False)
+        assert hooks(module) == 0
+
+    def test_later_batches_warn_and_the_run_goes_on(self, tmp_path):
+        x, y = vectors(100).tensors
+        bad = torch.where(torch.arange(100) == 99, 17, y)  # in the last batch only
+        module, callback = Classifier(), LogMECallback()
+
+        class Forgiving(Classifier):
+            def validation_step(self, batch, batch_idx):
+                self(batch[0])
+
+        module = Forgiving()
+        checkpoint = ModelCheckpoint(tmp_path, monitor="logme", mode="max")
+        run = trainer(tmp_path, callback, checkpoint)
+        with pytest.warns(UserWarning, match="logme is NaN for this validation.*labels from 0 to 17") as caught:
+            run.fit(module, loader(), loader(TensorDataset(x, bad)))
+        assert run.state.finished
+        assert sum("labels from 0 to 17" in str(warning.message) for warning in caught) == 2  # one a validation
+        assert [math.isnan(row["logme"]) for row in callback.history] == [True, True]
+        assert math.isnan(run.callback_metrics["logme"])
+        assert callback.evidence == {}
+
+    def test_nan_features_warn_and_the_run_goes_on(self, tmp_path):
+        x, y = vectors(100).tensors
+        x[3, 3] = math.nan
+        callback = LogMECallback()
+        run = trainer(tmp_path, callback)
+        with pytest.warns(UserWarning, match="LogME is NaN: the features contain NaN or Inf"):
+            run.fit(Classifier(), loader(), loader(TensorDataset(x, y)))
+        assert run.state.finished
+        assert math.isnan(callback.history[-1]["logme"])
+
+    def test_recovers_in_the_next_validation(self, tmp_path):
+        class Hiccup(Classifier):
+            def validation_step(self, batch, batch_idx):
+                self(batch[0])
+                if batch_idx == 1 and self.current_epoch == 0 and not self.trainer.sanity_checking:
+                    self(batch[0])
+
+        callback = LogMECallback()
+        with pytest.warns(UserWarning, match="called 2 times"):
+            trainer(tmp_path, callback).fit(Hiccup(), loader(), loader())
+        assert [math.isnan(row["logme"]) for row in callback.history] == [True, False]
+
+    def test_empty_loader(self, tmp_path):
+        class Nothing(IterableDataset):
+            def __iter__(self):
+                return iter(())
+
+        callback = LogMECallback()
+        with pytest.warns(UserWarning, match="logme is NaN: the validation loader gave no batch"):
+            trainer(tmp_path, callback, max_epochs=1).fit(Classifier(), loader(), DataLoader(Nothing()))
+        assert math.isnan(callback.history[-1]["logme"])
+        assert callback.history[-1]["num_samples"] == 0
+
+    def test_compiled_before_the_run(self, tmp_path):
+        module = Classifier()
+        module.model.compile(backend="eager")
+        module.eval()
+        with torch.inference_mode():
+            module(vectors().tensors[0][:20])
+        with pytest.raises(ValueError, match="the head 'model.2' was not called .* force_eager"):
+            trainer(tmp_path, LogMECallback()).validate(module, loader(), verbose=False)
+        torch.compiler.reset()
+        trainer(tmp_path, LogMECallback()).validate(module, loader(), verbose=False)
+
+
+def test_two_callbacks_need_two_names(tmp_path):
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `LogMECallback`"):
+        trainer(tmp_path, LogMECallback(), LogMECallback(layers=["model.0"]))
+    run = trainer(tmp_path, LogMECallback(), LogMECallback("model.0", name="input", num_classes=4))
+    run.validate(Classifier(), loader(), verbose=False)
+    assert {"logme", "input", "input_gain"} <= set(run.callback_metrics)
+
+
+def test_standalone_pytorch_lightning(tmp_path):
+    standalone = pytest.importorskip("pytorch_lightning")
+
+    class Other(standalone.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = mlp()
+
+        def validation_step(self, batch, batch_idx):
+            self.model(batch[0])
+
+    callback = LogMECallback()
+    run = standalone.Trainer(
+        accelerator="cpu", callbacks=[callback], logger=False, enable_progress_bar=False, default_root_dir=tmp_path
+    )
+    run.validate(Other(), loader(), verbose=False)
+    assert "logme" in run.callback_metrics

@@ -1,0 +1,262 @@
+"""What torchmetrics users expect of a metric."""
+
+import copy
+import math
+import pickle
+import warnings
+
+import pytest
+import torch
+from oracles import problem
+from torchmetrics import MetricCollection, MetricTracker
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_logme import LogME
+from lightning_logme.functional import evidence, logme
+from lightning_logme.moments import moments_device
+
+FEATURES, TARGET = map(torch.as_tensor, problem(200, 8, 4, noise=2.0))
+FEATURES = FEATURES.float()
+EXPECTED = float(logme(FEATURES, TARGET))
+
+
+def filled(parts: int = 4, **options) -> LogME:
+    metric = LogME("multiclass", num_features=8, num_classes=4, **options)
+    for features, target in zip(FEATURES.chunk(parts), TARGET.chunk(parts), strict=True):
+        metric.update(features, target)
+    return metric
+
+
+def test_batches_give_the_total():
+    metric = filled()
+    assert float(metric.compute()) == pytest.approx(EXPECTED, rel=1e-12)
+    assert metric.compute().dtype == torch.float64
+    assert metric.compute().shape == ()
+    assert metric.higher_is_better
+    assert metric.full_state_update is False
+    assert metric.is_differentiable is False
+
+
+@pytest.mark.parametrize(
+    ("task", "target", "options"),
+    [
+        ("binary", TARGET % 2, {}),
+        ("multilabel", torch.stack([TARGET == 1, TARGET > 1], 1).long(), {"num_labels": 2}),
+        ("multilabel", torch.stack([TARGET == 1, TARGET > 1], 1).float(), {"num_labels": 2}),
+        ("regression", FEATURES[:, 0].sin(), {}),
+        ("regression", FEATURES[:, :2].sin(), {"num_outputs": 2}),
+        ("multiclass", TARGET, {"num_classes": 4, "ignore_index": 2}),
+        ("multiclass", TARGET, {"num_classes": 4, "fit_intercept": True}),
+    ],
+)
+def test_tasks_and_options_equal_the_function(task, target, options):
+    metric = LogME(task, 8, **options)
+    for features, labels in zip(FEATURES.split(33), target.split(33), strict=True):
+        metric.update(features, labels)
+    shared = {name: value for name, value in options.items() if name in ("ignore_index", "fit_intercept")}
+    expected = evidence(FEATURES, target, task, **shared)
+    assert float(metric.compute()) == pytest.approx(float(expected.score), rel=1e-12)
+    torch.testing.assert_close(metric.evidence().weight, expected.weight, rtol=1e-9, atol=1e-12)
+    assert metric.evidence().num_samples == expected.num_samples
+
+
+def test_forward_gives_the_batch_and_keeps_the_total():
+    metric = LogME("multiclass", 8, num_classes=4)
+    for features, target in zip(FEATURES.chunk(4), TARGET.chunk(4), strict=True):
+        batch = FEATURES.new_tensor(float(metric(features, target)))
+        assert float(batch) == pytest.approx(float(logme(features, target)), rel=1e-6)
+    assert float(metric.compute()) == pytest.approx(EXPECTED, rel=1e-12)
+    assert metric.evidence().num_samples == 200
+
+
+def test_forward_with_features_in_a_graph():
+    metric = LogME("multiclass", 8, num_classes=4)
+    features = FEATURES.clone().requires_grad_()
+    metric(features * 2, TARGET)
+    metric.update(features * 2, TARGET)
+    assert not metric.gram.requires_grad
+
+
+def test_compute_is_cached_until_the_next_update(monkeypatch):
+    metric = filled()
+    first = metric.evidence()
+    assert metric.evidence() is first
+    assert float(metric.compute()) == float(first.score)
+    metric.update(FEATURES[:50], TARGET[:50].flip(0))
+    assert metric.evidence() is not first
+    assert metric.evidence().num_samples == 250
+
+
+def test_without_cache():
+    metric = filled(compute_with_cache=False)
+    assert float(metric.evidence().score) == pytest.approx(EXPECTED, rel=1e-12)
+
+
+def test_reset():
+    metric = filled()
+    metric.reset()
+    metric.update(FEATURES[:100], TARGET[:100])
+    assert float(metric.compute()) == pytest.approx(float(logme(FEATURES[:100], TARGET[:100])), rel=1e-12)
+
+
+@pytest.mark.parametrize("copied", [lambda m: m.clone(), copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.parametrize("computed", [False, True])
+def test_copies_go_their_own_way(copied, computed):
+    metric = filled()
+    if computed:
+        metric.compute()
+    other = copied(metric)
+    other.update(FEATURES[:50], TARGET[:50].flip(0))
+    assert float(metric.compute()) == pytest.approx(EXPECTED, rel=1e-12)
+    assert other.evidence().num_samples == 250
+    assert float(other.compute()) != pytest.approx(EXPECTED, rel=1e-6)
+
+
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_merge_state(as_dict):
+    first, second = LogME("multiclass", 8, num_classes=4), LogME("multiclass", 8, num_classes=4)
+    first.update(FEATURES[:120], TARGET[:120])
+    second.update(FEATURES[120:], TARGET[120:])
+    first.compute()  # must not be what compute returns later
+    first.merge_state(second.metric_state if as_dict else second)
+    assert float(first.compute()) == pytest.approx(EXPECTED, rel=1e-12)
+    empty = LogME("multiclass", 8, num_classes=4)
+    empty.merge_state(filled())
+    assert float(empty.compute()) == pytest.approx(EXPECTED, rel=1e-12)
+
+
+def test_state_dict_is_empty_unless_persistent():
+    metric = filled()
+    assert metric.state_dict() == {}
+    metric.persistent(True)
+    other = LogME("multiclass", 8, num_classes=4)
+    other.persistent(True)
+    other.load_state_dict(metric.state_dict())
+    other.update(FEATURES[:0], TARGET[:0])
+    assert float(other.compute()) == pytest.approx(EXPECTED, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "cast",
+    [
+        lambda m: m.half(),
+        lambda m: m.bfloat16(),
+        lambda m: m.float(),
+        lambda m: m.to(torch.bfloat16),
+        lambda m: m.to("cpu", torch.float16),
+        lambda m: m.set_dtype(torch.float16),
+        lambda m: m.type(torch.float32),
+        lambda m: torch.nn.ModuleList([m]).to(torch.bfloat16)[0],
+    ],
+)
+def test_states_stay_exact_whatever_is_cast(cast):
+    metric = LogME("multiclass", 8, num_classes=4)
+    metric.update(FEATURES[:100], TARGET[:100])
+    metric = cast(metric)
+    metric.update(FEATURES[100:], TARGET[100:])
+    assert all(value.dtype == torch.float64 for value in metric.metric_state.values())
+    assert float(metric.compute()) == pytest.approx(EXPECTED, rel=1e-12)
+    metric.reset()
+    assert metric.gram.dtype == torch.float64
+
+
+def test_moments_live_where_float64_is():
+    assert moments_device(torch.device("mps")) == torch.device("cpu")
+    assert moments_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
+
+
+def test_collection_shares_one_update_between_equal_states():
+    collection = MetricCollection(
+        {
+            "plain": LogME("multiclass", 8, num_classes=4),
+            "centred": LogME("multiclass", 8, num_classes=4, fit_intercept=True),
+        }
+    )
+    for features, target in zip(FEATURES.chunk(4), TARGET.chunk(4), strict=True):
+        collection.update(features, target)
+    assert len(collection.compute_groups) == 1
+    for _ in range(2):
+        values = collection.compute()
+        assert float(values["plain"]) == pytest.approx(EXPECTED, rel=1e-12)
+        assert float(values["centred"]) == pytest.approx(float(logme(FEATURES, TARGET, fit_intercept=True)), rel=1e-12)
+    collection.update(FEATURES[:50], TARGET[:50])
+    assert collection["centred"].evidence().num_samples == 250
+    collection.reset()
+    collection.update(FEATURES, TARGET)
+    assert float(collection.compute()["plain"]) == pytest.approx(EXPECTED, rel=1e-12)
+
+
+def test_collection_with_another_metric():
+    collection = MetricCollection(LogME("multiclass", 8, num_classes=8), MulticlassAccuracy(8))
+    collection.update(FEATURES, TARGET)
+    assert set(collection.compute()) == {"LogME", "MulticlassAccuracy"}
+
+
+def test_tracker_finds_the_best():
+    tracker = MetricTracker(LogME("multiclass", 8, num_classes=4))
+    generator = torch.Generator().manual_seed(0)
+    for noise in (1.0, 0.1, 3.0):
+        tracker.increment()
+        tracker.update(FEATURES + noise * torch.randn(FEATURES.shape, generator=generator), TARGET)
+    best, step = tracker.best_metric(return_step=True)
+    assert step == 1
+    assert best == pytest.approx(float(tracker.compute_all().max()))
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_inference_mode_then_training(reset):
+    metric = LogME("multiclass", 8, num_classes=4)
+    with torch.inference_mode():
+        metric.reset()
+        metric.update(FEATURES[:100], TARGET[:100])
+        metric.compute()
+    if reset:
+        metric.reset()
+        metric.update(FEATURES[:100], TARGET[:100])
+    metric.update(FEATURES[100:], TARGET[100:])
+    assert float(metric.compute()) == pytest.approx(EXPECTED, rel=1e-12)
+    with torch.inference_mode():
+        metric.update(FEATURES[:50], TARGET[:50])
+    assert metric.evidence().num_samples == 250
+
+
+def test_autocast_does_not_reach_the_sums():
+    metric = LogME("multiclass", 8, num_classes=4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        metric.update(FEATURES, TARGET)
+        score = metric.compute()
+    assert float(score) == pytest.approx(EXPECTED, rel=1e-12)
+
+
+def test_compute_never_raises_on_accepted_data():
+    metric = LogME("multiclass", 8, num_classes=4)
+    broken = FEATURES.clone()
+    broken[7, 3] = math.nan
+    metric.update(broken, TARGET)
+    with pytest.warns(UserWarning, match="features contain NaN or Inf") as caught:
+        assert math.isnan(metric.compute())
+        assert math.isnan(metric.evidence().gain)
+    assert len(caught) == 1
+
+
+def test_before_any_update():
+    metric = LogME("multiclass", 8, num_classes=4)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert math.isnan(metric.compute())
+    assert any("no samples" in str(warning.message) for warning in caught)
+
+
+def test_plot():
+    pytest.importorskip("matplotlib")
+    metric = filled()
+    figure, _ = metric.plot()
+    assert figure is not None
+    values = [metric.compute(), metric.compute() + 1]
+    assert len(metric.plot(values)[1].lines) >= 1
+
+
+def test_arguments_by_name():
+    metric = LogME(task="multiclass", num_features=8, num_classes=4)
+    metric.update(features=FEATURES, target=TARGET)
+    assert float(metric.compute()) == pytest.approx(EXPECTED, rel=1e-12)

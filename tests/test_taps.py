@@ -1,0 +1,216 @@
+"""Hooks that remember, pooling, and where labels are."""
+
+import copy
+import pickle
+from collections import UserDict, namedtuple
+from types import SimpleNamespace
+
+import pytest
+import torch
+from models import mlp
+from torch import nn
+
+from lightning_logme.batch import conform_target, find_mask, find_target
+from lightning_logme.taps import Tap, check_pooling, pool
+
+X = torch.randn(5, 16)
+
+
+def test_input_and_output():
+    module = mlp()
+    before, after = Tap(module[2], "input", "in"), Tap(module[1], "output", "out")
+    module(X)
+    expected = module[1](module[0](X))
+    before.start(), after.start()
+    module(X)
+    torch.testing.assert_close(before.take(), expected)
+    torch.testing.assert_close(after.take(), expected)
+    assert not before.open
+    for tap in (before, after):
+        tap.remove()
+    assert not module[2]._forward_pre_hooks
+    assert not module[1]._forward_hooks
+
+
+def test_never_called_and_called_twice():
+    module = mlp()
+    tap = Tap(module[2], "input", "the head '2'")
+    tap.start()
+    with pytest.raises(ValueError, match="the head '2' was not called by validation_step.*force_eager"):
+        tap.take()
+    tap.start()
+    module(X), module(X)
+    with pytest.raises(ValueError, match="the head '2' was called 2 times by one validation_step"):
+        tap.take()
+    tap.start()
+    module(X)
+    assert tap.take().shape == (5, 32)
+
+
+def test_keyword_arguments_and_nested_outputs():
+    class Odd(nn.Module):
+        def forward(self, *, hidden):
+            return {"aux": None, "last_hidden_state": hidden + 1, "first": hidden}
+
+    module = Odd()
+    before, after = Tap(module, "input", "in"), Tap(module, "output", "out")
+    before.start(), after.start()
+    module(hidden=X)
+    torch.testing.assert_close(before.take(), X)
+    torch.testing.assert_close(after.take(), X + 1)
+
+
+def test_module_without_tensors():
+    class Silent(nn.Module):
+        def forward(self):
+            return None
+
+    module = Silent()
+    tap = Tap(module, "output", "layer 'x'")
+    tap.start()
+    module()
+    with pytest.raises(ValueError, match="layer 'x' was called without a tensor"):
+        tap.take()
+
+
+def test_in_place_activation_after_a_layer():
+    module = nn.Sequential(nn.Linear(16, 8), nn.ReLU(inplace=True))
+    tap = Tap(module[0], "output", "layer")
+    tap.start()
+    module(X)
+    torch.testing.assert_close(tap.take(), module[0](X))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_the_users_module_can_be_copied(copied):
+    module = mlp()
+    taps = [Tap(module[2], "input", "in"), Tap(module[2], "output", "out")]
+    for tap in taps:
+        tap.start()
+    module(X)
+    other = copied(module)
+    torch.testing.assert_close(other(X), module[2](module[1](module[0](X))))
+    (hook,) = other[2]._forward_pre_hooks.values()
+    assert hook.__self__ is not taps[0]
+    assert hook.__self__._seen == []
+    assert not hook.__self__.open
+    assert set(module.state_dict()) == set(mlp().state_dict())
+
+
+class TestPool:
+    tokens = torch.randn(3, 7, 4)
+    maps = torch.randn(3, 4, 5, 6)
+
+    def test_vectors_stay(self):
+        assert pool(X) is X
+
+    def test_tokens(self):
+        torch.testing.assert_close(pool(self.tokens), self.tokens.mean(1))
+        torch.testing.assert_close(pool(self.tokens, "mean"), self.tokens.mean(1))
+        torch.testing.assert_close(pool(self.tokens, "cls"), self.tokens[:, 0])
+
+    def test_masked_tokens_do_not_count(self):
+        mask = torch.ones(3, 7, dtype=torch.long)
+        mask[1, 4:] = 0
+        tokens = self.tokens.clone()
+        tokens[1, 4:] = torch.nan
+        pooled = pool(tokens, mask=mask)
+        torch.testing.assert_close(pooled[1], self.tokens[1, :4].mean(0))
+        torch.testing.assert_close(pooled[0], self.tokens[0].mean(0))
+        torch.testing.assert_close(
+            pool(self.tokens, mask=mask[:, :3]), self.tokens.mean(1)
+        )  # of something else  def test_maps(self):
+        torch.testing.assert_close(pool(self.maps), self.maps.mean((2, 3)))
+        torch.testing.assert_close(pool(self.maps.permute(0, 2, 3, 1), num_features=4), self.maps.mean((2, 3)))
+        torch.testing.assert_close(pool(self.maps.to(memory_format=torch.channels_last)), self.maps.mean((2, 3)))
+        torch.testing.assert_close(pool(self.maps[:, :, None].repeat(1, 1, 2, 1, 1)), self.maps.mean((2, 3)))
+
+    def test_half_precision_is_averaged_in_single(self):
+        low = self.maps.bfloat16()
+        torch.testing.assert_close(pool(low), low.float().mean((2, 3)))
+        assert pool(self.maps.double()).dtype == torch.float64
+
+    def test_callable(self):
+        torch.testing.assert_close(pool(self.maps, lambda x: x.amax((2, 3))), self.maps.amax((2, 3)))
+        with pytest.raises(
+            ValueError, match=r"pooling must return a tensor of shape \(3, D\), got \(3, 4, 5\) from \(3, 4, 5, 6\)"
+        ):
+            pool(self.maps, lambda x: x.mean(3))
+        with pytest.raises(ValueError, match="got str"):
+            pool(self.maps, lambda x: "x")
+
+    def test_bad(self):
+        with pytest.raises(ValueError, match=r"pooling='cls' needs tokens .* got \(3, 4, 5, 6\)"):
+            pool(self.maps, "cls")
+        with pytest.raises(ValueError, match=r"got \(3,\)"):
+            pool(self.maps[:, 0, 0, 0])
+        with pytest.raises(ValueError, match="pooling must be 'auto', 'mean', 'cls' or a callable.*got 'max'"):
+            check_pooling("max")
+
+
+class TestTarget:
+    y = torch.arange(5)
+    Named = namedtuple("Named", ["x", "label"])
+
+    @pytest.mark.parametrize(
+        "batch",
+        [
+            (X, y),
+            [X, y],
+            (X, y, "meta"),
+            ((X, X), y),
+            {"input": X, "labels": y},
+            {"input": X, "label": y},
+            {"input": X, "target": y},
+            {"input": X, "y": y},
+            UserDict(input_ids=X, labels=y),
+            SimpleNamespace(x=X, y=y),
+            Named(X, y),
+        ],
+    )
+    def test_usual_forms(self, batch):
+        assert find_target(batch) is self.y
+
+    def test_told(self):
+        assert find_target({"a": X, "b": self.y}, "b") is self.y
+        assert find_target((X, X, self.y), 2) is self.y
+        assert find_target((X, X, self.y), -1) is self.y
+        assert find_target(SimpleNamespace(mood=self.y), "mood") is self.y
+        assert find_target({"a": {"b": self.y}}, lambda batch: batch["a"]["b"]) is self.y
+
+    @pytest.mark.parametrize(
+        ("batch", "target", "message"),
+        [
+            (X, None, r"no labels found in a batch that is a Tensor; .*LogMECallback\(target=…\)"),
+            ((X,), None, "no labels found in a batch that is a tuple of 1"),
+            ({"image": X}, None, "no labels found in a batch that is a dict with keys 'image'"),
+            (
+                {"image": X},
+                "labels",
+                "target='labels' does not lead to labels in a batch that is a dict with keys 'image'",
+            ),
+            ((X, X), 2, "target=2 does not lead to labels in a batch that is a tuple of 2"),
+            (SimpleNamespace(), "y", "target='y' does not lead to labels in a batch that is a SimpleNamespace"),
+            (
+                (X, [1, 2]),
+                None,
+                r"must be a torch.Tensor, got list from a batch that is a tuple of 2 \(Tensor, list\)",
+            ),
+        ],
+    )
+    def test_not_there(self, batch, target, message):
+        with pytest.raises(ValueError, match=message):
+            find_target(batch, target)
+
+    def test_form(self):
+        assert conform_target(self.y[:, None], "multiclass").shape == (5,)
+        binary = conform_target(torch.tensor([[0.0], [1.0]]), "binary")
+        assert binary.tolist() == [0, 1]
+        assert (
+            conform_target(torch.tensor([0.5, 1.0]), "binary").is_floating_point()
+        )  # for the metric to refuse assert conform_target(self.y[:, None].float(), "regression").shape == (5, 1)
+
+    def test_mask(self):
+        assert find_mask({"attention_mask": self.y}) is self.y
+        assert find_mask({"attention_mask": [1]}) is None
+        assert find_mask((X, self.y)) is None
