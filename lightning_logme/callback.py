@@ -128,6 +128,7 @@ class LogMECallback(Callback):
         self._rows: dict[int, int] = {}
         self._broken: str | None = None
         # Of a batch
+        self._batch: Any = None
         self._labels: tuple[Tensor, Tensor | None] | None = None
 
     @property
@@ -253,7 +254,7 @@ class LogMECallback(Callback):
     def _detach(self) -> None:
         for tap in self._taps.values():
             tap.remove()
-        self._taps, self._metrics, self._labels = {}, {}, None
+        self._taps, self._metrics, self._batch, self._labels = {}, {}, None, None
 
     def _attempt(self, step: Callable[..., None], *args: Any) -> None:
         """Errors of a run's first batch are the user's to know at once; a later one must not end the run."""
@@ -269,12 +270,13 @@ class LogMECallback(Callback):
 
     def _start_batch(self, batch: Any) -> None:
         # Labels are read before validation_step, which may take them out of the batch.
-        self._labels = None if batch is None else self._read(batch)
+        self._batch, self._labels = batch, None if batch is None else self._read(batch)
         for tap in self._taps.values():
             tap.start()
 
     def _end_batch(self, trainer: Trainer, batch: Any, dataloader_idx: int) -> None:
-        target, mask = self._labels or self._read(batch)
+        # A validation_step that fetches its own batches (dataloader_iter) has had another one by now.
+        target, mask = self._labels if self._labels and batch is self._batch else self._read(batch)
         first = self._rows.get(dataloader_idx, 0)
         self._rows[dataloader_idx] = first + len(target)
         real = rows_without_padding(validation_loader(trainer, dataloader_idx), first, len(target))
@@ -292,7 +294,7 @@ class LogMECallback(Callback):
                 outputs = self._num_outputs or (target.shape[1] if target.ndim > 1 else 1)
                 self._metrics[key] = self._new_metric(features.shape[1], outputs, features.device)
             self._metrics[key].update(features[:real], target[:real])
-        self._labels, self._proven = None, True
+        self._batch, self._labels, self._proven = None, None, True
 
     def _read(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         return conform_target(find_target(batch, self.target), self.task), find_mask(batch)

@@ -66,9 +66,12 @@ def report(repeats: int, quick: bool) -> None:
         results.append((case, {name: median(times) for name, times in seconds.items()}, scores))
         print(_spread(case, seconds), flush=True)
     print()
-    header = ("N × D, K", PAPERS, RANKER, METRIC, FUNCTION)
-    header += ("metric: × faster (aim)", "logme: × faster (aim)", "limit", "metric / limit", "logme / limit")
-    print_table("Speed: seconds, medians", header, (_row(case, seconds) for case, seconds, _ in results))
+    faster = ("metric: × faster (aim)", "logme: × faster (aim)")
+    print_table(
+        "Speed: seconds, medians",
+        ("N × D, K", PAPERS, RANKER, METRIC, FUNCTION, *faster, "limit", "metric / limit", "logme / limit"),
+        (_row(case, seconds) for case, seconds, _ in results),
+    )
     print_table(
         "Speed: the parts, in seconds, and the scores",
         ("N × D, K", "metric: updates", "metric: compute", "½ FᵀF", "½ FFᵀ", "eigh", PAPERS, RANKER, METRIC, FUNCTION),
@@ -171,4 +174,4 @@ def _parts(case: Case, seconds: Mapping[str, float], scores: Mapping[str, float]
 def _spread(case: Case, seconds: Mapping[str, list[float]]) -> str:
     """How far the rounds of a case lie apart, for a reader to judge the noise."""
     ranges = (f"{name} {min(times):.3f}…{max(times):.3f} ({len(times)})" for name, times in seconds.items())
-    return f"{case}: " + ", ".join(ranges)
+    return f"- {case}: " + ", ".join(ranges)
