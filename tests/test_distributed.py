@@ -1,0 +1,164 @@
+"""Two real processes give what one gives."""
+
+import math
+import os
+import socket
+from datetime import timedelta
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from models import CLASSES, Classifier, loader, penultimate, trainer, vectors
+from oracles import problem
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+
+from lightning_logme import LogME, LogMECallback
+from lightning_logme.distributed import rows_without_padding
+from lightning_logme.functional import evidence
+
+
+def spawn(function, *args, world=2):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_process, (world, port, function, args), nprocs=world)
+
+
+def _process(rank, world, port, function, args):
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    try:
+        function(rank, world, *args)
+    finally:
+        dist.destroy_process_group()
+
+
+def _sync_of_uneven_shards(rank, world, empty_rank):
+    features, labels = map(torch.as_tensor, problem(101, 6, 4))
+    metric = LogME("multiclass", 6, num_classes=4)
+    mine = slice(rank, None, world) if empty_rank is None else slice(0, None) if rank != empty_rank else slice(0, 0)
+    metric.update(features[mine], labels[mine])
+    expected = evidence(features, labels)
+    for _ in range(2):
+        torch.testing.assert_close(metric.compute(), expected.score, rtol=1e-10, atol=0)
+        assert metric.evidence().num_samples == 101
+        torch.testing.assert_close(metric.evidence().weight, expected.weight)
+    assert int(metric.count) == len(features[mine])  # own sums are back after the sync
+    metric.update(features[:10], labels[:10])
+    assert metric.evidence().num_samples == 101 + 10 * world
+
+
+@pytest.mark.parametrize("empty_rank", [None, 0, 1])
+def test_metric(empty_rank):
+    spawn(_sync_of_uneven_shards, empty_rank)
+
+
+class Checked(pl.Callback):
+    """Compares in each process, where the history of the callback is, with all the data in one."""
+
+    def __init__(self, callback, datasets):
+        self.callback, self.datasets = callback, datasets
+
+    def on_validation_end(self, trainer, pl_module):
+        if trainer.sanity_checking:
+            return
+        assert len(self.callback.history) == len(self.datasets) * (1 + len(self.callback.layers))
+        for index, data in enumerate(self.datasets):
+            key = "logme" if len(self.datasets) == 1 else f"logme/dataloader_idx_{index}"
+            expected = evidence(*penultimate(pl_module, "model.2", data), num_classes=CLASSES)
+            row = next(row for row in self.callback.history if row["key"] == key)
+            assert row["num_samples"] == len(data)
+            assert row["logme"] == pytest.approx(float(expected.score), rel=1e-5)
+            assert row["gain"] == pytest.approx(float(expected.gain), rel=1e-5)
+            assert float(trainer.callback_metrics[key]) == pytest.approx(row["logme"], rel=1e-6)
+
+
+def fit(path, module, datasets, train, val=None, layers=(), **options):
+    callback = LogMECallback(layers=layers)
+    checked = Checked(callback, datasets)
+    run = trainer(path, callback, checked, devices=2, strategy="ddp_spawn", max_epochs=1, **options)
+    run.fit(module, train, val)
+    assert "logme" in " ".join(run.callback_metrics)  # what was logged comes back from the processes
+
+
+@pytest.mark.parametrize("number", [11, 16])
+def test_callback_counts_no_padding(tmp_path, number):
+    data = vectors(number)
+    fit(tmp_path, Classifier(), [data], loader(vectors(40)), loader(data, batch_size=3), layers=["model.0"])
+
+
+def test_callback_with_several_loaders(tmp_path):
+    datasets = [vectors(number, seed=number) for number in (9, 5, 8)]
+    fit(tmp_path, Classifier(), datasets, loader(vectors(40)), [loader(data, batch_size=3) for data in datasets])
+
+
+class FirstRankOnly(IterableDataset):
+    def __iter__(self):
+        return iter(vectors(12) if dist.get_rank() == 0 else ())
+
+
+class Quiet(Classifier):
+    def validation_step(self, batch, batch_idx):
+        self(batch[0])
+
+
+def test_a_rank_without_data(tmp_path):
+    fit(
+        tmp_path,
+        Quiet(),
+        [vectors(12)],
+        loader(vectors(40)),
+        DataLoader(FirstRankOnly(), batch_size=5),
+        layers=["model.0"],
+        num_sanity_val_steps=0,
+    )
+
+
+class Failing(Quiet):
+    """Calls its head twice in the last batch of one process."""
+
+    def validation_step(self, batch, batch_idx):
+        self(batch[0])
+        if batch_idx == 1 and self.global_rank == 1:
+            self(batch[0])
+
+
+class AllNaN(pl.Callback):
+    def on_validation_end(self, trainer, pl_module):
+        if not trainer.sanity_checking:
+            assert math.isnan(trainer.callback_metrics["logme"])
+
+
+def test_what_breaks_on_one_rank_is_nan_on_all_and_ends_nothing(tmp_path):
+    run = trainer(tmp_path, LogMECallback(), AllNaN(), devices=2, strategy="ddp_spawn", num_sanity_val_steps=1)
+    run.fit(Failing(), loader(vectors(40)), loader(vectors(40), batch_size=10))
+    assert math.isnan(run.callback_metrics["logme"])
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("number", [1, 2, 5, 8, 11])
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_padding_rule(world, number, shuffle, batch_size):
+    """Over all ranks each sample is kept exactly once."""
+    kept = []
+    for rank in range(world):
+        sampler = DistributedSampler(range(number), world, rank, shuffle=shuffle)
+        data = DataLoader(range(number), batch_size=batch_size, sampler=sampler)
+        first = 0
+        for batch in data:
+            kept += batch[: rows_without_padding(data, first, len(batch))].tolist()
+            first += len(batch)
+    assert sorted(kept) == list(range(number))
+
+
+def test_other_samplers_have_no_padding():
+    assert rows_without_padding(DataLoader(range(5), batch_size=2), 4, 2) == 2
+    assert rows_without_padding(None, 0, 3) == 3
+    sampler = DistributedSampler(range(5), 2, 1, drop_last=True)
+    assert rows_without_padding(DataLoader(range(5), sampler=sampler), 0, 2) == 2
+    batched = torch.utils.data.BatchSampler(DistributedSampler(range(5), 2, 1), 2, drop_last=False)
+    assert rows_without_padding(DataLoader(range(5), batch_sampler=batched), 2, 1) == 0

@@ -1,0 +1,52 @@
+"""The same on a CUDA device."""
+
+import pytest
+import torch
+from models import Classifier, ConvNet, VisionTransformer, images, loader, trainer, vectors
+from oracles import problem
+
+from lightning_logme import LogME, LogMECallback
+from lightning_logme.functional import evidence
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.mark.parametrize(("n", "d"), [(500, 40), (60, 300), (290, 300)])
+@pytest.mark.parametrize("fit_intercept", [False, True])
+def test_function_and_metric_equal_the_cpu(n, d, fit_intercept):
+    features, labels = map(torch.as_tensor, problem(n, d, 5, noise=3.0))
+    expected = evidence(features, labels, fit_intercept=fit_intercept)
+    result = evidence(features.cuda(), labels.cuda(), fit_intercept=fit_intercept)
+    metric = LogME("multiclass", d, num_classes=5, fit_intercept=fit_intercept).cuda()
+    for part, target in zip(features.cuda().split(64), labels.cuda().split(64), strict=True):
+        metric.update(part, target)
+    for name in ("per_output", "null", "weight", "effective_dim"):
+        for other in (result, metric.evidence()):
+            assert getattr(other, name).is_cuda
+            torch.testing.assert_close(getattr(other, name).cpu(), getattr(expected, name), rtol=1e-8, atol=1e-8)
+    assert metric.cpu().gram.device.type == "cpu"
+
+
+def test_bad_labels_raise_instead_of_a_device_side_assert():
+    metric = LogME("multiclass", 4, num_classes=3).cuda()
+    with pytest.raises(ValueError, match="labels from 0 to 7"):
+        metric.update(torch.randn(5, 4).cuda(), torch.tensor([0, 1, 2, 7, 1]).cuda())
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed", "bf16-true"])
+@pytest.mark.parametrize("build", [ConvNet, VisionTransformer])
+def test_trainer(tmp_path, precision, build):
+    callback, data = LogMECallback(), images()
+    run = trainer(tmp_path, callback, accelerator="cuda", precision=precision)
+    run.fit(Classifier(build(), lr=1e-3), loader(data), loader(data))
+    assert callback.history[-1]["num_samples"] == len(data)
+    assert callback.history[-1]["gain"] > 0
+
+
+def test_compile(tmp_path):
+    torch.compiler.reset()
+    module, callback = Classifier(), LogMECallback()
+    module.compile()
+    trainer(tmp_path, callback, accelerator="cuda").fit(module, loader(vectors()), loader(vectors()))
+    assert [row["num_samples"] for row in callback.history] == [96, 96]

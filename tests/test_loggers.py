@@ -1,0 +1,92 @@
+"""What loggers get to see: real TensorBoard and CSV files, read back."""
+
+import csv
+
+import pytest
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from models import Classifier, loader, trainer
+from oracles import problem
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lightning_logme import LogMECallback
+from lightning_logme.functional import evidence
+from lightning_logme.plots import gain_figure
+
+
+def events(path) -> EventAccumulator:
+    accumulator = EventAccumulator(str(path), size_guidance={"images": 0, "histograms": 0, "scalars": 0})
+    return accumulator.Reload()
+
+
+def fit(tmp_path, logger, **options):
+    callback = LogMECallback(**options)
+    run = trainer(tmp_path, callback, logger=logger, log_every_n_steps=1)
+    run.fit(Classifier(), loader(), loader())
+    return callback
+
+
+def test_tensorboard(tmp_path):
+    callback = fit(tmp_path, TensorBoardLogger(tmp_path, "", ""), layers=["model.0"], class_names=list("abcd"))
+    seen = events(tmp_path)
+    for key in ("logme", "logme/model.0"):
+        rows = [row for row in callback.history if row["key"] == key]
+        gain_key = key.replace("logme", "logme_gain", 1)
+        assert [event.value for event in seen.Scalars(key)] == pytest.approx([row["logme"] for row in rows])
+        assert [event.value for event in seen.Scalars(gain_key)] == pytest.approx([row["gain"] for row in rows])
+        steps = [event.step for event in seen.Scalars("val_loss")]
+        assert [event.step for event in seen.Scalars(key)] == steps
+        for tag, number in (
+            (f"{key}/gain_per_output", 4),
+            (f"{key}/log10_spectrum", len(callback.evidence[key].spectrum)),
+        ):
+            histograms = seen.Histograms(tag)
+            assert [event.step for event in histograms] == steps
+            assert histograms[-1].histogram_value.num == number
+        gains = callback.evidence[key].per_output - callback.evidence[key].null
+        assert seen.Histograms(f"{key}/gain_per_output")[-1].histogram_value.max == pytest.approx(float(gains.max()))
+        spectrum = callback.evidence[key].spectrum.log10()
+        assert seen.Histograms(f"{key}/log10_spectrum")[-1].histogram_value.max == pytest.approx(float(spectrum.max()))
+        assert [event.step for event in seen.Images(f"{key}/gain_by_output")] == steps
+
+
+def test_plots_can_be_turned_off(tmp_path):
+    fit(tmp_path, TensorBoardLogger(tmp_path, "", ""), plots=False)
+    tags = events(tmp_path).Tags()
+    assert tags["images"] == tags["histograms"] == []
+    assert {"logme", "logme_gain"} <= set(tags["scalars"])
+
+
+def test_csv_and_several_loggers(tmp_path):
+    callback = fit(tmp_path, [CSVLogger(tmp_path / "csv", "", ""), TensorBoardLogger(tmp_path / "tb", "", "")])
+    with open(tmp_path / "csv" / "metrics.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["logme"]]
+    assert [float(row["logme"]) for row in rows] == pytest.approx([row["logme"] for row in callback.history])
+    assert len(events(tmp_path / "tb").Images("logme/gain_by_output")) == 2
+
+
+def test_a_failing_plot_ends_the_plots_and_not_the_run(tmp_path, monkeypatch):
+    from tensorboard.compat.proto.summary_pb2 import Summary  # noqa: F401
+    from torch.utils.tensorboard import SummaryWriter
+
+    def full(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(SummaryWriter, "add_figure", full)
+    with pytest.warns(UserWarning, match="draws no more plots.*disk full"):
+        callback = fit(tmp_path, TensorBoardLogger(tmp_path, "", ""))
+    assert len(callback.history) == 2
+
+
+@pytest.mark.parametrize(
+    ("classes", "names"), [(4, None), (4, list("abcd")), (12, ["quite a long name"] * 12), (60, None)]
+)
+def test_figure_shows_the_gain_of_every_output(classes, names):
+    features, labels = problem(300, 8, classes)
+    result = evidence(features, labels)
+    figure = gain_figure(result, names)
+    (axes,) = figure.axes
+    heights = [bar.get_height() for bar in axes.patches]
+    assert heights == pytest.approx((result.per_output - result.null).tolist())
+    assert f"{float(result.gain):.3f}" in axes.get_title()
+    if names:
+        assert [label.get_text() for label in axes.get_xticklabels()] == names
