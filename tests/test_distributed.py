@@ -23,7 +23,7 @@ def spawn(function, *args, world=2):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    mp.spawn(_process, (world, port, function, args), nprocs=world)
+    mp.start_processes(_process, (world, port, function, args), nprocs=world, start_method="fork")
 
 
 def _process(rank, world, port, function, args):
@@ -56,6 +56,13 @@ def test_metric(empty_rank):
     spawn(_sync_of_uneven_shards, empty_rank)
 
 
+class Quiet(Classifier):
+    """Logs nothing itself, so that any warning of Lightning is about what the callback logs."""
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        self(batch[0])
+
+
 class Checked(pl.Callback):
     """Compares in each process, where the history of the callback is, with all the data in one."""
 
@@ -79,7 +86,7 @@ class Checked(pl.Callback):
 def fit(path, module, datasets, train, val=None, layers=(), **options):
     callback = LogMECallback(layers=layers)
     checked = Checked(callback, datasets)
-    run = trainer(path, callback, checked, devices=2, strategy="ddp_spawn", max_epochs=1, **options)
+    run = trainer(path, callback, checked, devices=2, strategy="ddp_fork", max_epochs=1, **options)
     run.fit(module, train, val)
     assert "logme" in " ".join(run.callback_metrics)  # what was logged comes back from the processes
 
@@ -87,22 +94,17 @@ def fit(path, module, datasets, train, val=None, layers=(), **options):
 @pytest.mark.parametrize("number", [11, 16])
 def test_callback_counts_no_padding(tmp_path, number):
     data = vectors(number)
-    fit(tmp_path, Classifier(), [data], loader(vectors(40)), loader(data, batch_size=3), layers=["model.0"])
+    fit(tmp_path, Quiet(), [data], loader(vectors(40)), loader(data, batch_size=3), layers=["model.0"])
 
 
 def test_callback_with_several_loaders(tmp_path):
     datasets = [vectors(number, seed=number) for number in (9, 5, 8)]
-    fit(tmp_path, Classifier(), datasets, loader(vectors(40)), [loader(data, batch_size=3) for data in datasets])
+    fit(tmp_path, Quiet(), datasets, loader(vectors(40)), [loader(data, batch_size=3) for data in datasets])
 
 
 class FirstRankOnly(IterableDataset):
     def __iter__(self):
         return iter(vectors(12) if dist.get_rank() == 0 else ())
-
-
-class Quiet(Classifier):
-    def validation_step(self, batch, batch_idx):
-        self(batch[0])
 
 
 def test_a_rank_without_data(tmp_path):
@@ -132,8 +134,9 @@ class AllNaN(pl.Callback):
             assert math.isnan(trainer.callback_metrics["logme"])
 
 
+@pytest.mark.filterwarnings("ignore:logme is NaN for this validation")
 def test_what_breaks_on_one_rank_is_nan_on_all_and_ends_nothing(tmp_path):
-    run = trainer(tmp_path, LogMECallback(), AllNaN(), devices=2, strategy="ddp_spawn", num_sanity_val_steps=1)
+    run = trainer(tmp_path, LogMECallback(), AllNaN(), devices=2, strategy="ddp_fork", num_sanity_val_steps=1)
     run.fit(Failing(), loader(vectors(40)), loader(vectors(40), batch_size=10))
     assert math.isnan(run.callback_metrics["logme"])
 
