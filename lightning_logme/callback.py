@@ -6,19 +6,18 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_logme.batch import TargetSpec, conform_target, find_mask, find_target
-from lightning_logme.distributed import agree, rows_without_padding, validation_loader
+from lightning_logme.collector import Collector
+from lightning_logme.distributed import number_of_loaders, rows_without_padding, validation_loader
 from lightning_logme.evidence import Evidence
 from lightning_logme.heads import find_head, get_module
 from lightning_logme.history import Row, figures, merge
-from lightning_logme.metric import LogME
-from lightning_logme.moments import Task, check_task, is_exclusive, moments_device
+from lightning_logme.moments import Task, check_task
 from lightning_logme.plots import log_plots
 from lightning_logme.taps import Pooling, Tap, check_pooling, pool
 
@@ -68,11 +67,13 @@ class LogMECallback(Callback):
 
     Example:
         >>> from lightning.pytorch import Trainer
-        >>> from lightning.pytorch.callbacks import ModelCheckpoint
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
         >>> from lightning_logme import LogMECallback
-        >>> trainer = Trainer(
-        ...     callbacks=[LogMECallback(), ModelCheckpoint(monitor="logme", mode="max")], logger=False,
-        accelerator="cpu" ... )
+        >>> callback = LogMECallback(target=lambda batch: batch.sum(1), task="regression")
+        >>> trainer = Trainer(callbacks=callback, logger=False, enable_progress_bar=False, accelerator="cpu")
+        >>> _ = trainer.validate(BoringModel(), verbose=False)
+        >>> [(row["key"], row["num_samples"]) for row in callback.history]
+        [('logme', 64)]
     """
 
     def __init__(
@@ -124,9 +125,7 @@ class LogMECallback(Callback):
         self._proven = False  # whether a batch has gone through: errors raise before, and warn after
         self._checkpoint_position: tuple[int, int] | None = None
         # Of a validation
-        self._metrics: dict[tuple[str, int], LogME] = {}
-        self._rows: dict[int, int] = {}
-        self._broken: str | None = None
+        self._collector: Collector | None = None
         # Of a batch
         self._batch: Any = None
         self._labels: tuple[Tensor, Tensor | None] | None = None
@@ -165,7 +164,9 @@ class LogMECallback(Callback):
             self._attach(pl_module)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._metrics, self._rows, self._broken = {}, {}, None
+        self._collector = Collector(
+            self.task, self._num_outputs, ignore_index=self.ignore_index, fit_intercept=self.fit_intercept
+        )
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -184,25 +185,17 @@ class LogMECallback(Callback):
         self._attempt(self._end_batch, trainer, batch, dataloader_idx)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        metrics, self._metrics = self._metrics, {}
-        if trainer.sanity_checking:
+        collector, self._collector = self._collector, None
+        if trainer.sanity_checking or collector is None:
             return
-        shapes, broken = agree(
-            {key: (metric.num_features, metric.num_outputs) for key, metric in metrics.items()}, self._broken
-        )
-        loaders = len(trainer.num_val_batches)
+        results = dict(collector.evidence(pl_module.device))
+        loaders = number_of_loaders(trainer)
         for source in self._taps:
             for index in range(loaders):
                 suffix = (f"/{source}" if source else "") + (f"/dataloader_idx_{index}" if loaders > 1 else "")
-                evidence = None
-                if broken is None and (source, index) in shapes:
-                    metric = metrics.get((source, index))
-                    if metric is None:
-                        metric = self._new_metric(*shapes[source, index], pl_module.device)
-                    evidence = self._evidence_of(metric)
-                elif broken is None:
+                if (source, index) not in results and collector.broken is None:
                     warnings.warn(f"{self.name}{suffix} is NaN: the validation loader gave no batch.", stacklevel=2)
-                self._publish(trainer, pl_module, suffix, evidence)
+                self._publish(trainer, pl_module, suffix, results.get((source, index)))
 
     def state_dict(self) -> dict[str, Any]:
         return {"history": list(self.history), "evidence": dict(self._figures)}
@@ -230,7 +223,11 @@ class LogMECallback(Callback):
         outputs = getattr(module, "out_features", getattr(module, "out_channels", None))
         if self.task == "multiclass" and self._num_outputs is None:
             if outputs is None or outputs < 2:
-                found = f"'{head}' puts out {outputs}" if outputs else f"{head!r} does not tell"
+                found = (
+                    "there is none"
+                    if head is None
+                    else f"'{head}' {f'puts out {outputs}' if outputs else 'does not tell'}"
+                )
                 raise ValueError(
                     f"num_classes: the number of classes is read off the head, but {found}; give "
                     "LogMECallback(num_classes=…), or "
@@ -254,31 +251,34 @@ class LogMECallback(Callback):
     def _detach(self) -> None:
         for tap in self._taps.values():
             tap.remove()
-        self._taps, self._metrics, self._batch, self._labels = {}, {}, None, None
+        self._taps, self._collector, self._batch, self._labels = {}, None, None, None
 
     def _attempt(self, step: Callable[..., None], *args: Any) -> None:
         """Errors of a run's first batch are the user's to know at once; a later one must not end the run."""
-        if self._broken is not None:
+        collector = self._collector
+        if collector is None or collector.broken is not None:
             return
         try:
-            step(*args)
+            step(collector, *args)
         except Exception as error:
+            for tap in self._taps.values():
+                tap.stop()
             if not self._proven:
                 raise
-            self._broken = f"{type(error).__name__}: {error}"
-            warnings.warn(f"{self.name} is NaN for this validation, after an error: {self._broken}", stacklevel=2)
+            collector.broken = f"{type(error).__name__}: {error}"
+            warnings.warn(f"{self.name} is NaN for this validation, after an error: {collector.broken}", stacklevel=2)
 
-    def _start_batch(self, batch: Any) -> None:
+    def _start_batch(self, collector: Collector, batch: Any) -> None:
         # Labels are read before validation_step, which may take them out of the batch.
         self._batch, self._labels = batch, None if batch is None else self._read(batch)
         for tap in self._taps.values():
             tap.start()
 
-    def _end_batch(self, trainer: Trainer, batch: Any, dataloader_idx: int) -> None:
+    def _end_batch(self, collector: Collector, trainer: Trainer, batch: Any, dataloader_idx: int) -> None:
         # A validation_step that fetches its own batches (dataloader_iter) has had another one by now.
         target, mask = self._labels if self._labels and batch is self._batch else self._read(batch)
-        first = self._rows.get(dataloader_idx, 0)
-        self._rows[dataloader_idx] = first + len(target)
+        first = collector.rows.get(dataloader_idx, 0)
+        collector.rows[dataloader_idx] = first + len(target)
         real = rows_without_padding(validation_loader(trainer, dataloader_idx), first, len(target))
         for source, tap in self._taps.items():
             seen = tap.take()
@@ -289,42 +289,18 @@ class LogMECallback(Callback):
                     f"shapes {tuple(seen.shape)} and {tuple(target.shape)}; name a module that gives one feature a "
                     "label, or pass target=."
                 )
-            key = source, dataloader_idx
-            if key not in self._metrics:
-                outputs = self._num_outputs or (target.shape[1] if target.ndim > 1 else 1)
-                self._metrics[key] = self._new_metric(features.shape[1], outputs, features.device)
-            self._metrics[key].update(features[:real], target[:real])
+            collector.add((source, dataloader_idx), features[:real], target[:real])
+        self._check_class_names(self._num_outputs or (target.shape[1] if target.ndim > 1 else 1))
         self._batch, self._labels, self._proven = None, None, True
 
-    def _read(self, batch: Any) -> tuple[Tensor, Tensor | None]:
-        return conform_target(find_target(batch, self.target), self.task), find_mask(batch)
-
-    def _new_metric(self, num_features: int, num_outputs: int, device: torch.device) -> LogME:
+    def _check_class_names(self, num_outputs: int) -> None:
         if self.class_names is not None and len(self.class_names) != num_outputs:
             raise ValueError(
                 f"class_names must hold one name for each of {num_outputs} outputs, got {len(self.class_names)}."
             )
-        metric = LogME(
-            self.task,
-            num_features,
-            num_classes=num_outputs,
-            num_labels=num_outputs,
-            num_outputs=num_outputs,
-            ignore_index=self.ignore_index,
-            fit_intercept=self.fit_intercept,
-        )
-        return metric.to(moments_device(device))
 
-    def _evidence_of(self, metric: LogME) -> Evidence | None:
-        try:
-            if not metric.update_called:  # this rank saw no data; it takes part in the sum all the same
-                metric.update(metric.gram.new_empty(0, metric.num_features), _no_target(metric))
-            return metric.evidence().to("cpu")
-        except Exception as error:
-            warnings.warn(
-                f"{self.name} is NaN for this validation, after an error: {type(error).__name__}: {error}", stacklevel=2
-            )
-            return None
+    def _read(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+        return conform_target(find_target(batch, self.target), self.task), find_mask(batch)
 
     def _publish(self, trainer: Trainer, pl_module: LightningModule, suffix: str, evidence: Evidence | None) -> None:
         """Log, remember and draw one result; None stands for NaN."""
@@ -353,9 +329,3 @@ class LogMECallback(Callback):
                 warnings.warn(
                     f"LogMECallback draws no more plots, after an error: {type(error).__name__}: {error}", stacklevel=2
                 )
-
-
-def _no_target(metric: LogME) -> Tensor:
-    if is_exclusive(metric.task):
-        return torch.empty(0, dtype=torch.long, device=metric.gram.device)
-    return metric.gram.new_empty(0, metric.num_outputs)

@@ -40,12 +40,22 @@ def agree(shapes: Shapes, broken: str | None) -> tuple[Shapes, str | None]:
 
 
 def validation_loader(trainer: Trainer, index: int) -> Any:
-    """The validation loader in use, as Lightning has prepared it."""
+    """The validation loader in use, as Lightning has prepared it; None where batches of several come at once."""
+    combined = _combined_loader(trainer)
+    return combined.flattened[index] if combined is not None and combined._mode == "sequential" else None
+
+
+def number_of_loaders(trainer: Trainer) -> int:
+    """How many validation loaders Lightning counts: one, where batches of several come at once."""
+    combined = _combined_loader(trainer)
+    return len(combined.flattened) if combined is not None and combined._mode == "sequential" else 1
+
+
+def _combined_loader(trainer: Trainer) -> Any:
     # Trainer.val_dataloaders would go on to name those of fit during a later Trainer.validate.
     fitting = trainer.state.fn == TrainerFn.FITTING
     loop = trainer.fit_loop.epoch_loop.val_loop if fitting else trainer.validate_loop
-    combined = loop._combined_loader
-    return None if combined is None else combined.flattened[index]
+    return loop._combined_loader
 
 
 def rows_without_padding(loader: Any, first: int, number: int) -> int:

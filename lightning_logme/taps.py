@@ -53,8 +53,8 @@ class Tap:
         Raises:
             ValueError: it was not called, or more than once, or there was no tensor.
         """
-        self.open = False
-        seen, self._seen = self._seen, []
+        seen = self._seen
+        self.stop()
         if len(seen) == 0:
             raise ValueError(
                 f"{self.name} was not called by validation_step. Name a module that is; or, if the model was compiled "
@@ -72,9 +72,14 @@ class Tap:
             raise ValueError(f"{self.name} was called without a tensor; name a module that takes and returns tensors.")
         return seen[0]
 
-    def remove(self) -> None:
+    def stop(self) -> None:
+        """Forget what was seen, and listen no more."""
         self.open = False
         self._seen = []
+
+    def remove(self) -> None:
+        """Leave the module as it was."""
+        self.stop()
         self._handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities import CombinedLoader
 from models import CLASSES, Classifier, ConvNet, images, loader, mlp, penultimate, trainer, vectors
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -213,6 +214,19 @@ def test_dataloader_iter_flavour(tmp_path):
     assert callback.history[0]["num_samples"] == 96
 
 
+def test_loaders_that_come_together_are_one(tmp_path):
+    class Together(Classifier):
+        def validation_step(self, batch, batch_idx):
+            self(torch.cat([batch["a"][0], batch["b"][0]]))
+
+    callback = LogMECallback(target=lambda batch: torch.cat([batch["a"][1], batch["b"][1]]))
+    loaders = CombinedLoader({"a": loader(), "b": loader(vectors(seed=1))}, "min_size")
+    run = trainer(tmp_path, callback)
+    run.validate(Together(), loaders, verbose=False)
+    assert callback.history[0]["num_samples"] == 192
+    assert set(run.callback_metrics) == {"logme", "logme_gain"}
+
+
 def test_sanity_check_leaves_no_trace_but_finds_mistakes(tmp_path):
     callback = LogMECallback()
     run = trainer(tmp_path, callback, max_epochs=1, num_sanity_val_steps=2)
@@ -384,6 +398,22 @@ class TestErrors:
         assert [math.isnan(row["logme"]) for row in callback.history] == [True, True]
         assert math.isnan(run.callback_metrics["logme"])
         assert callback.evidence == {}
+
+    def test_features_are_let_go_after_an_error(self, tmp_path):
+        class Hungry(Classifier):
+            def validation_step(self, batch, batch_idx):
+                self(batch[0])
+                if batch_idx == 1 and not self.trainer.sanity_checking:
+                    self(batch[0])
+
+            def training_step(self, batch, batch_idx):
+                (hook,) = self.model[2]._forward_pre_hooks.values()
+                assert not hook.__self__.open
+                assert hook.__self__._seen == []
+                return super().training_step(batch, batch_idx)
+
+        with pytest.warns(UserWarning, match="called 2 times"):
+            trainer(tmp_path, LogMECallback(layers=["model.0"])).fit(Hungry(), loader(), loader())
 
     def test_nan_features_warn_and_the_run_goes_on(self, tmp_path):
         x, y = vectors(100).tensors

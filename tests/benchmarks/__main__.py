@@ -1,4 +1,4 @@
-"""Every benchmark, as Markdown tables: ``python -m tests.benchmarks [--only speed|memory|trainer] [--repeats N]``."""
+"""Every benchmark, as Markdown tables: ``python -m tests.benchmarks [--only NAME …] [--repeats N]``."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import lightning
 import numpy as np
 import torch
 
-from tests.benchmarks import memory, speed, trainer
+from tests.benchmarks import memory, noise, speed, trainer
 
-BENCHMARKS = {"speed": speed.report, "memory": memory.report, "trainer": trainer.report}
+BENCHMARKS = {"speed": speed.report, "memory": memory.report, "trainer": trainer.report, "noise": noise.report}
 
 
 def main() -> None:

@@ -1,0 +1,34 @@
+"""The README's code runs as it stands."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from models import Classifier, ConvNet, images, loader
+
+README = Path(__file__).parents[1] / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("code", BLOCKS)
+def test_python_blocks(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = images()
+    names = {
+        "model": Classifier(ConvNet()),
+        "train_loader": loader(data),
+        "val_loader": loader(data),
+        "batches": [(torch.randn(40, 512), torch.arange(40) % 10) for _ in range(3)],
+    }
+    if "LogMECallback" in code and "import" not in code:
+        code = f"from lightning_logme import LogMECallback\n{code}"
+    exec(code, names)
+
+
+def test_pictures_and_commands_exist():
+    text = README.read_text(encoding="utf-8")
+    for path in re.findall(r"\]\(((?:examples|tests)/[^)]+|[A-Z]+\.md)\)", text):
+        assert (README.parent / path).is_file(), path
+    for script in re.findall(r"python ((?:examples|tests)/\S+\.py)", text):
+        assert (README.parent / script).is_file(), script
