@@ -100,7 +100,7 @@ def draw(results: dict[str, Rows], path: Path) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     figure = Figure(figsize=(8, 3.6), dpi=200, layout="constrained")
-    gain, accuracy = figure.subplots(1, 2)
+    gain, accuracy = figure.subplots(1, 2, gridspec_kw={"wspace": 0.08})
     for axes, key, title, floor, meaning in (
         (gain, "logme_gain", "LogME gain, nats per sample", 0.0, "features that explain nothing"),
         (accuracy, "val_accuracy", "validation accuracy", 0.1, "guessing"),
@@ -108,9 +108,8 @@ def draw(results: dict[str, Rows], path: Path) -> None:
         for (name, rows), colour in zip(results.items(), ("#4c72b0", "#dd8452"), strict=True):
             axes.plot([row[key] for row in rows], marker="o", linewidth=2, color=colour, label=name)
         axes.axhline(floor, color="0.6", linewidth=1, linestyle=":")
-        axes.text(
-            1, floor, meaning, color="0.45", fontsize=8, ha="right", va="bottom", transform=axes.get_yaxis_transform()
-        )
+        place = {"ha": "right", "va": "bottom", "transform": axes.get_yaxis_transform()}
+        axes.text(1, floor + 0.01, meaning, color="0.4", fontsize=9, **place)
         axes.set_title(title, loc="left", fontsize=11)
         axes.set_xlabel("epochs of training")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -143,7 +142,7 @@ def main() -> None:
         seed_everything(0, verbose=False)
         results[name], checkpoints[name] = fine_tune(
             efficientnet(pretrained),
-            DataLoader(train, batch_size=32, shuffle=True, drop_last=True),
+            DataLoader(train, batch_size=32, shuffle=True),
             DataLoader(val, batch_size=100),
             options.epochs,
             TensorBoardLogger(options.logdir, name=name.replace(" ", "-")),

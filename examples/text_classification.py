@@ -54,8 +54,8 @@ class SequenceClassifier(LightningModule):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--train", type=int, default=1000, help="documents to train on")
-    parser.add_argument("--val", type=int, default=500, help="documents to validate on")
+    parser.add_argument("--train", type=int, default=600, help="documents to train on")
+    parser.add_argument("--val", type=int, default=300, help="documents to validate on")
     parser.add_argument("--layer", type=int, default=2, help="of the encoder, 0 to 5, to score as well")
     parser.add_argument("--logdir", type=Path, default=Path("runs"), help="for TensorBoard's files")
     options = parser.parse_args()
@@ -76,7 +76,7 @@ def main() -> None:
 
     def collate(documents: list[tuple[str, int]]) -> dict[str, Tensor]:
         texts, labels = zip(*documents, strict=True)
-        batch = tokenizer(list(texts), padding=True, truncation=True, max_length=96, return_tensors="pt")
+        batch = tokenizer(list(texts), padding=True, truncation=True, max_length=64, return_tensors="pt")
         return {**batch, "labels": torch.tensor(labels)}
 
     layer = f"model.bert.encoder.layer.{options.layer}"

@@ -10,6 +10,7 @@ import torch
 from lightning_logme.evidence import Evidence
 
 _MAX_LABELLED = 40  # bars that can carry a name
+_STRAIGHT_CHARACTERS = 50  # that fit below the axis in one line
 
 
 def log_plots(
@@ -40,7 +41,9 @@ def log_plots(
 
 
 def gain_figure(evidence: Evidence, class_names: Sequence[str] | None = None) -> Any:
-    """Bars of each output's gain, in nats per sample.
+    """Bars of each output's gain, in nats per sample, and a line at their mean.
+
+    Drawn without axes, and with few words: text takes most of the time, and a validation must not wait for its picture.
 
     Args:
         evidence: of K outputs.
@@ -52,19 +55,30 @@ def gain_figure(evidence: Evidence, class_names: Sequence[str] | None = None) ->
     Raises:
         ImportError: matplotlib is not installed.
     """
+    from matplotlib.collections import LineCollection, PolyCollection
     from matplotlib.figure import Figure
 
-    gain = (evidence.per_output - evidence.null).tolist()
-    names = list(class_names) if class_names is not None else [str(index) for index in range(len(gain))]
-    figure = Figure(figsize=(6, 3), dpi=80)
-    axes = figure.add_axes((0.1, 0.28 if class_names is not None else 0.16, 0.88, 0.72 if class_names is None else 0.6))
-    axes.bar(range(len(gain)), gain, color="#4c72b0")
-    mean = float(evidence.gain)
-    axes.axhline(mean, color="#c44e52", linewidth=1)
-    axes.set_title(f"gain by output, mean {mean:.3f}; n = {evidence.num_samples}", fontsize=9)
-    axes.set_ylabel("nats / sample", fontsize=8)
-    axes.tick_params(labelsize=8)
-    if len(names) <= _MAX_LABELLED:
-        long = sum(map(len, names)) > 60
-        axes.set_xticks(range(len(names)), names, rotation=40 if long else 0, ha="right" if long else "center")
+    gains = (evidence.per_output - evidence.null).tolist()
+    mean, number = float(evidence.gain), len(gains)
+    names = list(class_names) if class_names is not None else [str(index) for index in range(number)]
+    slanted = sum(map(len, names)) > _STRAIGHT_CHARACTERS
+    left, right, bottom, top = 0.04, 0.98, 0.32 if slanted and number <= _MAX_LABELLED else 0.12, 0.82
+    largest = max([gain for gain in gains if gain == gain], default=0.0)
+    scale = (top - bottom) / largest if largest > 0 else 0.0
+    step = (right - left) / number
+
+    figure = Figure(figsize=(5, 3), dpi=100)
+    bars = []
+    for index, (gain, name) in enumerate(zip(gains, names, strict=True)):
+        centre, height = left + (index + 0.5) * step, bottom + (gain * scale if gain == gain else 0.0)
+        x0, x1 = centre - 0.4 * step, centre + 0.4 * step
+        bars.append([(x0, bottom), (x0, height), (x1, height), (x1, bottom)])
+        if number <= _MAX_LABELLED:
+            turned = {"ha": "right", "rotation": 40} if slanted else {"ha": "center"}
+            figure.text(centre, bottom - 0.02, name, va="top", fontsize=9, rotation_mode="anchor", **turned)
+    lines = [[(left, height), (right, height)] for height in (bottom, bottom + mean * scale)]
+    figure.add_artist(PolyCollection(bars, facecolors="#4c72b0", transform=figure.transFigure))
+    figure.add_artist(LineCollection(lines, colors=["0.2", "#c44e52"], transform=figure.transFigure))
+    title = f"gain in nats per sample: mean {mean:.3f}, largest {largest:.3f}  (n = {evidence.num_samples})"
+    figure.text(left, 0.9, title, fontsize=10)
     return figure

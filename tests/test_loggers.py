@@ -3,7 +3,9 @@
 import csv
 
 import pytest
+import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from matplotlib.collections import PolyCollection
 from models import Classifier, loader, trainer
 from oracles import problem
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -84,9 +86,23 @@ def test_figure_shows_the_gain_of_every_output(classes, names):
     features, labels = problem(300, 8, classes)
     result = evidence(features, labels)
     figure = gain_figure(result, names)
-    (axes,) = figure.axes
-    heights = [bar.get_height() for bar in axes.patches]
-    assert heights == pytest.approx((result.per_output - result.null).tolist())
-    assert f"{float(result.gain):.3f}" in axes.get_title()
+    bars = next(artist for artist in figure.get_children() if isinstance(artist, PolyCollection))
+    heights = torch.tensor([path.vertices[:, 1].max() - path.vertices[:, 1].min() for path in bars.get_paths()])
+    gains = result.per_output - result.null
+    torch.testing.assert_close(heights / heights.sum(), gains / gains.sum())
+    texts = [text.get_text() for text in figure.texts]
+    assert f"mean {float(result.gain):.3f}, largest {float(gains.max()):.3f}  (n = 300)" in texts[-1]
     if names:
-        assert [label.get_text() for label in axes.get_xticklabels()] == names
+        assert [text for text in texts if text in names] == names
+    figure.canvas.draw()
+
+
+def test_figure_of_absent_classes_and_of_nothing_explained():
+    features, labels = problem(100, 8, 3)
+    figure = gain_figure(evidence(features, labels, num_classes=4))
+    bars = next(artist for artist in figure.get_children() if isinstance(artist, PolyCollection))
+    assert [len(set(path.vertices[:, 1])) > 1 for path in bars.get_paths()] == [True, True, True, False]
+    assert (
+        "mean 0.000"
+        in gain_figure(evidence(torch.ones(4, 1), torch.tensor([1.0, -1, 1, -1]), "regression")).texts[-1].get_text()
+    )
