@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -21,10 +21,22 @@ from lightning_logme.moments import Task, check_task
 from lightning_logme.plots import log_plots
 from lightning_logme.taps import Pooling, Tap, check_pooling, pool
 
+if TYPE_CHECKING:
+    _AnyCallback = Callback
+else:
+    # `lightning` and `pytorch_lightning` are the same code with classes of their own; a Trainer of either must know ours.
+    try:
+        from pytorch_lightning import Callback as _StandaloneCallback
+
+        class _AnyCallback(Callback, _StandaloneCallback):
+            pass
+    except ImportError:
+        _AnyCallback = Callback
+
 _HEAD = ""  # the source of features that is the head's input; every other source is the name of a layer
 
 
-class LogMECallback(Callback):
+class LogMECallback(_AnyCallback):
     """Track how well the features of a network suit the labels of its validation set, at every validation.
 
     The input of the classifier head is collected while ``validation_step`` runs, as additive moments on the device,

@@ -62,7 +62,8 @@ def gain_figure(evidence: Evidence, class_names: Sequence[str] | None = None) ->
     mean, number = float(evidence.gain), len(gains)
     names = list(class_names) if class_names is not None else [str(index) for index in range(number)]
     slanted = sum(map(len, names)) > _STRAIGHT_CHARACTERS
-    left, right, bottom, top = 0.04, 0.98, 0.32 if slanted and number <= _MAX_LABELLED else 0.12, 0.82
+    slanted = slanted and number <= _MAX_LABELLED
+    left, right, bottom, top = 0.14 if slanted else 0.04, 0.98, 0.32 if slanted else 0.12, 0.82
     largest = max([gain for gain in gains if gain == gain], default=0.0)
     scale = (top - bottom) / largest if largest > 0 else 0.0
     step = (right - left) / number

@@ -483,7 +483,7 @@ def test_standalone_pytorch_lightning(tmp_path):
 
     callback = LogMECallback()
     run = standalone.Trainer(
-        accelerator="cpu", callbacks=[callback], logger=False, enable_progress_bar=False, default_root_dir=tmp_path
+        accelerator="cpu", callbacks=callback, logger=False, enable_progress_bar=False, default_root_dir=tmp_path
     )
     run.validate(Other(), loader(), verbose=False)
     assert "logme" in run.callback_metrics
