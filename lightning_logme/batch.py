@@ -30,7 +30,8 @@ def find_target(batch: Any, target: TargetSpec = None) -> Tensor:
         labels = _look_up(batch, target)
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"target={target!r} does not lead to labels in a batch that is {_describe(batch)} ({error!r})."
+            f"target={target!r} does not lead to labels in a batch that is {_describe(batch)} ({type(error).__name__}: "
+            f"{error})."
         ) from error
     if labels is None:
         raise ValueError(
@@ -47,11 +48,26 @@ def find_target(batch: Any, target: TargetSpec = None) -> Tensor:
     return labels
 
 
+def describe_target(batch: Any, target: TargetSpec = None) -> tuple[str, str | None]:
+    """Where :func:`find_target` looks in such a batch, and what else there could be taken for labels, if anything."""
+    if target is not None:
+        return f"target={target!r}", None
+    if isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields"):
+        rivals = [f"batch[{index}]" for index, item in enumerate(batch) if index > 1 and _looks_like(item, batch[1])]
+        return "batch[1]", ", ".join(rivals) or None
+    present = [key for key in LABEL_KEYS if _get(batch, key) is not None]
+    if not present:
+        return "batch[1]", None
+    return f"batch[{present[0]!r}]", ", ".join(f"batch[{key!r}]" for key in present[1:]) or None
+
+
 def conform_target(target: Tensor, task: Task) -> Tensor:
     """Bring labels to the metric's form where only the form differs.
 
-    That is (N, 1) to (N,) for classes, and the 0.0 and 1.0 of a binary loss to integers.
+    That is (N, 1) to (N,) for classes, a squeezed batch of one, and the 0.0 and 1.0 of a binary loss to integers.
     """
+    if target.ndim == 0:  # a squeezed batch of one
+        target = target[None]
     if is_exclusive(task) and target.ndim == 2 and target.shape[1] == 1:
         target = target[:, 0]
     if task == "binary" and target.is_floating_point() and bool((target == target.round()).all()):
@@ -76,10 +92,18 @@ def _look_up(batch: Any, target: TargetSpec) -> Any:
         return batch[1] if len(batch) > 1 else None
     if isinstance(batch, Tensor):
         return None
-    get = batch.get if isinstance(batch, Mapping) else lambda key: getattr(batch, key, None)
-    found = (get(key) for key in LABEL_KEYS)
+    found = (_get(batch, key) for key in LABEL_KEYS)
     named = next((labels for labels in found if labels is not None), None)
     return batch[1] if named is None and isinstance(batch, tuple) and len(batch) > 1 else named
+
+
+def _get(batch: Any, key: str) -> Any:
+    return batch.get(key) if isinstance(batch, Mapping) else getattr(batch, key, None)
+
+
+def _looks_like(item: Any, labels: Any) -> bool:
+    both = isinstance(item, Tensor) and isinstance(labels, Tensor)
+    return both and item.shape == labels.shape and item.is_floating_point() == labels.is_floating_point()
 
 
 def _describe(batch: Any) -> str:

@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_logme.batch import TargetSpec, conform_target, find_mask, find_target
+from lightning_logme.batch import TargetSpec, conform_target, describe_target, find_mask, find_target
 from lightning_logme.collector import Collector
 from lightning_logme.distributed import number_of_loaders, rows_without_padding, validation_loader
 from lightning_logme.evidence import Evidence
@@ -24,7 +24,7 @@ from lightning_logme.taps import Pooling, Tap, check_pooling, pool
 if TYPE_CHECKING:
     _AnyCallback = Callback
 else:
-    # `lightning` and `pytorch_lightning` are the same code with classes of their own; a Trainer of either must know ours.
+    # `lightning` and `pytorch_lightning` are one code with classes of their own; a Trainer of either must know ours.
     try:
         from pytorch_lightning import Callback as _StandaloneCallback
 
@@ -60,7 +60,8 @@ class LogMECallback(_AnyCallback):
         target: where the labels are in a batch: a key, an index, or a callable(batch) -> Tensor; None finds them in
             the usual forms.
         pooling: how tokens (N, T, D) and maps (N, C, H, W) become (N, D): "auto" and "mean" average (tokens under the
-            batch's attention mask), "cls" takes the first token, a callable(Tensor) -> Tensor does what it does.
+            batch's attention mask), "cls" takes the first token, "last" the last one, a callable(Tensor) -> Tensor
+            does what it does.
         name: prefix of everything that is logged; callbacks in one Trainer need different ones.
         fit_intercept: centre features and targets first. The papers do not.
         ignore_index: rows with this label are left out, as in ``torch.nn.functional.cross_entropy``; has no part in
@@ -109,6 +110,10 @@ class LogMECallback(_AnyCallback):
             raise ValueError(
                 f"layers must be a sequence of names, got the string {layers!r}; write layers=[{layers!r}]."
             )
+        if head is not None and not isinstance(head, str):
+            raise ValueError(
+                f"head must be the dotted name of a module, such as 'model.fc', got {type(head).__name__}."
+            )
         if num_classes is not None and num_classes < 1:
             raise ValueError(f"num_classes must be a positive integer, got {num_classes!r}.")
         if not name:
@@ -134,6 +139,7 @@ class LogMECallback(_AnyCallback):
         self._num_outputs: int | None = None
         self._num_features: int | None = None  # of the head, where it tells
         self._announced = False
+        self._explained = False
         self._proven = False  # whether a batch has gone through: errors raise before, and warn after
         self._checkpoint_position: tuple[int, int] | None = None
         # Of a validation
@@ -183,7 +189,7 @@ class LogMECallback(_AnyCallback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._attempt(self._start_batch, batch)
+        self._attempt(batch_idx, self._start_batch, batch)
 
     def on_validation_batch_end(
         self,
@@ -194,7 +200,7 @@ class LogMECallback(_AnyCallback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._attempt(self._end_batch, trainer, batch, dataloader_idx)
+        self._attempt(batch_idx, self._end_batch, trainer, batch, dataloader_idx)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         collector, self._collector = self._collector, None
@@ -246,7 +252,7 @@ class LogMECallback(_AnyCallback):
                     "task='binary' or task='regression' if that is what the network does."
                 )
             self._num_outputs = outputs
-        self._num_features = getattr(module, "in_features", None)
+        self._num_features = getattr(module, "in_features", getattr(module, "in_channels", None))
 
         layers = {name: get_module(pl_module, name, "layers") for name in self.layers}
         if module is not None:
@@ -265,7 +271,7 @@ class LogMECallback(_AnyCallback):
             tap.remove()
         self._taps, self._collector, self._batch, self._labels = {}, None, None, None
 
-    def _attempt(self, step: Callable[..., None], *args: Any) -> None:
+    def _attempt(self, batch_idx: int, step: Callable[..., None], *args: Any) -> None:
         """Errors of a run's first batch are the user's to know at once; a later one must not end the run."""
         collector = self._collector
         if collector is None or collector.broken is not None:
@@ -278,7 +284,10 @@ class LogMECallback(_AnyCallback):
             if not self._proven:
                 raise
             collector.broken = f"{type(error).__name__}: {error}"
-            warnings.warn(f"{self.name} is NaN for this validation, after an error: {collector.broken}", stacklevel=2)
+            warnings.warn(
+                f"{self.name} is NaN for this validation, after an error in batch {batch_idx}: {collector.broken}",
+                stacklevel=2,
+            )
 
     def _start_batch(self, collector: Collector, batch: Any) -> None:
         # Labels are read before validation_step, which may take them out of the batch.
@@ -292,18 +301,36 @@ class LogMECallback(_AnyCallback):
         first = collector.rows.get(dataloader_idx, 0)
         collector.rows[dataloader_idx] = first + len(target)
         real = rows_without_padding(validation_loader(trainer, dataloader_idx), first, len(target))
+        pooled: list[str] = []
         for source, tap in self._taps.items():
             seen = tap.take()
+            if seen.ndim == 1 and len(target) == 1:  # a squeezed batch of one
+                seen = seen[None]
+            pooled += [f"{tap.name}: {tuple(seen.shape)}"] if seen.ndim > 2 else []
             features = pool(seen, self.pooling, None if source else self._num_features, mask)
             if len(features) != len(target):
                 raise ValueError(
                     f"{tap.name} gave {len(features)} features for {len(target)} labels, "
                     f"shapes {tuple(seen.shape)} and {tuple(target.shape)}; name a module that gives one feature a "
-                    "label, or pass target=."
+                    "label, or let pooling=callable make it one."
                 )
             collector.add((source, dataloader_idx), features[:real], target[:real])
         self._check_class_names(self._num_outputs or (target.shape[1] if target.ndim > 1 else 1))
+        if not self._explained:
+            self._explain(batch, pooled, mask)
         self._batch, self._labels, self._proven = None, None, True
+
+    def _explain(self, batch: Any, pooled: list[str], mask: Tensor | None) -> None:
+        """Say once what was taken without being told, for a wrong guess would give a plausible number."""
+        self._explained = True
+        labels, rivals = describe_target(batch, self.target)
+        how = "the callable" if callable(self.pooling) else repr(self.pooling)
+        shapes = f"; pooled by {how}{' under attention_mask' if mask is not None else ''}: {', '.join(pooled)}"
+        rank_zero_info(f"LogMECallback: the labels are {labels}{shapes if pooled else ''}.")
+        if rivals:
+            rank_zero_warn(
+                f"LogMECallback took {labels} for the labels, and {rivals} could be as well; say which with target=."
+            )
 
     def _check_class_names(self, num_outputs: int) -> None:
         if self.class_names is not None and len(self.class_names) != num_outputs:

@@ -30,10 +30,9 @@ _HEAD_WORDS = frozenset(
 def find_head(root: nn.Module, num_outputs: int | None = None) -> str:
     """The dotted name of the linear layer that makes the outputs.
 
-    The module tree is followed from the top: into the only branch that has linear layers, into the branch with a
-        head's name
-    ("head", "classifier", "fc", …), to the end of a chain of layers. What is left open after that is decided by the
-    number of outputs, and then by which of the candidates is being trained.
+    The module tree is followed from the top: into the only branch that has linear layers, into the branch with the
+    name of a head ("head", "classifier", "fc", …), to the end of a chain of layers. What is left open after that is
+    decided by the number of outputs, by what is being trained, and by a head's name further down.
 
     Args:
         root: the network.
@@ -44,11 +43,12 @@ def find_head(root: nn.Module, num_outputs: int | None = None) -> str:
     """
     candidates = list(_ends(root, ""))
     for criterion in (
-        lambda linear: num_outputs is None or linear.out_features == num_outputs,
-        lambda linear: linear.weight.requires_grad,
+        lambda name, linear: num_outputs is None or linear.out_features == num_outputs,
+        lambda name, linear: linear.weight.requires_grad,
+        lambda name, linear: not _HEAD_WORDS.isdisjoint(name.split(".")),
     ):
         if len(candidates) > 1:
-            candidates = [(name, linear) for name, linear in candidates if criterion(linear)] or candidates
+            candidates = [candidate for candidate in candidates if criterion(*candidate)] or candidates
     if len(candidates) == 1:
         return candidates[0][0]
     model = type(root).__name__
@@ -122,4 +122,6 @@ def _is_chain(modules: list[nn.Module]) -> bool:
 
 
 def _last_name(root: nn.Module) -> str:
-    return [name for name, _ in root.named_modules() if not any(_.children())][-1]
+    """The last module with weights of its own."""
+    names = [name for name, module in root.named_modules() if name and any(True for _ in module.parameters(False))]
+    return names[-1] if names else "…"

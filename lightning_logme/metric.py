@@ -100,6 +100,8 @@ class LogME(Metric):
         self._evidence: Evidence | None = None
         for name, value in vars(Moments.zeros(self.num_features, self.num_outputs)).items():
             self.add_state(name, default=value, dist_reduce_fx="sum")
+            # torchmetrics keeps a copy of every default, which reset() clones: D × D zeros, held in one number.
+            self._defaults[name] = value.new_zeros(()).expand_as(value)
 
     def update(self, features: Tensor, target: Tensor) -> None:
         """Add a batch."""

@@ -216,10 +216,15 @@ def _check_labels(
     target: Tensor, task: Task, num_classes: int | None, ignore_index: int | None
 ) -> tuple[Tensor, Tensor | None]:
     if target.ndim != 1:
-        raise ValueError(f"target must have shape (N,) for task={task!r}, got {tuple(target.shape)}.")
+        raise ValueError(
+            f"target must have shape (N,) for task={task!r}, got {tuple(target.shape)}: one label a sample; several "
+            "labels "
+            "or numbers a sample are task='multilabel' and task='regression'."
+        )
     if target.is_floating_point() or target.is_complex():
         raise ValueError(
-            f"target must hold integer class labels for task={task!r}, got {target.dtype}; convert with target.long()."
+            f"target must hold integer class labels for task={task!r}, got {target.dtype}; convert with "
+            "target.long(), or use task='regression' for numbers."
         )
     labels = target.long()
     keep = None if ignore_index is None else labels != ignore_index
@@ -230,7 +235,8 @@ def _check_labels(
             expected = "at least 0" if num_classes is None else f"in 0…{num_classes - 1} ({num_classes} classes)"
             raise ValueError(
                 f"target holds labels from {low} to {high}, but for task={task!r} labels must be {expected}; "
-                "give the right num_classes, or mark rows to leave out with ignore_index."
+                "are these the labels? Give the right num_classes, or leave rows out with "
+                f"ignore_index={low if low < 0 else high}."
             )
     return labels, keep
 

@@ -159,7 +159,7 @@ def _pivoted_cholesky(gram: Tensor, rank: int) -> Tensor:
     size = 0
     while size < rank:
         largest, pivots = left_over.topk(min(_PIVOTS, rank - size))
-        pivots = pivots[largest > noise]
+        pivots = pivots[largest > noise].sort().values  # in the order of memory
         if len(pivots) == 0:
             break
         columns = _columns(gram, pivots).addmm_(factor[:, :size], factor[pivots, :size].T, alpha=-1)

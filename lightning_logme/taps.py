@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-Pooling = Literal["auto", "mean", "cls"] | Callable[[Tensor], Tensor]
+Pooling = Literal["auto", "mean", "cls", "last"] | Callable[[Tensor], Tensor]
 
 
 class Tap:
@@ -109,8 +109,10 @@ def _detach(tensor: Tensor | None, clone: bool = False) -> Tensor | None:
 
 def check_pooling(pooling: Any) -> None:
     """Raise ``ValueError`` unless ``pooling`` is one of its values."""
-    if not callable(pooling) and pooling not in ("auto", "mean", "cls"):
-        raise ValueError(f"pooling must be 'auto', 'mean', 'cls' or a callable(Tensor) -> Tensor, got {pooling!r}.")
+    if not callable(pooling) and pooling not in ("auto", "mean", "cls", "last"):
+        raise ValueError(
+            f"pooling must be 'auto', 'mean', 'cls', 'last' or a callable(Tensor) -> Tensor, got {pooling!r}."
+        )
 
 
 def pool(
@@ -120,24 +122,22 @@ def pool(
 
     Args:
         features: (N, D), tokens (N, T, D), or a map (N, C, H, W) of any number of dimensions.
-        pooling: "auto" and "mean" average over tokens or positions, "cls" takes the first token; a callable does what
-            it does.
+        pooling: "auto" and "mean" average over tokens or positions, "cls" takes the first token, "last" the last one
+            that is not masked; a callable does what it does.
         num_features: D, if known: tells maps with channels last (N, H, W, C) from maps with channels first.
-        mask: (N, T), non-zero where a token counts in the average.
+        mask: (N, T), non-zero where a token counts.
 
     Returns:
         (N, D), averages of half precision in float32.
 
     Raises:
-        ValueError: the shape does not allow it, or a callable returns another shape than (N, D).
+        ValueError: the shape does not allow it, or a callable returns something else than (N, D).
     """
     if callable(pooling):
         pooled = pooling(features)
-        if not isinstance(pooled, Tensor) or pooled.ndim != 2 or len(pooled) != len(features):
+        if not isinstance(pooled, Tensor) or pooled.ndim != 2:
             shape = tuple(pooled.shape) if isinstance(pooled, Tensor) else type(pooled).__name__
-            raise ValueError(
-                f"pooling must return a tensor of shape ({len(features)}, D), got {shape} from {tuple(features.shape)}."
-            )
+            raise ValueError(f"pooling must return a tensor of shape (N, D), got {shape} from {tuple(features.shape)}.")
         return pooled
     if features.ndim == 2:
         return features
@@ -146,15 +146,24 @@ def pool(
             f"pooling={pooling!r} needs features of shape (N, D), (N, T, D) or (N, C, H, W), got "
             f"{tuple(features.shape)}."
         )
-    if pooling == "cls":
+    if mask is not None and mask.shape != features.shape[:2]:
+        mask = None  # of something else
+    if pooling in ("cls", "last"):
         if features.ndim != 3:
             raise ValueError(
-                f"pooling='cls' needs tokens of shape (N, T, D), got {tuple(features.shape)}; use 'mean' or a callable."
+                f"pooling={pooling!r} needs tokens of shape (N, T, D), got {tuple(features.shape)}; "
+                "use 'mean' or a callable."
             )
-        return features[:, 0]
+        if pooling == "cls":
+            return features[:, 0]
+        if mask is None:
+            return features[:, -1]
+        positions = torch.arange(mask.shape[1], device=mask.device)
+        last = torch.where(mask != 0, positions, 0).amax(1).to(features.device)
+        return features[torch.arange(len(features), device=features.device), last]
     dtype = torch.promote_types(features.dtype, torch.float32)
     if features.ndim == 3:
-        if mask is None or mask.shape != features.shape[:2]:
+        if mask is None:
             return features.mean(1, dtype=dtype)
         weight = (mask != 0).to(features.device, dtype)[:, :, None]
         # Padding may hold anything, NaN too: selected, not multiplied away.
@@ -163,5 +172,5 @@ def pool(
     channels_last = (
         num_features is not None and features.shape[1] != num_features and features.shape[-1] == num_features
     )
-    positions = range(1, features.ndim - 1) if channels_last else range(2, features.ndim)
-    return features.mean(tuple(positions), dtype=dtype)
+    places = range(1, features.ndim - 1) if channels_last else range(2, features.ndim)
+    return features.mean(tuple(places), dtype=dtype)

@@ -115,7 +115,7 @@ def penultimate(module: nn.Module, head: str, data: Any) -> tuple[Tensor, Tensor
     training = module.training
     module.eval()
     x, y = data.tensors
-    module(x)
+    module(x.to(next(module.parameters()).dtype))
     module.train(training)
     handle.remove()
     return seen[0], y

@@ -270,7 +270,37 @@ def test_announces_once_which_module_it_took(tmp_path, caplog):
         run.fit(module, loader(images()), loader(images()))
         run.validate(module, loader(images()), verbose=False)
     said = [record.message for record in caplog.records if record.message.startswith("LogMECallback")]
-    assert said == ["LogMECallback: the feature is the input of 'model.fc' (Linear), D = 8, K = 4."]
+    assert said == [
+        "LogMECallback: the feature is the input of 'model.fc' (Linear), D = 8, K = 4.",
+        "LogMECallback: the labels are batch[1].",
+    ]
+
+
+def test_says_how_tokens_were_pooled_and_what_else_could_be_labels(tmp_path, caplog):
+    class Tokens(Classifier):
+        def validation_step(self, batch, batch_idx):
+            self.model(batch["x"][:, None].expand(-1, 3, -1))
+
+    x, y = vectors().tensors
+    batches = [{"x": a, "target": b.flip(0), "y": b} for a, b in zip(x.split(20), y.split(20), strict=True)]
+    run = trainer(tmp_path, LogMECallback())
+    with caplog.at_level("INFO"), pytest.warns(UserWarning, match=r"took batch\['target'\] .* batch\['y'\] could be"):
+        run.validate(Tokens(), DataLoader(batches, batch_size=None), verbose=False)
+    assert "the labels are batch['target']; pooled by 'auto': the head 'model.2': (20, 3, 32)." in caplog.text
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        run = trainer(tmp_path, LogMECallback(target="y"))
+        run.validate(Tokens(), DataLoader(batches, batch_size=None), verbose=False)
+
+
+def test_squeezed_batch_of_one(tmp_path):
+    class Squeezing(Classifier):
+        def validation_step(self, batch, batch_idx):
+            self.model[2](self.model[:2](batch[0]).squeeze())
+
+    callback = LogMECallback()
+    trainer(tmp_path, callback).validate(Squeezing(), loader(vectors(21)), verbose=False)
+    assert callback.history[0]["num_samples"] == 21
 
 
 def hooks(module: nn.Module) -> int:
@@ -317,6 +347,7 @@ class TestErrors:
             ({"layers": "model.0"}, r"layers must be a sequence of names, got the string 'model.0'"),
             ({"num_classes": 0}, "num_classes must be a positive integer"),
             ({"name": ""}, "name must not be empty"),
+            ({"head": nn.Identity()}, "head must be the dotted name of a module, such as 'model.fc', got Identity"),
         ],
     )
     def test_arguments(self, options, message):

@@ -56,6 +56,10 @@ FOUND = {
         Parts(encoder=bert(), classifier=nn.Linear(8, 4), projector=mlp(8, 8)),
         "classifier",
     ),
+    "fc further down": (
+        Parts(bb=nn.Sequential(nn.Linear(6, 12)), net=Parts(aux=nn.Linear(12, 3), fc=nn.Linear(12, 4))),
+        "net.fc",
+    ),
     "inception": (Parts(aux=Parts(fc=nn.Linear(8, 4)), trunk=bert(), fc=nn.Linear(8, 4)), "fc"),
 }
 

@@ -10,7 +10,7 @@ import torch
 from models import mlp
 from torch import nn
 
-from lightning_logme.batch import conform_target, find_mask, find_target
+from lightning_logme.batch import conform_target, describe_target, find_mask, find_target
 from lightning_logme.taps import Tap, check_pooling, pool
 
 X = torch.randn(5, 16)
@@ -108,6 +108,14 @@ class TestPool:
         torch.testing.assert_close(pool(self.tokens), self.tokens.mean(1))
         torch.testing.assert_close(pool(self.tokens, "mean"), self.tokens.mean(1))
         torch.testing.assert_close(pool(self.tokens, "cls"), self.tokens[:, 0])
+        torch.testing.assert_close(pool(self.tokens, "last"), self.tokens[:, -1])
+
+    def test_last_token_that_is_not_padding(self):
+        right, left = torch.ones(3, 7), torch.ones(3, 7)
+        right[1, 4:], left[1, :4] = 0, 0
+        torch.testing.assert_close(pool(self.tokens, "last", mask=right)[1], self.tokens[1, 3])
+        torch.testing.assert_close(pool(self.tokens, "last", mask=left)[1], self.tokens[1, 6])
+        torch.testing.assert_close(pool(self.tokens, "last", mask=right)[0], self.tokens[0, 6])
 
     def test_masked_tokens_do_not_count(self):
         mask = torch.ones(3, 7, dtype=torch.long)
@@ -133,7 +141,7 @@ class TestPool:
     def test_callable(self):
         torch.testing.assert_close(pool(self.maps, lambda x: x.amax((2, 3))), self.maps.amax((2, 3)))
         with pytest.raises(
-            ValueError, match=r"pooling must return a tensor of shape \(3, D\), got \(3, 4, 5\) from \(3, 4, 5, 6\)"
+            ValueError, match=r"pooling must return a tensor of shape \(N, D\), got \(3, 4, 5\) from \(3, 4, 5, 6\)"
         ):
             pool(self.maps, lambda x: x.mean(3))
         with pytest.raises(ValueError, match="got str"):
@@ -144,7 +152,7 @@ class TestPool:
             pool(self.maps, "cls")
         with pytest.raises(ValueError, match=r"got \(3,\)"):
             pool(self.maps[:, 0, 0, 0])
-        with pytest.raises(ValueError, match="pooling must be 'auto', 'mean', 'cls' or a callable.*got 'max'"):
+        with pytest.raises(ValueError, match="pooling must be 'auto', 'mean', 'cls', 'last' or a callable.*got 'max'"):
             check_pooling("max")
 
 
@@ -204,11 +212,22 @@ class TestTarget:
 
     def test_form(self):
         assert conform_target(self.y[:, None], "multiclass").shape == (5,)
+        assert conform_target(self.y[3], "multiclass").tolist() == [3]
         binary = conform_target(torch.tensor([[0.0], [1.0]]), "binary")
         assert binary.tolist() == [0, 1]
         assert (
             conform_target(torch.tensor([0.5, 1.0]), "binary").is_floating_point()
         )  # for the metric to refuse assert conform_target(self.y[:, None].float(), "regression").shape == (5, 1)
+
+    def test_what_else_could_be_labels(self):
+        x, y = X, self.y
+        assert describe_target((x, y)) == ("batch[1]", None)
+        assert describe_target((x, y, x)) == ("batch[1]", None)
+        assert describe_target((x, y, y)) == ("batch[1]", "batch[2]")
+        assert describe_target((x, y, y), -1) == ("target=-1", None)
+        assert describe_target({"x": x, "y": y}) == ("batch['y']", None)
+        assert describe_target({"labels": y, "label": y, "y": y}) == ("batch['labels']", "batch['label'], batch['y']")
+        assert describe_target(self.Named(x, y)) == ("batch['label']", None)
 
     def test_mask(self):
         assert find_mask({"attention_mask": self.y}) is self.y
