@@ -7,6 +7,7 @@ random validation sets of each size, drawn without replacement: its mean and sta
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -20,6 +21,9 @@ SIZES = (250, 500, 1000, 2000)
 
 
 def report(repeats: int, quick: bool) -> None:
+    if importlib.util.find_spec("mlxtend") is None or importlib.util.find_spec("efficientnet_lite_pytorch") is None:
+        print("Noise: not measured, it needs pip install -e '.[examples]'.\n")
+        return
     sys.path.append(str(Path(__file__).parents[2] / "examples"))
     from _data import digits, efficientnet
 
