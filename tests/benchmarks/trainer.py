@@ -1,9 +1,9 @@
 """What ``LogMECallback`` adds to ``Trainer.validate``.
 
 Two networks: a small CNN on 10000 images of 32 × 32 (batches of 256, D = 256), for which the network costs next to
-nothing and the callback must show; and EfficientNet-Lite0 with its ImageNet weights (batches of 64, D = 1280), where its
-package is installed: at the 224 × 224 it was made for (256 images), and at 64 × 64 (512 images), where twelve times less
-is computed for the same features. Images are class pattern plus noise, in memory.
+nothing and the callback must show; and EfficientNet-Lite0 with its ImageNet weights (batches of 64, D = 1280), where
+its package is installed: at the 224 × 224 it was made for (256 images), and at 64 × 64 (512 images), where a
+twelfth is computed for the same features. Images are class pattern plus noise, in memory.
 
 Runs without and with the callback take turns, and start with the other one every round; each with a
 TensorBoardLogger (plots on, the default) and with ``logger=False``. What is timed is the whole of
