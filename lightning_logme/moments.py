@@ -10,10 +10,10 @@ from torch import Tensor
 
 Task = Literal["binary", "multiclass", "multilabel", "regression"]
 
-_GRAM_BLOCK = (
-    256  # columns a matrix product takes: small enough to skip most of the upper triangle, large enough for BLAS
-)
-_ROW_BLOCK = 4096  # rows converted to float64 at a time, so that one huge batch needs no second copy of itself
+# Columns that one product takes: few enough to skip most of the upper triangle, enough for BLAS.
+_GRAM_BLOCK = 128
+# Rows that are converted to float64 at a time, so that one huge batch needs no second copy of itself.
+_ROW_BLOCK = 4096
 
 
 def is_exclusive(task: Task) -> bool:
@@ -117,9 +117,7 @@ class Moments:
 
         self.count.add_(weight.sum())
         self.feature_sum.add_(rows.sum(0))
-        for start in range(0, self.num_features, _GRAM_BLOCK):
-            stop = start + _GRAM_BLOCK
-            self.gram[start:stop, :stop].addmm_(rows[:, start:stop].T, rows[:, :stop])
+        add_gram_(self.gram, rows)
         if target.ndim == 1:  # class labels
             self.cross.index_add_(0, target, rows)
             self.target_sum.index_add_(0, target, weight)
@@ -129,6 +127,14 @@ class Moments:
             self.cross.addmm_(target.T, rows)
             self.target_sum.add_(target.sum(0))
             self.target_square.add_(target.square().sum(0))
+
+
+def add_gram_(gram: Tensor, rows: Tensor) -> Tensor:
+    """Add FᵀF to the lower triangle of a matrix, in place, at little more than half the cost of the product."""
+    for start in range(0, len(gram), _GRAM_BLOCK):
+        stop = start + _GRAM_BLOCK
+        gram[start:stop, :stop].addmm_(rows[:, start:stop].T, rows[:, :stop])
+    return gram
 
 
 def _writable(tensor: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_logme.moments import Batch, Moments
+from lightning_logme.moments import Batch, Moments, add_gram_
 
 EPS = torch.finfo(torch.float64).eps
 TINY = torch.finfo(torch.float64).tiny
@@ -94,7 +94,7 @@ class Spectrum:
             square = _centred_square(square, target.sum(0), n)
             centre = rows.mean(0), target.mean(0)
             rows, target, dof = rows - centre[0], target - centre[1], n - 1
-        eigenvalues, left = torch.linalg.eigh(rows @ rows.T)
+        eigenvalues, left = torch.linalg.eigh(_gram(rows.T))
         kept, resolution = _resolved(eigenvalues, dof, d)
         eigenvalues, left = eigenvalues[kept], left[:, kept]
         basis = (rows.T, left / eigenvalues.sqrt())
@@ -138,11 +138,16 @@ def _resolved(eigenvalues: Tensor, dof: int, num_features: int) -> tuple[Tensor,
 def _low_rank_eigh(gram: Tensor, rank: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Eigenvalues (ascending) and eigenvectors, in two factors, of a Gram matrix of at most this rank."""
     factor = _pivoted_cholesky(gram, rank)
-    eigenvalues, vectors = torch.linalg.eigh(factor.T @ factor)
+    eigenvalues, vectors = torch.linalg.eigh(_gram(factor))
     return eigenvalues, (
         factor,
         vectors / eigenvalues.clamp(min=TINY).sqrt(),
     )  # those that are nearly zero will be dropped
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """The lower triangle of FᵀF."""
+    return add_gram_(rows.new_zeros(rows.shape[1], rows.shape[1]), rows)
 
 
 def _pivoted_cholesky(gram: Tensor, rank: int) -> Tensor:
