@@ -11,7 +11,7 @@ from torch import Tensor
 Task = Literal["binary", "multiclass", "multilabel", "regression"]
 
 # Columns that one product takes: few enough to skip most of the upper triangle, enough for BLAS.
-_GRAM_BLOCK = 128
+_GRAM_BLOCK = 256
 # Rows that are converted to float64 at a time, so that one huge batch needs no second copy of itself.
 _ROW_BLOCK = 4096
 
