@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_logme.moments import Task, is_exclusive
 
-TargetSpec = str | int | Callable[[Any], Tensor] | None
+TargetSpec = int | str | Callable[[Any], Tensor] | None
 
 LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 

@@ -1,0 +1,54 @@
+"""The callback in LightningCLI, which reads its options from the types of its arguments."""
+
+import sys
+
+import lightning.pytorch as pl
+import pytest
+from lightning.pytorch.cli import LightningCLI
+from models import Classifier, loader
+
+# Lightning uses what jsonargparse will drop
+pytestmark = pytest.mark.filterwarnings("ignore:(?s).*(was deprecated in v|JSONARGPARSE_DEPRECATION_WARNINGS)")
+
+
+@pytest.fixture(autouse=True)
+def _no_arguments_of_pytest(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+
+
+class Data(pl.LightningDataModule):
+    def train_dataloader(self):
+        return loader()
+
+    def val_dataloader(self):
+        return loader()
+
+
+class Model(Classifier):
+    def __init__(self, lr: float = 0.1) -> None:
+        super().__init__(lr=lr)
+
+
+def test_options_from_the_command_line(tmp_path):
+    callback = {
+        "class_path": "lightning_logme.LogMECallback",
+        "init_args": {"layers": ["model.0"], "target": 1, "pooling": "mean", "class_names": list("abcd")},
+    }
+    trainer = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    trainer |= {"enable_progress_bar": False, "callbacks": [callback], "default_root_dir": str(tmp_path)}
+    cli = LightningCLI(
+        Model,
+        Data,
+        args={"fit": {"trainer": trainer}, "subcommand": "fit"},
+        save_config_callback=None,
+        seed_everything_default=1,
+    )
+    assert {"logme", "logme/model.0"} <= set(cli.trainer.callback_metrics)
+
+
+def test_numbers_on_the_command_line_are_indices(tmp_path):
+    args = ["fit", "--trainer.callbacks+=lightning_logme.LogMECallback", "--trainer.callbacks.target=1"]
+    args += ["--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.logger=false"]
+    args += ["--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false"]
+    cli = LightningCLI(Model, Data, args=args, save_config_callback=None, seed_everything_default=1)
+    assert "logme" in cli.trainer.callback_metrics
