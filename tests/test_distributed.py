@@ -38,6 +38,7 @@ def _process(rank, world, port, function, args):
     dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=60))
     try:
         function(rank, world, *args)
+        dist.barrier()  # nobody leaves while another still needs its store
     finally:
         dist.destroy_process_group()
 
