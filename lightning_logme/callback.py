@@ -136,6 +136,7 @@ class LogMECallback(_AnyCallback):
         self._sources = Sources()
         self._announced = False
         self._explained = False
+        self._origin: tuple[str, str | None] = "", None
         self._proven = False  # whether a batch has gone through: errors raise before, and warn after
         self._checkpoint_position: tuple[int, int] | None = None
         # Of a validation
@@ -281,13 +282,13 @@ class LogMECallback(_AnyCallback):
             collector.add((source, dataloader_idx), features[:real], target[:real])
         self._check_class_names(self._sources.num_outputs or (target.shape[1] if target.ndim > 1 else 1))
         if not self._explained:
-            self._explain(batch, pooled, mask)
+            self._explain(pooled, mask)
         self._batch, self._labels, self._proven = None, None, True
 
-    def _explain(self, batch: Any, pooled: list[str], mask: Tensor | None) -> None:
+    def _explain(self, pooled: list[str], mask: Tensor | None) -> None:
         """Say once what was taken without being told, for a wrong guess would give a plausible number."""
         self._explained = True
-        labels, rivals = describe_target(batch, self.target)
+        labels, rivals = self._origin
         how = "the callable" if callable(self.pooling) else repr(self.pooling)
         shapes = f"; pooled by {how}{' under attention_mask' if mask is not None else ''}: {', '.join(pooled)}"
         rank_zero_info(f"LogMECallback: the labels are {labels}{shapes if pooled else ''}.")
@@ -303,7 +304,10 @@ class LogMECallback(_AnyCallback):
             )
 
     def _read(self, batch: Any) -> tuple[Tensor, Tensor | None]:
-        return conform_target(find_target(batch, self.target), self.task), find_mask(batch)
+        labels = conform_target(find_target(batch, self.target), self.task)
+        if not self._explained:  # while the labels are still in the batch
+            self._origin = describe_target(batch, self.target)
+        return labels, find_mask(batch)
 
     def _publish(self, trainer: Trainer, pl_module: LightningModule, suffix: str, evidence: Evidence | None) -> None:
         """Log, remember and draw one result; None stands for NaN."""

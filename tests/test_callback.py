@@ -188,7 +188,7 @@ def test_regression_has_no_ignored_value(tmp_path):
     assert callback.history[0]["num_samples"] == len(data)
 
 
-def test_labels_that_validation_step_takes_out_of_the_batch(tmp_path):
+def test_labels_that_validation_step_takes_out_of_the_batch(tmp_path, caplog):
     class Popping(Classifier):
         def validation_step(self, batch, batch_idx):
             labels = batch.pop("labels")
@@ -197,7 +197,9 @@ def test_labels_that_validation_step_takes_out_of_the_batch(tmp_path):
     x, y = vectors().tensors
     batches = [{"x": a, "labels": b} for a, b in zip(x.split(20), y.split(20), strict=True)]
     callback = LogMECallback()
-    trainer(tmp_path, callback).validate(Popping(), DataLoader(batches, batch_size=None), verbose=False)
+    with caplog.at_level("INFO"):
+        trainer(tmp_path, callback).validate(Popping(), DataLoader(batches, batch_size=None), verbose=False)
+    assert "the labels are batch['labels']." in caplog.text
     assert callback.history[0]["num_samples"] == 96
 
 
