@@ -4,6 +4,16 @@ from lightning_logme.callback import LogMECallback
 from lightning_logme.evidence import Evidence
 from lightning_logme.history import read_evidence, read_history
 from lightning_logme.metric import LogME
+from lightning_logme.ranking import Ranking, RankingRow, rank_backbones
 
-__all__ = ["Evidence", "LogME", "LogMECallback", "read_evidence", "read_history"]
+__all__ = [
+    "Evidence",
+    "LogME",
+    "LogMECallback",
+    "Ranking",
+    "RankingRow",
+    "rank_backbones",
+    "read_evidence",
+    "read_history",
+]
 __version__ = "0.1.0"

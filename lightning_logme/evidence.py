@@ -67,15 +67,7 @@ class Evidence:
             fit_intercept: centre features and targets first; the evidence is then that of the n − 1 degrees of freedom
                 that are left, per degree of freedom.
         """
-        n = int(moments.count)
-        # A NaN or Inf anywhere in the features reaches the diagonal of the Gram matrix.
-        cause = _cause_of_nan(n, moments.gram.diagonal(), moments.target_square, task, fit_intercept)
-        if cause is None:
-            try:
-                return _maximise(Spectrum.from_moments(moments, fit_intercept), n)
-            except torch.linalg.LinAlgError as error:
-                cause = f"the eigenvalues of the Gram matrix could not be computed ({error})"
-        return _undefined(cause, n, tuple(moments.cross.shape), moments.cross.device)
+        return maximise_moments(moments, task, fit_intercept)[0]
 
     @classmethod
     @torch.no_grad()
@@ -134,6 +126,21 @@ class Evidence:
             name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         return replace(self, **moved)
+
+
+@torch.no_grad()
+def maximise_moments(moments: Moments, task: Task, fit_intercept: bool) -> tuple[Evidence, Spectrum | None]:
+    """:meth:`Evidence.from_moments`, with the spectrum where there is one."""
+    n = int(moments.count)
+    # A NaN or Inf anywhere in the features reaches the diagonal of the Gram matrix.
+    cause = _cause_of_nan(n, moments.gram.diagonal(), moments.target_square, task, fit_intercept)
+    if cause is None:
+        try:
+            spectrum = Spectrum.from_moments(moments, fit_intercept)
+            return _maximise(spectrum, n), spectrum
+        except torch.linalg.LinAlgError as error:
+            cause = f"the eigenvalues of the Gram matrix could not be computed ({error})"
+    return _undefined(cause, n, tuple(moments.cross.shape), moments.cross.device), None
 
 
 def _cause_of_nan(n: int, features: Tensor, square: Tensor, task: Task, fit_intercept: bool) -> str | None:

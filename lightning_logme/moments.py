@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -83,8 +84,35 @@ class Moments:
     def __add__(self, other: Moments) -> Moments:
         return Moments(**{name: value + getattr(other, name) for name, value in vars(self).items()})
 
+    def add_(self, other: Moments) -> Moments:
+        """Add in place."""
+        for name, value in vars(self).items():
+            value.add_(getattr(other, name))
+        return self
+
+    @classmethod
+    def sum(cls, parts: Sequence[Moments]) -> Moments:
+        """The moments of several parts together."""
+        first, *rest = parts
+        result = cls(**{name: value.clone() for name, value in vars(first).items()})
+        for part in rest:
+            result.add_(part)
+        return result
+
     def to(self, device: torch.device | str) -> Moments:
         return Moments(**{name: value.to(device) for name, value in vars(self).items()})
+
+    def project(self, basis: Tensor) -> Moments:
+        """The moments of the features F times a (D, R) matrix V."""
+        gram = basis.new_zeros(basis.shape[1], basis.shape[1])
+        for start in range(0, len(basis), _GRAM_BLOCK):
+            rows = slice(start, start + _GRAM_BLOCK)
+            # G = S + Sᵀ + the blocks on the diagonal, where S is what lies below those.
+            half = self.gram[rows, :start] @ basis[:start]
+            lower = self.gram[rows, rows].tril()
+            half += (lower - lower.diagonal().diag() / 2) @ basis[rows]
+            gram.addmm_(basis[rows].T, half)
+        return replace(self, gram=gram + gram.T, cross=self.cross @ basis, feature_sum=self.feature_sum @ basis)
 
     @torch.no_grad()
     def accumulate(self, batch: Batch) -> Moments:

@@ -54,6 +54,14 @@ class Spectrum:
             coefficients = coefficients @ factor.T
         return coefficients
 
+    def leading(self, number: int) -> Tensor:
+        """The first columns of V, at most so many: the directions of the largest eigenvalues."""
+        *factors, columns = self.basis
+        columns = columns[:, :number]
+        for factor in reversed(factors):
+            columns = factor @ columns
+        return columns
+
     @classmethod
     def from_moments(cls, moments: Moments, fit_intercept: bool = False) -> Spectrum:
         """Decompose the Gram matrix; with fewer rows than features, only the subspace that the rows span."""

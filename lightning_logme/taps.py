@@ -35,12 +35,12 @@ class Tap:
 
     def _on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.open:
-            self._seen.append(_detach(_first_tensor((args, kwargs))))
+            self._seen.append(_detach(first_tensor((args, kwargs))))
 
     def _on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.open:
             # An in-place activation after the module would change what was seen.
-            self._seen.append(_detach(_first_tensor(output), clone=True))
+            self._seen.append(_detach(first_tensor(output), clone=True))
 
     def start(self) -> None:
         """Forget what was seen, and listen."""
@@ -87,7 +87,7 @@ class Tap:
         return {"name": self.name, "open": False, "_seen": []}
 
 
-def _first_tensor(value: Any) -> Tensor | None:
+def first_tensor(value: Any) -> Tensor | None:
     """The first tensor in nested tuples, lists and mappings; the last hidden state of a Hugging Face output."""
     if isinstance(value, Tensor):
         return value
@@ -95,7 +95,7 @@ def _first_tensor(value: Any) -> Tensor | None:
         value = (value.get("last_hidden_state"), *value.values())
     if isinstance(value, (tuple, list)):
         for item in value:
-            tensor = _first_tensor(item)
+            tensor = first_tensor(item)
             if tensor is not None:
                 return tensor
     return None

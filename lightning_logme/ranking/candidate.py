@@ -1,0 +1,165 @@
+"""A backbone under test: how it is made, how it is called, and what tells it from others."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+
+from lightning_logme.batch import LABEL_KEYS, TargetSpec, find_mask
+from lightning_logme.heads import find_head, get_module
+from lightning_logme.taps import Pooling, Tap, first_tensor, pool
+
+Forward = Callable[[nn.Module, Any], Any]
+Transform = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A backbone and how to have features from it.
+
+    Attributes:
+        name: of the row.
+        source: the module, or a factory that makes it.
+        head: dotted name of the module whose input is the feature, "auto" to find the classifier head, None for the
+            output.
+        pooling: to one vector a sample.
+        forward: (module, batch) -> features; None calls the module on the inputs of the batch.
+        transform: of the loader's batches, on the CPU.
+        target: key of the labels, which are no input.
+    """
+
+    name: str
+    source: nn.Module | Callable[[], nn.Module]
+    head: str | None
+    pooling: Pooling
+    forward: Forward | None
+    transform: Transform | None
+    target: TargetSpec
+
+    @contextmanager
+    def on_device(self, fabric: Fabric, seed: int, num_outputs: int | None) -> Iterator[Backbone]:
+        """The backbone, ready to be called; afterwards a module that was passed in is as it was before."""
+        if not isinstance(self.source, nn.Module):
+            module = _converted(self._made(seed), fabric)
+            with Backbone(self, fabric.to_device(module), num_outputs) as backbone:
+                yield backbone
+            return
+        module, devices = self.source, {tensor.device for tensor in self.source.parameters()}
+        training = {part: part.training for part in module.modules()}
+        try:
+            in_precision = _converted(module, fabric, keep=True)
+            # A module that somebody has spread over several devices stays there.
+            moved = in_precision if len(devices) > 1 else fabric.to_device(in_precision)
+            with Backbone(self, moved, num_outputs) as backbone:
+                yield backbone
+        finally:
+            if len(devices) == 1:
+                module.to(devices.pop())
+            for part, mode in training.items():
+                part.training = mode
+
+    def _made(self, seed: int) -> nn.Module:
+        # Made anew every round, random weights must be the same ones.
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        torch.manual_seed(seed)
+        module = self.source()
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"the factory must return a torch.nn.Module, got {type(module).__name__}.")
+        return module
+
+
+class Backbone:
+    """A module that gives features (n, D) of batches while it lasts.
+
+    Attributes:
+        num_parameters: of the module.
+        fingerprint: of its weights and its class.
+    """
+
+    def __init__(self, candidate: Candidate, module: nn.Module, num_outputs: int | None) -> None:
+        self._candidate = candidate
+        self._module = module.eval()
+        self.num_parameters = sum(parameter.numel() for parameter in module.parameters())
+        self.fingerprint = _digest(module)
+        self._tap: Tap | None = None
+        self._num_features: int | None = None
+        if candidate.head is not None:
+            name = find_head(module, num_outputs) if candidate.head == "auto" else candidate.head
+            head = get_module(module, name, "head")
+            self._num_features = getattr(head, "in_features", None)
+            self._tap = Tap(head, "input", f"the head '{name}'")
+
+    def __enter__(self) -> Backbone:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._tap is not None:
+            self._tap.remove()
+
+    @torch.inference_mode()
+    def features(self, batch: Any, fabric: Fabric) -> Tensor:
+        """Pooled features (n, D) of a batch as the loader made it."""
+        if self._candidate.transform is not None:
+            batch = self._candidate.transform(batch)
+        batch = fabric.to_device(fabric.strategy.precision.convert_input(batch))
+        if self._tap is not None:
+            self._tap.start()
+        with fabric.autocast():
+            output = (self._candidate.forward or self._call)(self._module, batch)
+        seen = first_tensor(output) if self._tap is None else self._tap.take()
+        if seen is None:
+            raise ValueError(f"the module returned {type(output).__name__} without a tensor in it; give forward=.")
+        return pool(seen, self._candidate.pooling, self._num_features, find_mask(_inputs(batch)))
+
+    def _call(self, module: nn.Module, batch: Any) -> Any:
+        inputs = _inputs(batch)
+        if not isinstance(inputs, Mapping):
+            return module(*inputs) if isinstance(inputs, (tuple, list)) else module(inputs)
+        labels = {*LABEL_KEYS, self._candidate.target}
+        named = {key: value for key, value in inputs.items() if key not in labels}
+        parameters = inspect.signature(module.forward).parameters
+        if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+            return module(**named)
+        accepted = {key: value for key, value in named.items() if key in parameters}
+        if not accepted and len(named) == 1:  # {"image": …} for forward(x)
+            return module(*named.values())
+        if not accepted:
+            raise ValueError(
+                f"the batch has {', '.join(map(repr, named))}, and {type(module).__name__}.forward takes "
+                f"{', '.join(map(repr, parameters))}; give forward=callable(model, batch)."
+            )
+        return module(**accepted)
+
+
+def _inputs(batch: Any) -> Any:
+    """What a module is called with: the first item of (inputs, labels), or the batch itself."""
+    return batch[0] if isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields") and len(batch) else batch
+
+
+def _converted(module: nn.Module, fabric: Fabric, keep: bool = False) -> nn.Module:
+    """In the precision that was asked for; a copy where the module itself is to be kept as it is."""
+    precision = fabric.strategy.precision
+    changes = str(precision.precision).endswith("-true") and precision.precision != "32-true"
+    return precision.convert_module(copy.deepcopy(module) if keep and changes else module)
+
+
+def _digest(module: nn.Module) -> str:
+    digest = hashlib.sha1(type(module).__qualname__.encode())
+    for name, tensor in module.state_dict().items():
+        if isinstance(tensor, Tensor):
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            flat = tensor.detach().cpu().contiguous().flatten()
+            digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,113 @@
+"""Forward passes over a part of the samples, and the moments of its blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor
+
+from lightning_logme.moments import Batch, Moments, Task, moments_device
+from lightning_logme.ranking.candidate import Backbone
+from lightning_logme.ranking.jackknife import BLOCKS
+from lightning_logme.ranking.samples import Portion
+
+# Rows that wait until they are added: a Gram matrix is read and written once for each block that gets some.
+_PENDING = 2048
+
+
+@dataclass(frozen=True)
+class Part:
+    """What this process has from one pass over a part of the samples.
+
+    Attributes:
+        blocks: the moments of its blocks; empty where it had no batch.
+        labels: digest of the labels that came.
+        probe: (n, D) the features of the first batch, float32, on the CPU.
+    """
+
+    blocks: list[Moments]
+    labels: int
+    probe: Tensor | None
+
+
+class BlockMoments:
+    """The moments of every block, added to a few thousand rows at a time."""
+
+    def __init__(self, task: Task, num_outputs: int) -> None:
+        self._task: Task = task
+        self._num_outputs = num_outputs
+        self._blocks: list[Moments] = []
+        self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._rows = 0
+        self.num_features: int | None = None
+
+    def add(self, features: Tensor, target: Tensor, block: Tensor) -> None:
+        """Add rows of features (n, D), with the target and the block of each."""
+        if self.num_features not in (None, features.shape[1]):
+            raise ValueError(
+                f"features of length {features.shape[1]} after features of length {self.num_features}; pool them to "
+                "one length, with pooling=callable or forward=callable."
+            )
+        batch = Batch.checked(features, target, self._task, self._num_outputs)
+        if self.num_features is None:
+            self.num_features = features.shape[1]
+            device = moments_device(features.device)
+            self._blocks = [Moments.zeros(self.num_features, self._num_outputs, device) for _ in range(BLOCKS)]
+        self._pending.append((batch.features, batch.target, block))
+        self._rows += len(block)
+        if self._rows >= _PENDING:
+            self._flush()
+
+    def blocks(self) -> list[Moments]:
+        """The moments so far; empty if there were no rows."""
+        self._flush()
+        return self._blocks
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        features, target, block = (torch.cat(parts) for parts in zip(*self._pending, strict=True))
+        self._pending, self._rows = [], 0
+        for index, moments in enumerate(self._blocks):
+            rows = (block == index).nonzero()[:, 0].to(features.device)
+            if len(rows):
+                self._blocks[index] = moments.accumulate(Batch(features[rows], target[rows]))
+
+
+def collect(
+    backbone: Backbone,
+    portions: Iterable[Portion],
+    task: Task,
+    num_outputs: int,
+    fabric: Fabric,
+    count: Callable[[int], object],
+) -> Part:
+    """The moments of some samples.
+
+    Args:
+        backbone: gives the features.
+        portions: this process's batches.
+        task: of the targets.
+        num_outputs: K.
+        fabric: of the process.
+        count: is told the number of samples after each batch.
+
+    Raises:
+        ValueError: features do not fit the labels, or those before. Whatever the module raises.
+    """
+    sums, labels, probe = BlockMoments(task, num_outputs), 0, None
+    for portion in portions:
+        features = backbone.features(portion.batch, fabric)
+        if len(features) != len(portion.target):
+            raise ValueError(
+                f"{len(features)} features for {len(portion.target)} labels, shapes {tuple(features.shape)} and "
+                f"{tuple(portion.target.shape)}; a backbone and its transform must give one feature a sample."
+            )
+        sums.add(features, portion.target, portion.block)
+        labels += portion.digest()
+        probe = features.float().cpu() if probe is None else probe
+        count(len(features))
+    return Part(sums.blocks(), labels, probe)

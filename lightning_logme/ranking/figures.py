@@ -1,0 +1,58 @@
+"""Pictures of a ranking."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from lightning_logme.ranking.result import Ranking, RankingRow
+
+_WIDTH = 7.0  # inches
+_LABEL = "gain in nats per sample"
+_COLOURS = {True: "#4c72b0", False: "#b0b7c3"}  # tied with the best, or not
+
+
+def bars(ranking: Ranking) -> Figure:
+    """The gain of each candidate with its standard error, the best at the top."""
+    rows = [row for row in ranking.rows if not math.isnan(row.gain)]
+    figure = Figure(figsize=(_WIDTH, 1.2 + 0.36 * max(len(rows), 1)), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(
+        range(len(rows)),
+        [row.gain for row in rows],
+        xerr=[0.0 if math.isnan(row.stderr) else row.stderr for row in rows],
+        color=[_COLOURS[row.tied_with_best] for row in rows],
+        capsize=3,
+    )
+    axes.set_yticks(range(len(rows)), [_label(row) for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel(f"{_LABEL}, ± 1 standard error (dark: the best, and what is tied with it)")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def curves(ranking: Ranking) -> Figure:
+    """The gain of each candidate against the number of samples, as far as it was followed."""
+    figure = Figure(figsize=(_WIDTH, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for row in ranking.rows:
+        points = [point for point in ranking.curves[row.name] if not math.isnan(point.gain)]
+        if points:
+            style = "-o" if row.ended == "finished" else "--o"
+            axes.plot([p.num_samples for p in points], [p.gain for p in points], style, markersize=4, label=row.name)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("samples (dashed: did not finish)")
+    axes.set_ylabel(_LABEL)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.lines:
+        axes.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+def _label(row: RankingRow) -> str:
+    return row.name if row.ended == "finished" else f"{row.name} ({row.ended} at {row.num_samples})"

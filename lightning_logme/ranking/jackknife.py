@@ -1,0 +1,117 @@
+"""How sure a score is, and how sure a difference of scores: the paired block jackknife."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_logme.evidence import Evidence, maximise_moments
+from lightning_logme.moments import Moments, Task
+
+BLOCKS = 8
+# Of a race in which several candidates are equally good: the chance that any of them is dropped. Also of the report of
+# ties: the chance that a candidate as good as the best is not called tied.
+ERROR_RATE = 0.05
+
+# Leading eigenvectors in which the scores with one block left out are computed. On features of D = 1280 the standard
+# errors come within a tenth of those in all directions, at an eighth of the time.
+_DIRECTIONS = 256
+
+
+def leave_one_out(blocks: Sequence[Moments], task: Task, fit_intercept: bool) -> tuple[Evidence, Tensor]:
+    """The evidence of all blocks together, and the score without each of them.
+
+    Args:
+        blocks: the moments of disjoint random parts of the samples, about equally large.
+        task: of the targets.
+        fit_intercept: as in :class:`~lightning_logme.Evidence`.
+
+    Returns:
+        The evidence, and the (B,) scores in the leading directions of feature space. A class that only the block left
+        out has keeps its evidence of all blocks, so that every score is a mean over the same classes.
+    """
+    evidence, spectrum = maximise_moments(Moments.sum(blocks), task, fit_intercept)
+    if spectrum is None:
+        return evidence, evidence.per_output.new_full((len(blocks),), math.nan)
+    if blocks[0].num_features > _DIRECTIONS:
+        basis = spectrum.leading(_DIRECTIONS)
+        blocks = [block.project(basis) for block in blocks]
+    scores = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is wrong with a part has been said of the whole, or is no news
+        for index in range(len(blocks)):
+            rest = Evidence.from_moments(Moments.sum([*blocks[:index], *blocks[index + 1 :]]), task, fit_intercept)
+            absent = rest.per_output.isnan() & ~evidence.per_output.isnan()
+            scores.append(torch.where(absent, evidence.per_output, rest.per_output).nanmean())
+    return evidence, torch.stack(scores)
+
+
+def standard_error(scores: Sequence[float]) -> float:
+    """Of a score, given the B scores without each block: √((B−1)/B Σ (s₋ₖ − mean)²).
+
+    Block jackknife: Shao & Tu 1995, "The Jackknife and Bootstrap", ch. 2. Of a difference, given the differences.
+    """
+    mean = sum(scores) / len(scores)
+    return math.sqrt((len(scores) - 1) / len(scores) * sum((score - mean) ** 2 for score in scores))
+
+
+def trailing(
+    scores: Mapping[str, float], replicates: Mapping[str, Sequence[float]], quantile: float
+) -> dict[str, float]:
+    """By how many paired standard errors candidates trail the leader, those that trail by more than ``quantile``.
+
+    All have seen the same samples in the same blocks: what is easy or hard in a block is so for all of them, and
+    cancels in differences.
+    """
+    known = {name: score for name, score in scores.items() if not math.isnan(score)}
+    if not known:
+        return {}
+    leader = max(known, key=known.__getitem__)
+    found = {}
+    for name, score in known.items():
+        difference = [a - b for a, b in zip(replicates[leader], replicates[name], strict=True)]
+        error = standard_error(difference)
+        if scores[leader] - score > quantile * error:  # not where either is NaN
+            found[name] = (scores[leader] - score) / error if error > 0 else math.inf
+    return found
+
+
+def quantile_to_drop(number: int, round_: int) -> float:
+    """How many paired standard errors a candidate must trail the leader by, to be dropped in a round.
+
+    The error rate is divided by Bonferroni's inequality among all pairs of candidates, as any may happen to lead and
+    any to trail, and among the rounds as 1/2, 1/6, 1/12, …, whose sum is 1 however many rounds there will be.
+
+    Args:
+        number: of the candidates that started.
+        round_: 1, 2, …
+    """
+    return student_quantile(ERROR_RATE / (round_ * (round_ + 1)) / (number * (number - 1)))
+
+
+def quantile_of_ties(number: int) -> float:
+    """How many paired standard errors are within chance for each of the candidates beside the best."""
+    return student_quantile(ERROR_RATE / (2 * max(number - 1, 1)))
+
+
+def student_quantile(probability: float) -> float:
+    """What Student's t with 7 = B − 1 degrees of freedom exceeds with a (small) probability.
+
+    The distribution function for odd degrees of freedom is elementary: Abramowitz & Stegun 26.7.3.
+    """
+
+    def exceeded(t: float) -> float:
+        angle = math.atan(t / math.sqrt(7))
+        sine, cosine = math.sin(angle), math.cos(angle)
+        within = 2 / math.pi * (angle + sine * (cosine + 2 / 3 * cosine**3 + 8 / 15 * cosine**5))
+        return (1 - within) / 2
+
+    low, high = 0.0, 1e4
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if exceeded(middle) > probability else (low, middle)
+    return (low + high) / 2

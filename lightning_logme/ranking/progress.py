@@ -1,0 +1,159 @@
+"""How far a candidate has come, and how that outlives the process."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_logme.moments import Moments
+from lightning_logme.ranking.candidate import Candidate
+
+# Of the features of one batch in a later process: other devices, threads and libraries round otherwise.
+_SAME = 1e-3
+
+
+@dataclass
+class Round:
+    """A candidate's result at the end of a round.
+
+    Attributes:
+        num_samples: seen so far.
+        logme: of them.
+        gain: of them.
+        replicates: the scores with one block left out.
+        labels: digest of the labels that came in this round.
+    """
+
+    num_samples: int
+    logme: float
+    gain: float
+    replicates: list[float]
+    labels: int
+
+
+@dataclass
+class Progress:
+    """All that goes on from one round to the next.
+
+    Attributes:
+        rounds: finished ones.
+        blocks: the moments of the samples seen so far, on the CPU.
+        probe: the features of the first batch.
+        fingerprint: of the module.
+        num_parameters: of the module.
+        seconds: spent.
+        peak_memory: bytes of the accelerator's memory, where it has one.
+    """
+
+    rounds: list[Round] = field(default_factory=list)
+    blocks: list[Moments] = field(default_factory=list)
+    probe: Tensor | None = None
+    fingerprint: str | None = None
+    num_parameters: int | None = None
+    seconds: float = 0.0
+    peak_memory: int | None = None
+
+    @property
+    def num_samples(self) -> int:
+        return self.rounds[-1].num_samples if self.rounds else 0
+
+    @property
+    def num_features(self) -> int | None:
+        return self.blocks[0].num_features if self.blocks else None
+
+
+class Store:
+    """A folder with the progress of every candidate.
+
+    Args:
+        folder: is made where it does not exist.
+        options: what all results depend on: a file that was written under other ones is not used.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], options: Mapping[str, Any]) -> None:
+        self._folder = Path(folder)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._options = dict(options)
+
+    def load(self, candidate: Candidate) -> Progress | None:
+        """The progress of a candidate; None, with a warning that names the cause, where it cannot be used."""
+        path = self._path(candidate)
+        if not path.exists():
+            return None
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            values, options = saved["progress"], saved["options"]
+            values["rounds"] = [Round(**round_) for round_ in values["rounds"]]
+            values["blocks"] = [Moments(**block) for block in values["blocks"]]
+            progress = Progress(**values)
+        except Exception as error:
+            _starts_anew(candidate, f"{path} cannot be read ({type(error).__name__}: {error})")
+            return None
+        now = self._all_options(candidate)
+        for option in {**now, **options}:
+            if now.get(option) != options.get(option):
+                _starts_anew(candidate, f"{option} was {options.get(option)} and is {now.get(option)}")
+                return None
+        return progress
+
+    def save(self, candidate: Candidate, progress: Progress) -> None:
+        """Write the progress of a candidate; a process that is killed meanwhile leaves the file that there was."""
+        values = {
+            **vars(progress),
+            "rounds": [vars(round_) for round_ in progress.rounds],
+            "blocks": [vars(block) for block in progress.blocks],
+        }
+        path = self._path(candidate)
+        unfinished = path.with_suffix(".unfinished")
+        torch.save({"options": self._all_options(candidate), "progress": values}, unfinished)
+        unfinished.replace(path)
+
+    def _all_options(self, candidate: Candidate) -> dict[str, str]:
+        options = {**self._options, "head": candidate.head, "pooling": _named(candidate.pooling)}
+        options |= {"forward": _named(candidate.forward), "transform": _named(candidate.transform)}
+        return {name: str(value) for name, value in options.items()}
+
+    def _path(self, candidate: Candidate) -> Path:
+        readable = re.sub(r"[^\w.-]+", "_", candidate.name)[:60]
+        return self._folder / f"{readable}-{hashlib.sha1(candidate.name.encode()).hexdigest()[:8]}.pt"
+
+
+def is_same(candidate: Candidate, saved: Progress, fingerprint: str, probe: Tensor) -> bool:
+    """Whether a candidate is the one whose progress was saved; a warning says what has changed.
+
+    Args:
+        candidate: as it is now.
+        saved: as it was.
+        fingerprint: of its weights now.
+        probe: its features of the first batch now, which depend on the samples and on everything done to them.
+    """
+    if saved.fingerprint != fingerprint:
+        _starts_anew(candidate, "its weights or its class are others")
+        return False
+    then = saved.probe
+    if then is None or then.shape != probe.shape:
+        same = False
+    else:
+        same = torch.allclose(probe, then, rtol=_SAME, atol=_SAME * float(then.abs().mean()), equal_nan=True)
+    if not same:
+        cause = "its features of the first batch are others: the samples changed, or what is done to them"
+        _starts_anew(candidate, cause)
+    return same
+
+
+def _starts_anew(candidate: Candidate, cause: str) -> None:
+    warnings.warn(f"resume_from: {candidate.name!r} starts anew, as {cause}.", stacklevel=2)
+
+
+def _named(value: Any) -> str:
+    """A callable by its name: its address is another one in every process."""
+    return getattr(value, "__qualname__", type(value).__qualname__) if callable(value) else str(value)

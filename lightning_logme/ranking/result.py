@@ -1,0 +1,184 @@
+"""What a ranking tells."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+
+from lightning_logme.evidence import Evidence
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Ended = Literal["finished", "dropped", "failed", "interrupted"]
+
+
+class CurvePoint(NamedTuple):
+    """The score of a candidate after so many samples."""
+
+    num_samples: int
+    logme: float
+    gain: float
+
+
+@dataclass(frozen=True)
+class RankingRow:
+    """A candidate's result. Scores compare between rows of the same ``num_samples`` alone.
+
+    Attributes:
+        name: of the candidate.
+        logme: log of maximum evidence in nats per sample; NaN if there is none.
+        gain: what it exceeds the score of useless features by; 0 means that they explain nothing.
+        stderr: standard error of ``logme``, by the block jackknife. Differences between candidates are far surer.
+        tied_with_best: whether the paired difference from the best is within chance; true of the best itself.
+        num_features: D.
+        num_parameters: of the module.
+        num_samples: that it was scored on.
+        seconds: making it, forward passes and evidence.
+        peak_memory: bytes of accelerator memory at most, None on a CPU.
+        ended: "finished"; "dropped", behind the leader by more than chance allows; "failed"; "interrupted".
+        message: why, where there is something to say.
+    """
+
+    name: str
+    logme: float
+    gain: float
+    stderr: float
+    tied_with_best: bool
+    num_features: int | None
+    num_parameters: int | None
+    num_samples: int
+    seconds: float
+    peak_memory: int | None
+    ended: Ended
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Candidates in the order of their scores, made by :func:`~lightning_logme.rank_backbones`.
+
+    Attributes:
+        rows: one a candidate, the best first; then those that were dropped, the last to be dropped first; then those
+            without a result.
+        evidence: by name, the :class:`~lightning_logme.Evidence` behind the score.
+        curves: by name, the score after each round.
+    """
+
+    rows: list[RankingRow]
+    evidence: dict[str, Evidence]
+    curves: dict[str, list[CurvePoint]]
+
+    @property
+    def best(self) -> str:
+        """The name of the first row: the best, though others may be tied with it."""
+        return self.rows[0].name
+
+    @property
+    def tied(self) -> list[str]:
+        """The names that are tied with the best, it included: fine-tune the one that suits you."""
+        return [row.name for row in self.rows if row.tied_with_best]
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """The LogME of each candidate that has one, the best first. See ``rows`` for the samples behind each."""
+        return {row.name: row.logme for row in self.rows if not math.isnan(row.logme)}
+
+    def head(self, name: str | None = None, dtype: torch.dtype | None = None) -> torch.nn.Linear:
+        """The posterior mean as a linear layer on a candidate's features, see :meth:`Evidence.head`.
+
+        Args:
+            name: of the candidate; the best if None.
+            dtype: of its parameters; torch's default dtype if None.
+
+        Raises:
+            KeyError: no candidate of that name has a score.
+            ValueError: its score is NaN.
+        """
+        name = self.best if name is None else name
+        if name not in self.evidence:
+            raise KeyError(f"no evidence for {name!r}; there is for {', '.join(map(repr, self.evidence)) or 'none'}")
+        return self.evidence[name].head(dtype)
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write the rows, with a header."""
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, [field.name for field in fields(RankingRow)])
+            writer.writeheader()
+            writer.writerows(asdict(row) for row in self.rows)
+
+    def to_markdown(self) -> str:
+        """The table of ``print(ranking)`` in Markdown."""
+        header, *body = self._cells()
+        lines = [header, ["---"] * len(header), *body]
+        return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+    def plot(self) -> Figure:
+        """The gain of each candidate as a bar, with its standard error.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        from lightning_logme.ranking.figures import bars
+
+        return bars(self)
+
+    def plot_curves(self) -> Figure:
+        """The gain of each candidate against the number of samples.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        from lightning_logme.ranking.figures import curves
+
+        return curves(self)
+
+    def __str__(self) -> str:
+        header, *body = self._cells()
+        widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
+        lines = (
+            "  ".join(
+                cell.ljust(width) if index in (0, 1, len(widths) - 1) else cell.rjust(width)
+                for index, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in (header, *body)
+        )
+        return "\n".join(lines)
+
+    def _cells(self) -> list[list[str]]:
+        cells = [["", "candidate", "gain", "± s.e.", "LogME", "samples", "D", "parameters", "seconds", "ended"]]
+        for place, row in enumerate(self.rows, 1):
+            tied = row.tied_with_best and place > 1
+            cells.append(
+                [
+                    "=" if tied else str(place),
+                    row.name,
+                    _number(row.gain),
+                    _number(row.stderr),
+                    _number(row.logme),
+                    str(row.num_samples),
+                    "" if row.num_features is None else str(row.num_features),
+                    _count(row.num_parameters),
+                    f"{row.seconds:.1f}",
+                    row.ended + (f": {row.message.splitlines()[0][:80]}" if row.message else ""),
+                ]
+            )
+        return cells
+
+
+def _number(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.4f}"
+
+
+def _count(number: int | None) -> str:
+    if number is None:
+        return ""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return str(number)

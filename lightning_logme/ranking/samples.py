@@ -1,0 +1,254 @@
+"""Which samples are seen, in which order, and which block of the jackknife each belongs to."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+)
+
+from lightning_logme.batch import LABEL_KEYS, TargetSpec, conform_target, find_target
+from lightning_logme.moments import Task, is_exclusive
+from lightning_logme.ranking.jackknife import BLOCKS
+
+# Of the first round: fewer tell little, and every round costs evidence and, with factories, loading.
+_FIRST_ROUND = 256
+_PER_CLASS = 4
+
+
+@dataclass(frozen=True)
+class Portion:
+    """A batch with what is known of it.
+
+    Attributes:
+        batch: as the loader made it.
+        target: its labels, in the metric's form, on the CPU.
+        block: (n,) the block of each sample.
+        start: place of its first sample among all.
+    """
+
+    batch: Any
+    target: Tensor
+    block: Tensor
+    start: int
+
+    def digest(self) -> int:
+        """Of the labels and their places; those of several batches add up, whatever their order."""
+        sha = hashlib.sha1(f"{self.start} {self.target.dtype}".encode())
+        sha.update(self.target.contiguous().numpy().data)
+        return int.from_bytes(sha.digest()[:7], "big")
+
+
+class Samples:
+    """The samples of a target data set, in the same order and the same blocks for every candidate.
+
+    Args:
+        loader: of a map-style data set, from which samples are drawn without replacement, stratified by class where
+            the labels can be had without loading the samples; or anything else that gives batches and can be
+            iterated over again and again, such as a loader of an iterable data set, which is taken as it comes.
+        task: of the targets.
+        target: where labels are in a batch.
+        num_classes: K, if known.
+        seed: of the order.
+
+    Attributes:
+        number: of samples; None if only the end of the stream will tell.
+        labels: of all samples in their order, where they can be had without loading the samples.
+    """
+
+    def __init__(self, loader: Any, task: Task, target: TargetSpec, num_classes: int | None, seed: int) -> None:
+        self.task: Task = task
+        self.target = target
+        self.seed = seed
+        self.labels: Tensor | None = None
+        self.number: int | None = None
+        self._loader = loader
+        self._num_classes = num_classes
+        indices = _indices(loader)
+        if indices is None:
+            if not isinstance(loader, Iterable):
+                raise ValueError(
+                    f"dataloader must be a DataLoader or another iterable of batches, got {type(loader).__name__}."
+                )
+            if iter(loader) is loader:
+                raise ValueError(
+                    "dataloader is an iterator that can be read only once, and every candidate reads it anew; pass a "
+                    "DataLoader, or a list of batches."
+                )
+            return
+        self.number = len(indices)
+        self.check_number(self.number)
+        labels = _labels(loader.dataset, target)
+        if labels is not None:
+            labels = conform_target(labels[indices], task)
+        strata = labels if labels is not None and is_exclusive(task) and labels.ndim == 1 else None
+        order, block = _stratified(self.number, strata, torch.Generator().manual_seed(seed))
+        self.labels = None if labels is None else labels[order]
+        self._order = indices[order]
+        self._block = block
+
+    def check_number(self, number: int) -> None:
+        """Raise ``ValueError`` where there are fewer samples than blocks."""
+        if number < 2 * BLOCKS:
+            raise ValueError(
+                f"dataloader has {number} samples, and error bars need at least {2 * BLOCKS}: two for each of {BLOCKS} "
+                "blocks."
+            )
+
+    def rounds(self) -> Iterator[int]:
+        """How many samples each round has seen at its end, every time about twice as many, until all are seen."""
+        stop = max(_FIRST_ROUND, _PER_CLASS * (self._num_classes or 0))
+        while self.number is None or stop * 1.5 < self.number:  # no round for a few last samples
+            yield stop
+            stop *= 2
+        yield self.number
+
+    def first(self) -> Portion:
+        """The first batch.
+
+        Raises:
+            ValueError: it has no labels where they were looked for, or there is no batch.
+        """
+        for portion in self.portions(0, None):
+            return portion
+        raise ValueError("dataloader gave no batch.")
+
+    def portions(self, start: int, stop: int | None, rank: int = 0, world: int = 1) -> Iterator[Portion]:
+        """This process's share of the samples from ``start`` to about ``stop``.
+
+        Batches are the same however many processes there are, and dealt out in turn, so that features are too. A
+        stream's round ends with the first batch that reaches ``stop``.
+        """
+        if self.number is None:
+            yield from self._streamed(start, stop, rank, world)
+        else:
+            yield from self._drawn(start, self.number if stop is None else stop, rank, world)
+
+    def _drawn(self, start: int, stop: int, rank: int, world: int) -> Iterator[Portion]:
+        size = self._loader.batch_size or getattr(self._loader.batch_sampler, "batch_size", None) or 32
+        parts = [slice(first, min(first + size, stop)) for first in range(start, stop, size)][rank::world]
+        loader = _with_batches(self._loader, [self._order[part].tolist() for part in parts], self.seed)
+        for part, batch in zip(parts, loader, strict=True):
+            target, block = self._read(batch), self._block[part]
+            if len(target) != len(block):
+                raise ValueError(
+                    f"dataloader gave {len(target)} labels for a batch of {len(block)} samples (shape "
+                    f"{tuple(target.shape)}); its collate_fn must keep every sample, and target= must name the labels."
+                )
+            yield Portion(batch, target, block, part.start)
+
+    def _streamed(self, start: int, stop: int | None, rank: int, world: int) -> Iterator[Portion]:
+        position = 0
+        for index, batch in enumerate(self._loader):
+            target = self._read(batch)
+            first, position = position, position + len(target)
+            if first >= start and index % world == rank:
+                yield Portion(batch, target, torch.arange(first, position) % BLOCKS, first)
+            if stop is not None and position >= stop:
+                return
+
+    def _read(self, batch: Any) -> Tensor:
+        return conform_target(find_target(batch, self.target), self.task).cpu()
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells this data set, order and loader from others without loading samples."""
+        labels = None if self.labels is None else hashlib.sha1(self.labels.contiguous().numpy().data).hexdigest()
+        return {"samples": self.number, "labels": labels, "seed": self.seed}
+
+
+def _indices(loader: Any) -> Tensor | None:
+    """The samples that a loader of a map-style data set draws, each once; None for a stream."""
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return None
+    if loader.batch_sampler is None:
+        return None  # the data set makes batches of its own
+    if type(loader.batch_sampler) is not BatchSampler:
+        return torch.tensor(sorted({index for batch in loader.batch_sampler for index in batch}))
+    sampler: Any = loader.batch_sampler.sampler
+    everything = type(sampler) is SequentialSampler or isinstance(sampler, DistributedSampler)
+    everything = everything or (type(sampler) is RandomSampler and sampler.num_samples == len(sampler.data_source))
+    if everything:
+        return torch.arange(len(loader.dataset))  # type: ignore[arg-type]
+    return torch.tensor(sorted(set(sampler)))
+
+
+def _labels(dataset: Any, target: TargetSpec) -> Tensor | None:
+    """The labels of a data set that has them at hand, so that no sample needs to be loaded."""
+    if isinstance(dataset, Subset):
+        labels = _labels(dataset.dataset, target)
+        return None if labels is None else labels[torch.as_tensor(dataset.indices)]
+    if isinstance(dataset, TensorDataset):
+        index = 1 if target is None else target
+        at_hand = isinstance(index, int) and -len(dataset.tensors) <= index < len(dataset.tensors)
+        return dataset.tensors[index] if at_hand else None  # type: ignore[index]
+    for name in LABEL_KEYS if target is None else (target,):
+        if not isinstance(name, str):
+            continue
+        column = getattr(dataset, name, None)
+        if column is None and name in (getattr(dataset, "column_names", None) or ()):
+            column = dataset[name]
+        if column is None:
+            continue
+        try:
+            labels = torch.as_tensor(column)
+        except (TypeError, ValueError, RuntimeError):
+            continue
+        if labels.ndim and len(labels) == len(dataset):
+            return labels
+    return None
+
+
+def _stratified(number: int, strata: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A random order every beginning of which has the classes in proportion, one of each first, and its blocks.
+
+    Each class is spread evenly over the order and over the blocks, and random within itself.
+
+    Returns:
+        The order (N,), and the block (N,) of each place in it.
+    """
+    shuffled = torch.randperm(number, generator=generator)
+    if strata is None:
+        return shuffled, torch.arange(number) % BLOCKS
+    by_class = shuffled[strata[shuffled].argsort(stable=True)]
+    _, counts = strata.unique(return_counts=True)
+    size = counts.repeat_interleave(counts)
+    first = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    member = torch.arange(number) - first  # 0, 1, … within the class
+    # A class of its own offset would leave rare classes out of the beginning: all start at once, in random turn.
+    turn = torch.rand(len(counts), generator=generator).repeat_interleave(counts)
+    place = (member.double() / size + turn * 1e-9).argsort(stable=True)
+    return by_class[place], (torch.arange(number) % BLOCKS)[place]
+
+
+def _with_batches(loader: DataLoader[Any], batches: list[list[int]], seed: int) -> DataLoader[Any]:
+    """The same loader with batches of these samples."""
+    workers: dict[str, Any] = {}
+    if loader.num_workers:
+        workers = {
+            "prefetch_factor": loader.prefetch_factor,
+            "multiprocessing_context": loader.multiprocessing_context,
+            "timeout": loader.timeout,
+            "worker_init_fn": loader.worker_init_fn,
+        }
+    return DataLoader(
+        loader.dataset,
+        batch_sampler=batches,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        generator=torch.Generator().manual_seed(seed),  # or it would draw from the user's
+        **workers,
+    )

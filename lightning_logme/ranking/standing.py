@@ -1,0 +1,87 @@
+"""From a race, finished or not, to the ranking."""
+
+from __future__ import annotations
+
+import math
+
+from lightning_logme.moments import Moments
+from lightning_logme.ranking.jackknife import quantile_of_ties, standard_error, trailing
+from lightning_logme.ranking.progress import Progress, Round
+from lightning_logme.ranking.race import Race
+from lightning_logme.ranking.result import CurvePoint, Ended, Ranking, RankingRow
+
+# Of the features' mean square: a spread that is nothing but rounding.
+_CONSTANT = 1e-10
+
+
+def standing(race: Race) -> Ranking:
+    """Order the candidates: those still in the race by their scores, then the dropped, then those without a result."""
+    comparable = _comparable(race)
+    scores = {name: round_.logme for name, round_ in comparable.items()}
+    replicates = {name: round_.replicates for name, round_ in comparable.items()}
+    behind = trailing(scores, replicates, quantile_of_ties(len(comparable)))
+    tied = {name for name, score in scores.items() if not math.isnan(score)} - set(behind)
+
+    def place(name: str) -> tuple[int, int, float]:
+        rounds = race.progress[name].rounds
+        round_ = comparable.get(name) or (rounds[-1] if rounds else None)
+        if round_ is None or math.isnan(round_.logme):
+            return 3, 0, 0.0
+        group = 0 if name in comparable else 1 if name in race.dropped else 2
+        return group, -round_.num_samples, -round_.logme
+
+    names = sorted(race.progress, key=place)
+    return Ranking(
+        rows=[_row(race, name, name in tied) for name in names],
+        evidence={name: race.evidence[name] for name in names if name in race.evidence},
+        curves={
+            name: [CurvePoint(r.num_samples, r.logme, r.gain) for r in race.progress[name].rounds] for name in names
+        },
+    )
+
+
+def _comparable(race: Race) -> dict[str, Round]:
+    """The last round that all have finished who are still in the race, of each of them."""
+    rounds = {name: race.progress[name].rounds for name in race.running if race.progress[name].rounds}
+    common = min(map(len, rounds.values()), default=0)
+    return {name: finished[common - 1] for name, finished in rounds.items()}
+
+
+def _row(race: Race, name: str, tied: bool) -> RankingRow:
+    progress = race.progress[name]
+    last = progress.rounds[-1] if progress.rounds else Round(0, math.nan, math.nan, [math.nan], 0)
+    ended, message = _end(race, name, progress)
+    return RankingRow(
+        name=name,
+        logme=last.logme,
+        gain=last.gain,
+        stderr=standard_error(last.replicates) if progress.rounds else math.nan,
+        tied_with_best=tied,
+        num_features=progress.num_features,
+        num_parameters=progress.num_parameters,
+        num_samples=last.num_samples,
+        seconds=progress.seconds,
+        peak_memory=progress.peak_memory,
+        ended=ended,
+        message=message,
+    )
+
+
+def _end(race: Race, name: str, progress: Progress) -> tuple[Ended, str]:
+    if name in race.failed:
+        return "failed", race.failed[name]
+    if name in race.dropped:
+        return "dropped", race.dropped[name]
+    if race.interrupted and progress.num_samples != race.samples.number:
+        return "interrupted", ""
+    if math.isnan(progress.rounds[-1].logme):
+        return "finished", "there is no evidence in these samples; a warning says why"
+    if progress.blocks and _is_constant(progress):
+        return "finished", "its features are the same for every sample"
+    return "finished", ""
+
+
+def _is_constant(progress: Progress) -> bool:
+    moments = Moments.sum(progress.blocks)
+    square = float(moments.gram.diagonal().sum())
+    return square - float(moments.feature_sum.square().sum() / moments.count) <= _CONSTANT * square
