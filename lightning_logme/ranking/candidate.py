@@ -71,9 +71,7 @@ class Candidate:
 
     def _made(self, seed: int) -> nn.Module:
         # Made anew every round, random weights must be the same ones.
-        random.seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002
-        torch.manual_seed(seed)
+        seed_generators(seed)
         module = self.source()
         if not isinstance(module, nn.Module):
             raise TypeError(f"the factory must return a torch.nn.Module, got {type(module).__name__}.")
@@ -141,6 +139,13 @@ class Backbone:
                 f"{', '.join(map(repr, parameters))}; give forward=callable(model, batch)."
             )
         return module(**accepted)
+
+
+def seed_generators(seed: int) -> None:
+    """Seed every generator that a factory or a data set may draw from."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    torch.manual_seed(seed)
 
 
 def _inputs(batch: Any) -> Any:

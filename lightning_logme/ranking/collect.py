@@ -25,11 +25,13 @@ class Part:
     Attributes:
         blocks: the moments of its blocks; empty where it had no batch.
         labels: digest of the labels that came.
+        skipped: digest of the labels of a stream that came before.
         probe: (n, D) the features of the first batch, float32, on the CPU.
     """
 
     blocks: list[Moments]
     labels: int
+    skipped: int
     probe: Tensor | None
 
 
@@ -80,6 +82,7 @@ class BlockMoments:
 def collect(
     backbone: Backbone,
     portions: Iterable[Portion],
+    start: int,
     task: Task,
     num_outputs: int,
     fabric: Fabric,
@@ -90,6 +93,7 @@ def collect(
     Args:
         backbone: gives the features.
         portions: this process's batches.
+        start: place of the first sample to be counted; a stream gives those before as well.
         task: of the targets.
         num_outputs: K.
         fabric: of the process.
@@ -98,8 +102,11 @@ def collect(
     Raises:
         ValueError: features do not fit the labels, or those before. Whatever the module raises.
     """
-    sums, labels, probe = BlockMoments(task, num_outputs), 0, None
+    sums, labels, skipped, probe = BlockMoments(task, num_outputs), 0, 0, None
     for portion in portions:
+        if portion.start < start:
+            skipped += portion.digest()
+            continue
         features = backbone.features(portion.batch, fabric)
         if len(features) != len(portion.target):
             raise ValueError(
@@ -110,4 +117,4 @@ def collect(
         labels += portion.digest()
         probe = features.float().cpu() if probe is None else probe
         count(len(features))
-    return Part(sums.blocks(), labels, probe)
+    return Part(sums.blocks(), labels, skipped, probe)

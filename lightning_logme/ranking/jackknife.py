@@ -17,8 +17,9 @@ BLOCKS = 8
 # ties: the chance that a candidate as good as the best is not called tied.
 ERROR_RATE = 0.05
 
-# Leading eigenvectors in which the scores with one block left out are computed. On features of D = 1280 the standard
-# errors come within a tenth of those in all directions, at an eighth of the time.
+# Leading eigenvectors in which the scores with one block left out are computed. On real features of D = 384 and 1280
+# the standard errors come to .95 to 1.06 of those in all directions (.76 at worst, for a random network), and at
+# D = 1280 in a tenth of the time.
 _DIRECTIONS = 256
 
 

@@ -30,7 +30,7 @@ class Round:
         logme: of them.
         gain: of them.
         replicates: the scores with one block left out.
-        labels: digest of the labels that came in this round.
+        labels: digest of the labels of all these samples.
     """
 
     num_samples: int

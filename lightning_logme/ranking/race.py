@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_logme.evidence import Evidence
 from lightning_logme.moments import Moments
-from lightning_logme.ranking.candidate import Backbone, Candidate
+from lightning_logme.ranking.candidate import Backbone, Candidate, seed_generators
 from lightning_logme.ranking.collect import collect
 from lightning_logme.ranking.jackknife import leave_one_out, quantile_to_drop, trailing
 from lightning_logme.ranking.processes import Failure, everyone, summed, together
@@ -146,19 +146,24 @@ class Race:
     def _run_round(self, name: str, backbone: Backbone, index: int, stop: int, started: float) -> bool:
         """Take a candidate through one round; whether there can be another one."""
         fabric, samples, rules, before = self._fabric, self.samples, self._rules, self.progress[name]
-        torch.manual_seed(rules.seed + index)  # a data set with random transforms shows all candidates the same
+        seed_generators(rules.seed)  # a stream that is shuffled has the same order every time
         portions = samples.portions(before.num_samples, stop, fabric.global_rank, fabric.world_size)
         with self._report.bar(name, before.num_samples, stop) as count:
-            part = together(fabric, lambda: collect(backbone, portions, samples.task, rules.num_outputs, fabric, count))
-        labels = sum(everyone(fabric, part.labels))
+            part = together(
+                fabric,
+                lambda: collect(backbone, portions, before.num_samples, samples.task, rules.num_outputs, fabric, count),
+            )
+        labels, skipped = map(sum, zip(*everyone(fabric, (part.labels, part.skipped)), strict=True))
+        seen = before.rounds[-1].labels if before.rounds else 0
+        self._check_labels(name, samples.number is not None or skipped == seen)
         new = summed(fabric, part.blocks, rules.num_outputs)
         if not new:
             return False
         evidence, replicates, blocks = together(fabric, lambda: self._evaluate(new, before.blocks))
         number = evidence.num_samples
         samples.check_number(number)
-        self._check_labels(name, index, labels)
-        finished = Round(number, float(evidence.score), float(evidence.gain), replicates, labels)
+        self._check_labels(name, self._labels.setdefault(index, seen + labels) == seen + labels)
+        finished = Round(number, float(evidence.score), float(evidence.gain), replicates, seen + labels)
         self.evidence[name] = evidence
         self.progress[name] = replace(
             before,
@@ -183,12 +188,12 @@ class Race:
         evidence, replicates = leave_one_out(blocks, self.samples.task, self._rules.fit_intercept)
         return evidence.to("cpu"), replicates.tolist(), [block.to("cpu") for block in blocks]
 
-    def _check_labels(self, name: str, index: int, labels: int) -> None:
+    def _check_labels(self, name: str, same: bool) -> None:
         """Scores of different samples do not compare."""
-        if self._labels.setdefault(index, labels) != labels:
+        if not same:
             raise ValueError(
-                f"dataloader gave {name!r} other labels than the candidates before it; it must give the same samples "
-                "in the same order every time it is iterated over (shuffle=False, or a seeded generator)."
+                f"dataloader gave {name!r} other labels than when it was read before; it must give the same samples in "
+                "the same order every time it is iterated over."
             )
 
     def _resume(self) -> None:
@@ -214,5 +219,5 @@ class Race:
                     Moments.sum(saved.blocks), self.samples.task, self._rules.fit_intercept
                 )
                 for index, round_ in enumerate(saved.rounds):
-                    self._check_labels(name, index, round_.labels)
+                    self._check_labels(name, self._labels.setdefault(index, round_.labels) == round_.labels)
                     self._report.point(name, round_)

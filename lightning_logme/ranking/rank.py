@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -134,7 +135,7 @@ def rank_backbones(
     fabric = Fabric(accelerator=accelerator, devices=devices, strategy=strategy, precision=precision)
     rules = Rules(num_outputs, fit_intercept, race and len(entries) > 1, seed)
     loggers = [] if logger is None else [logger] if isinstance(logger, Logger) else list(logger)
-    return fabric.launch(
+    parcel = fabric.launch(
         partial(
             _run,
             candidates=entries,
@@ -145,6 +146,7 @@ def rank_backbones(
             progress=progress,
         )
     )
+    return pickle.loads(parcel)
 
 
 def _run(
@@ -155,8 +157,8 @@ def _run(
     resume_from: str | os.PathLike[str] | None,
     loggers: list[Logger],
     progress: bool,
-) -> Ranking:
-    """What every process does."""
+) -> bytes:
+    """What every process does; pickled, as the ranking may come back from a process that ends, with tensors it shares."""
     store = None
     if resume_from is not None:
         store = Store(
@@ -181,7 +183,7 @@ def _run(
         warnings.warn("the ranking was interrupted: it holds what was known by then.", stacklevel=2)
     ranking = standing(race)
     report.finish(ranking)
-    return ranking
+    return pickle.dumps(ranking)
 
 
 def _pairs(candidates: Any) -> list[tuple[str, Source]]:

@@ -65,6 +65,7 @@ class Report:
                         break
             if hasattr(writer, "flush"):
                 writer.flush()
+            logger.save()
 
 
 def _tag(what: str, name: str) -> str:

@@ -130,10 +130,10 @@ class Samples:
         """This process's share of the samples from ``start`` to about ``stop``.
 
         Batches are the same however many processes there are, and dealt out in turn, so that features are too. A
-        stream's round ends with the first batch that reaches ``stop``.
+        stream is given from its beginning, until the first batch that reaches ``stop``.
         """
         if self.number is None:
-            yield from self._streamed(start, stop, rank, world)
+            yield from self._streamed(stop, rank, world)
         else:
             yield from self._drawn(start, self.number if stop is None else stop, rank, world)
 
@@ -150,12 +150,12 @@ class Samples:
                 )
             yield Portion(batch, target, block, part.start)
 
-    def _streamed(self, start: int, stop: int | None, rank: int, world: int) -> Iterator[Portion]:
+    def _streamed(self, stop: int | None, rank: int, world: int) -> Iterator[Portion]:
         position = 0
         for index, batch in enumerate(self._loader):
             target = self._read(batch)
             first, position = position, position + len(target)
-            if first >= start and index % world == rank:
+            if index % world == rank:
                 yield Portion(batch, target, torch.arange(first, position) % BLOCKS, first)
             if stop is not None and position >= stop:
                 return

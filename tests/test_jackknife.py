@@ -1,0 +1,158 @@
+"""Error bars against fresh samples, and how often a race drops what it should not."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from backbones import WIDTH
+from oracles import problem
+from scipy import stats
+
+from lightning_logme.functional import logme
+from lightning_logme.moments import Batch, Moments
+from lightning_logme.ranking.jackknife import (
+    BLOCKS,
+    ERROR_RATE,
+    leave_one_out,
+    quantile_of_ties,
+    quantile_to_drop,
+    standard_error,
+    student_quantile,
+    trailing,
+)
+
+
+def blocks_of(features, labels, classes, task="multiclass"):
+    empty = Moments.zeros(features.shape[1], classes)
+    return [
+        (empty + empty).accumulate(Batch.checked(features[k::BLOCKS], labels[k::BLOCKS], task, classes))
+        for k in range(BLOCKS)
+    ]
+
+
+def tensors(*args, **options):
+    return [torch.as_tensor(array) for array in problem(*args, **options)]
+
+
+@pytest.mark.parametrize("probability", [0.2, 0.05, 1e-3, 1e-6])
+def test_quantiles_are_students(probability):
+    assert student_quantile(probability) == pytest.approx(stats.t.isf(probability, BLOCKS - 1), rel=1e-9)
+
+
+def test_error_rate_is_shared_among_pairs_and_rounds():
+    spent = sum(stats.t.sf(quantile_to_drop(5, r), BLOCKS - 1) * 5 * 4 for r in range(1, 2000))
+    assert spent == pytest.approx(ERROR_RATE, rel=1e-3)
+    assert quantile_of_ties(2) == pytest.approx(stats.t.isf(ERROR_RATE / 2, BLOCKS - 1))
+
+
+@pytest.mark.parametrize("fit_intercept", [False, True])
+def test_scores_with_a_block_left_out_are_those_of_the_other_rows(fit_intercept):
+    features, labels = tensors(200, 12, 3)
+    evidence, scores = leave_one_out(blocks_of(features, labels, 3), "multiclass", fit_intercept)
+    expected = logme(features, labels, num_classes=3, fit_intercept=fit_intercept)
+    torch.testing.assert_close(evidence.score, expected)
+    rest = [torch.arange(200) % BLOCKS != k for k in range(BLOCKS)]
+    expected = [float(logme(features[r], labels[r], num_classes=3, fit_intercept=fit_intercept)) for r in rest]
+    assert scores.tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("n", "d"), [(200, 400), (1500, 400)])
+def test_leading_directions_are_enough_for_error_bars(n, d):
+    features, labels = tensors(n, d, 5, noise=3.0)
+    features = features / torch.arange(1, d + 1)  # a spectrum that decays, as that of networks does
+    _, scores = leave_one_out(blocks_of(features, labels, 5), "multiclass", False)
+    rest = [torch.arange(n) % BLOCKS != k for k in range(BLOCKS)]
+    exact = [float(logme(features[r], labels[r], num_classes=5)) for r in rest]
+    assert standard_error(scores.tolist()) == pytest.approx(standard_error(exact), rel=0.35)
+
+
+def test_a_class_of_one_block_does_not_blow_up_the_error():
+    features, labels = tensors(160, 6, 3)
+    without = standard_error(leave_one_out(blocks_of(features, labels, 3), "multiclass", False)[1].tolist())
+    labels = labels.clone()
+    labels[3] = 3
+    evidence, scores = leave_one_out(blocks_of(features, labels, 4), "multiclass", False)
+    assert not evidence.per_output.isnan().any()
+    assert scores.isfinite().all()
+    assert standard_error(scores.tolist()) < 5 * without
+
+
+def test_projected_moments_are_those_of_projected_features():
+    features, labels = tensors(300, 600, 3)
+    moments = Moments.zeros(600, 3).accumulate(Batch.checked(features, labels, "multiclass", 3))
+    basis = torch.randn(600, 20, dtype=torch.float64)
+    got = moments.project(basis)
+    expected = Moments.zeros(20, 3).accumulate(Batch.checked(features @ basis, labels, "multiclass", 3))
+    for name, value in vars(expected).items():
+        mine = getattr(got, name)
+        torch.testing.assert_close(mine.tril() if name == "gram" else mine, value.tril() if name == "gram" else value)
+
+
+def test_sum_of_parts_leaves_the_parts_alone():
+    features, labels = tensors(64, 5, 3)
+    blocks = blocks_of(features, labels, 3)
+    before = blocks[0].cross.clone()
+    assert int(Moments.sum(blocks).count) == 64
+    torch.testing.assert_close(blocks[0].cross, before)
+
+
+def test_error_bars_are_the_spread_of_fresh_samples():
+    """Of the score, and of the difference between two candidates on the same samples, which is surer."""
+    n, classes, draws = 400, 4, 60
+    generator = torch.Generator().manual_seed(0)
+    means = torch.randn(classes, WIDTH, generator=generator, dtype=torch.float64)
+    scores, differences, errors, paired = [], [], [], []
+    for _ in range(draws):
+        labels = torch.randint(classes, (n,), generator=generator)
+        features = means[labels] + 3 * torch.randn(n, WIDTH, generator=generator, dtype=torch.float64)
+        noisy = features + torch.randn(n, WIDTH, generator=generator, dtype=torch.float64)
+        results = [leave_one_out(blocks_of(f, labels, classes), "multiclass", False) for f in (features, noisy)]
+        (first, left_out), (second, left_out_too) = results
+        scores.append(float(first.score))
+        differences.append(float(first.score - second.score))
+        errors.append(standard_error(left_out.tolist()))
+        paired.append(standard_error((left_out - left_out_too).tolist()))
+    for values, error in ((scores, errors), (differences, paired)):
+        assert 0.75 < np.sqrt(np.mean(np.square(error))) / np.std(values, ddof=1) < 1.5
+    assert np.mean(paired) < 0.6 * np.mean(errors)
+
+
+def test_trailing_names_those_that_are_behind_and_nothing_that_is_unknown():
+    replicates = {"a": [1.0] * 8, "b": [0.9 + 0.001 * k for k in range(8)], "c": [math.nan] * 8, "d": [1.0] * 8}
+    behind = trailing({"a": 1.0, "b": 0.9, "c": 0.1, "d": 1.0}, replicates, 4.0)
+    assert set(behind) == {"b"}
+    assert behind["b"] == pytest.approx(0.1 / standard_error(replicates["b"]))
+    assert trailing({"c": math.nan}, replicates, 4.0) == {}
+
+
+def simulated_race(candidates: int, rng: np.random.Generator) -> int:
+    """How many of equally good candidates a race of three rounds drops.
+
+    They share what tells of the labels, and each has its own noise, so that all are equally good and none the same.
+    """
+    n, d, classes = 240, 6, 3
+    labels = torch.as_tensor(rng.integers(classes, size=n))
+    signal = torch.as_tensor(rng.normal(size=(classes, d)))[labels]
+    features = [signal + torch.as_tensor(rng.normal(size=(n, d))) * 2 for _ in range(candidates)]
+    running = list(range(candidates))
+    for index, stop in enumerate((60, 120, 240)):
+        results = {
+            k: leave_one_out(blocks_of(features[k][:stop], labels[:stop], classes), "multiclass", False)
+            for k in running
+        }
+        behind = trailing(
+            {k: float(evidence.score) for k, (evidence, _) in results.items()},
+            {k: scores.tolist() for k, (_, scores) in results.items()},
+            quantile_to_drop(candidates, index + 1),
+        )
+        running = [k for k in running if k not in behind]
+    return candidates - len(running)
+
+
+@pytest.mark.parametrize(("candidates", "races"), [(2, 250), (4, 200)])
+def test_ties_survive(candidates, races):
+    """Fewer races than the stated rate drop any of several equally good candidates, or as many within chance."""
+    rng = np.random.default_rng(0)
+    unfair = sum(simulated_race(candidates, rng) > 0 for _ in range(races))
+    assert stats.binomtest(unfair, races, ERROR_RATE, alternative="greater").pvalue > 0.05

@@ -1,0 +1,414 @@
+"""rank_backbones on one device: what it gives, what it takes, and what can go wrong."""
+
+import csv
+import math
+import re
+
+import pytest
+import torch
+from backbones import CLASSES, QUIET, WIDTH, Columns, good_to_bad, target_loader, target_set
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from models import ConvNet, VisionTransformer, images
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import BertConfig, BertForSequenceClassification, BertModel
+
+from lightning_logme import Ranking, rank_backbones
+from lightning_logme.functional import evidence, logme
+
+
+def rank(candidates=None, loader=None, **options) -> Ranking:
+    return rank_backbones(candidates or good_to_bad(), loader or target_loader(), **{**QUIET, **options})
+
+
+class TestResult:
+    def test_scores_are_those_of_all_features_at_once(self):
+        ranking = rank(race=False)
+        x, y = target_set().tensors
+        assert ranking.best == "good"
+        assert [row.name for row in ranking.rows] == ["good", "fair", "bad"] == list(ranking.scores)
+        for name, model in good_to_bad().items():
+            with torch.no_grad():
+                expected = evidence(model(x), y)
+            (row,) = (row for row in ranking.rows if row.name == name)
+            assert ranking.scores[name] == row.logme == pytest.approx(float(expected.score), abs=1e-9)
+            assert row.gain == pytest.approx(float(expected.gain), abs=1e-9)
+            torch.testing.assert_close(ranking.evidence[name].weight, expected.weight)
+            assert (row.num_features, row.num_parameters, row.num_samples) == (8, 1, 600)
+            assert (row.ended, row.message, row.peak_memory) == ("finished", "", None)
+            assert row.seconds > 0
+
+    def test_a_race_drops_what_trails_and_keeps_the_winner(self):
+        ranking = rank(loader=target_loader(2000))
+        assert ranking.best == "good"
+        good, fair, bad = ranking.rows
+        assert (bad.name, bad.ended, bad.num_samples) == ("bad", "dropped", 256)
+        assert re.fullmatch(r"\d+\.\d standard errors behind at 256 samples", bad.message)
+        assert good.ended == "finished"
+        assert good.num_samples >= fair.num_samples > bad.num_samples or fair.ended == "dropped"
+        assert [row.tied_with_best for row in ranking.rows] == [True, False, False]
+
+    def test_the_same_features_are_tied(self):
+        ranking = rank({**good_to_bad(), "good too": Columns(0, 8), "good, scaled": nn.Sequential(Columns(0, 8))})
+        assert set(ranking.tied) == {"good", "good too", "good, scaled"}
+        assert all(row.ended == "finished" for row in ranking.rows if row.tied_with_best)
+
+    def test_curves_follow_the_samples(self):
+        ranking = rank(loader=target_loader(2000), race=False)
+        assert [point.num_samples for point in ranking.curves["good"]] == [256, 512, 1024, 2000]
+        last = ranking.curves["good"][-1]
+        assert (last.logme, last.gain) == (ranking.rows[0].logme, ranking.rows[0].gain)
+        assert ranking.curves["good"][0].gain < last.gain
+
+    def test_race_and_full_pass_agree_where_both_are(self):
+        race, full = rank(loader=target_loader(2000)), rank(loader=target_loader(2000), race=False)
+        assert race.best == full.best
+        for name, curve in race.curves.items():
+            for mine, whole in zip(curve, full.curves[name], strict=False):
+                assert mine == pytest.approx(whole, abs=1e-9)
+
+    def test_head_predicts(self):
+        ranking = rank()
+        x, y = target_set().tensors
+        with torch.no_grad():
+            guess = ranking.head()(good_to_bad()["good"](x)).argmax(1)
+        assert (guess == y).float().mean() > 0.8
+        assert ranking.head("bad").in_features == 8
+        with pytest.raises(KeyError, match="no evidence for 'ugly'; there is for 'good'"):
+            ranking.head("ugly")
+
+    def test_table_and_csv(self, tmp_path):
+        ranking = rank()
+        lines = str(ranking).splitlines()
+        assert len(lines) == 4
+        assert lines[0].split()[:2] == ["candidate", "gain"]
+        assert lines[1].startswith("1  good")
+        ranking.to_csv(tmp_path / "ranking.csv")
+        with open(tmp_path / "ranking.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [row["name"] for row in rows] == ["good", "fair", "bad"]
+        assert float(rows[0]["logme"]) == ranking.rows[0].logme
+        assert ranking.to_markdown().count("\n") == 4
+
+    def test_figures_show_every_candidate(self):
+        ranking = rank(loader=target_loader(2000))
+        axes = ranking.plot().axes[0]
+        assert [bar.get_width() for bar in axes.patches] == [row.gain for row in ranking.rows]
+        assert axes.get_yticklabels()[0].get_text() == "good"
+        lines = ranking.plot_curves().axes[0].lines
+        assert [line.get_label() for line in lines] == [row.name for row in ranking.rows]
+        assert list(lines[0].get_ydata()) == [point.gain for point in ranking.curves["good"]]
+
+    @pytest.mark.parametrize("fit_intercept", [False, True])
+    def test_regression(self, fit_intercept):
+        x, _ = target_set().tensors
+        y = x[:, 0] + 0.1 * torch.randn(len(x))
+        loader = DataLoader(TensorDataset(x, y), batch_size=64)
+        options = {"task": "regression", "num_classes": None, "fit_intercept": fit_intercept, "race": False}
+        ranking = rank(loader=loader, **options)
+        assert ranking.best == "good"
+        expected = logme(x[:, :8], y, "regression", fit_intercept=fit_intercept)
+        assert ranking.scores["good"] == pytest.approx(float(expected), abs=1e-6)
+
+    def test_binary_and_multilabel(self):
+        x, y = target_set().tensors
+        options = {"num_classes": None, "race": False}
+        binary = rank(loader=DataLoader(TensorDataset(x, y % 2), 64), task="binary", **options)
+        assert binary.scores["good"] == pytest.approx(float(logme(x[:, :8], y % 2, "binary")), abs=1e-6)
+        labels = torch.stack([y % 2, y // 2], 1)
+        several = rank(loader=DataLoader(TensorDataset(x, labels), 64), task="multilabel", **options)
+        assert several.scores["good"] == pytest.approx(float(logme(x[:, :8], labels, "multilabel")), abs=1e-6)
+
+
+class TestModules:
+    """What can be a candidate, and how it is called."""
+
+    def test_modules_are_left_as_they_were(self):
+        model = ConvNet().train()
+        model.fc.eval()
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        data = images()
+        state = torch.get_rng_state()
+        rank({"net": model, "made": ConvNet}, DataLoader(data, 16, shuffle=True), head="auto", num_classes=4)
+        assert model.training
+        assert not model.fc.training
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert not model.fc._forward_pre_hooks
+        assert torch.equal(torch.get_rng_state(), state)
+
+    @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "64-true"])
+    def test_precision_leaves_the_module_as_it_was(self, precision):
+        model = nn.Linear(WIDTH, 8)
+        weight = model.weight.detach().clone()
+        data = target_set()
+        ranking = rank({"net": model}, DataLoader(data, 50), precision=precision)
+        assert model.weight.dtype == torch.float32
+        assert torch.equal(model.weight, weight)
+        with torch.no_grad():
+            expected = float(logme(model(data.tensors[0]), data.tensors[1]))
+        assert ranking.scores["net"] == pytest.approx(expected, abs=1e-9 if precision == "64-true" else 2e-2)
+
+    @pytest.mark.parametrize(
+        ("model", "head", "width"),
+        [(ConvNet(), "auto", 8), (ConvNet(), "fc", 8), (ConvNet(), None, 4), (VisionTransformer(), "heads.head", 16)],
+    )
+    def test_head(self, model, head, width):
+        ranking = rank({"net": model}, DataLoader(images(), 16), head=head, num_classes=4)
+        assert ranking.rows[0].num_features == width
+
+    def test_options_by_candidate(self):
+        backbone = VisionTransformer().patches  # maps (N, 16, 3, 3)
+        candidates = {"mean": backbone, "first": backbone, "head": ConvNet(), "own": ConvNet()}
+        ranking = rank(
+            candidates,
+            DataLoader(images(), 16),
+            num_classes=4,
+            head={"head": "fc"},
+            pooling={"first": lambda features: features[:, :, 0, 0]},
+            forward={"own": lambda model, batch: model.features(batch[0])[:, :3]},
+        )
+        assert {row.name: row.num_features for row in ranking.rows} == {"mean": 16, "first": 16, "head": 8, "own": 3}
+        assert len(set(ranking.scores.values())) == 4
+
+    def test_transforms_are_each_candidates_own(self):
+        x, y = target_set().tensors
+        ranking = rank(
+            {"raw": nn.Identity(), "first": nn.Identity(), "inputs only": nn.Identity()},
+            transforms={
+                "first": lambda batch: (batch[0][:, :8], batch[1]),
+                "inputs only": lambda batch: batch[0][:, 8:],
+            },
+            race=False,
+        )
+        assert {row.name: row.num_features for row in ranking.rows} == {"raw": 24, "first": 8, "inputs only": 16}
+        assert ranking.scores["first"] == pytest.approx(float(logme(x[:, :8], y)), abs=1e-9)
+
+    def test_factories_are_made_anew_and_seeded(self):
+        made = []
+
+        def factory():
+            made.append(nn.Linear(WIDTH, 6))
+            return made[-1]
+
+        ranking = rank({"random": factory, **good_to_bad()}, target_loader(2000), race=False)
+        (row,) = (row for row in ranking.rows if row.name == "random")
+        assert row.ended == "finished"
+        assert len(made) == 1  # one pass without a race
+        made.clear()
+        rank({"random": factory, "also": factory}, target_loader(2000))
+        assert len(made) > 2
+        assert all(torch.equal(made[0].weight, other.weight) for other in made)
+
+    def test_a_factory_that_changes_is_found_out(self):
+        sizes = iter(range(1, 99))
+        candidates = {"new": lambda: nn.Sequential(Columns(0, 8), nn.Linear(8, next(sizes))), "good": Columns(0, 8)}
+        ranking = rank({**candidates, "good too": Columns(0, 8)}, target_loader(2000))
+        (row,) = (row for row in ranking.rows if row.name == "new")
+        assert row.ended in ("failed", "dropped")
+        if row.ended == "failed":
+            assert "its factory made another network than before" in row.message
+
+    def test_transformers(self):
+        config = BertConfig(
+            vocab_size=50,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+            num_labels=CLASSES,
+        )
+        labels = torch.arange(64) % CLASSES
+        ids = torch.randint(10, 50, (64, 7))
+        ids[:, 0] = labels
+        mask = torch.ones_like(ids)
+        mask[::2, 5:] = 0
+        rows = [{"input_ids": i, "attention_mask": m, "labels": y} for i, m, y in zip(ids, mask, labels, strict=True)]
+        model, classifier = BertModel(config), BertForSequenceClassification(config)
+        ranking = rank(
+            {"mean": model, "cls": model, "head": classifier, "layer 0": model},
+            DataLoader(rows, 16),
+            pooling={"cls": "cls"},
+            head={"head": "auto", "layer 0": "encoder.layer.1"},
+        )
+        assert all(row.num_features == 16 and row.ended == "finished" for row in ranking.rows), str(ranking)
+        with torch.no_grad():
+            hidden = model.eval()(ids, attention_mask=mask).last_hidden_state
+        mean = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        assert ranking.scores["mean"] == pytest.approx(float(logme(mean, labels)), abs=1e-5)
+        assert ranking.scores["cls"] == pytest.approx(float(logme(hidden[:, 0], labels)), abs=1e-5)
+
+    def test_batches_that_are_mappings(self):
+        x, y = target_set().tensors
+        rows = [{"image": image, "label": label} for image, label in zip(x, y, strict=True)]
+        ranking = rank(loader=DataLoader(rows, 50))
+        assert ranking.scores == pytest.approx(rank().scores, abs=0.05)  # another order, the same samples at the end
+
+
+class TestFailures:
+    """One candidate's failure is its own."""
+
+    @pytest.mark.parametrize(
+        ("bad", "message"),
+        [
+            (lambda: 1 / 0, "ZeroDivisionError: division by zero"),
+            (lambda: "weights", "the factory must return a torch.nn.Module, got str"),
+            (nn.Linear(3, 3), "shapes cannot be multiplied"),
+            (lambda: torch.load("no such file"), "No such file"),
+            (nn.Sequential(nn.Linear(WIDTH, 2), nn.Threshold(99.0, math.nan)), "the features contain NaN or Inf"),
+        ],
+    )
+    def test_is_in_its_row(self, bad, message):
+        ranking = rank({"broken": bad, **good_to_bad()})
+        assert [row.name for row in ranking.rows] == ["good", "fair", "bad", "broken"]
+        row = ranking.rows[-1]
+        assert (row.ended, row.tied_with_best) == ("failed", False)
+        assert message in row.message
+        assert math.isnan(row.logme)
+        assert "broken" not in ranking.scores
+        assert "broken" in str(ranking)
+
+    def test_out_of_memory_later_keeps_what_was_known(self):
+        class Leaky(Columns):
+            seen = 0
+
+            def forward(self, x):
+                Leaky.seen += len(x)
+                if Leaky.seen > 300:
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+                return super().forward(x)
+
+        ranking = rank({"leaky": Leaky(0, 8), "good": Columns(0, 8)}, target_loader(2000))
+        leaky = ranking.rows[-1]
+        assert (leaky.name, leaky.ended, leaky.num_samples) == ("leaky", "failed", 256)
+        assert "out of memory" in leaky.message
+        assert leaky.logme == pytest.approx(ranking.curves["good"][0].logme)
+        assert ranking.rows[0].num_samples == 2000
+
+    def test_features_of_different_length(self):
+        class Ragged(nn.Module):
+            calls = 0
+
+            def forward(self, x):
+                Ragged.calls += 1
+                return x[:, : 8 + Ragged.calls]
+
+        row = rank({"ragged": Ragged(), **good_to_bad()}).rows[-1]
+        assert re.search(r"features of length 1\d after features of length \d+; pool them to one length", row.message)
+
+    def test_constant_features_are_ranked_and_named(self):
+        class Constant(nn.Module):
+            def forward(self, x):
+                return torch.ones(len(x), 3)
+
+        rows = rank({"constant": Constant(), **good_to_bad()}, race=False).rows  # a constant does for an intercept
+        (row,) = (row for row in rows if row.name == "constant")
+        assert row.ended == "finished"
+        assert row.message == "its features are the same for every sample"
+
+    def test_all_fail(self):
+        with pytest.raises(RuntimeError, match="every candidate failed: a: .*cannot be multiplied.*; b: "):
+            rank({"a": nn.Linear(3, 3), "b": nn.Linear(4, 4)})
+
+    def test_ctrl_c_keeps_what_is_known(self):
+        class Patient(Columns):
+            seen = 0
+
+            def forward(self, x):
+                Patient.seen += len(x)
+                if Patient.seen > 700:
+                    raise KeyboardInterrupt
+                return super().forward(x)
+
+        candidates = {"good": Columns(0, 8), "patient": Patient(0, 8), "last": Columns(0, 8), "bad": Columns(16, 24)}
+        with pytest.warns(UserWarning, match="the ranking was interrupted"):
+            ranking = rank(candidates, target_loader(4000))
+        assert {row.name: row.num_samples for row in ranking.rows} == {
+            "good": 1024,
+            "patient": 512,
+            "last": 512,
+            "bad": 256,
+        }
+        assert {row.ended for row in ranking.rows[:3]} == {"interrupted"}
+        assert ranking.rows[3].ended == "dropped"
+        assert set(ranking.tied) == {"good", "patient", "last"}
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("candidates", "message"),
+        [
+            ({}, "candidates is empty"),
+            ([("a", nn.Identity()), ("a", nn.Identity())], "candidates has two entries named 'a'"),
+            ({"a": "resnet50"}, r"candidates\['a'\] must be a torch.nn.Module or a callable that makes one, got str"),
+            ([nn.Identity()], "candidates must be a mapping from names to modules or factories"),
+            ({1: nn.Identity()}, "candidates must be a mapping from names"),
+        ],
+    )
+    def test_candidates(self, candidates, message):
+        with pytest.raises(ValueError, match=message):
+            rank_backbones(candidates, target_loader(), **QUIET)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"task": "ranking"}, "task must be one of"),
+            ({"head": {"god": "fc"}}, "head names 'god', and there are only the candidates 'bad', 'fair', 'good'"),
+            ({"transforms": {"god": None}}, "transforms names 'god'"),
+            ({"pooling": "max"}, "pooling must be"),
+            ({"num_classes": 0}, "num_classes must be a positive integer"),
+            ({"num_classes": 2}, "target holds labels from 0 to 3"),
+            ({"target": 7}, "target=7 does not lead to labels"),
+            ({"task": "multilabel"}, "target must have shape"),
+        ],
+    )
+    def test_options(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            rank(**options)
+
+    def test_too_few_samples(self):
+        with pytest.raises(ValueError, match="dataloader has 12 samples, and error bars need at least 16"):
+            rank(loader=target_loader(12))
+
+    def test_num_classes_from_labels_at_hand(self):
+        assert rank(num_classes=None).scores == pytest.approx(rank().scores)
+        with pytest.raises(ValueError, match="num_classes is needed"):
+            rank(loader=[batch for batch in target_loader()], num_classes=None)
+
+    @pytest.mark.parametrize("loader", [7, None])
+    def test_no_loader(self, loader):
+        with pytest.raises(ValueError, match="dataloader must be a DataLoader or another iterable of batches, got"):
+            rank_backbones(good_to_bad(), loader, **QUIET)
+
+    def test_no_labels(self):
+        loader = DataLoader(TensorDataset(target_set().tensors[0]), 50)
+        with pytest.raises(ValueError, match="no labels found"):
+            rank(loader=loader)
+
+
+class TestLoggers:
+    def test_tensorboard_has_curves_table_and_figures(self, tmp_path):
+        logger = TensorBoardLogger(tmp_path, "", "")
+        ranking = rank({**good_to_bad(), "with space": Columns(1, 9)}, target_loader(2000), logger=logger)
+        seen = EventAccumulator(str(tmp_path), size_guidance={"images": 0, "tensors": 0}).Reload()
+        for name, tag in (("good", "good"), ("bad", "bad"), ("with space", "with_space")):
+            curve = ranking.curves[name]
+            assert [event.step for event in seen.Scalars(f"gain/{tag}")] == [point.num_samples for point in curve]
+            assert [event.value for event in seen.Scalars(f"logme/{tag}")] == pytest.approx([p.logme for p in curve])
+        assert set(seen.Tags()["images"]) == {"ranking/scores", "ranking/curves"}
+        table = seen.Tensors("ranking/text_summary")[0].tensor_proto.string_val[0].decode()
+        assert table == ranking.to_markdown()
+        layout = seen.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+        assert b"gain/with_space" in layout
+
+    def test_a_logger_of_numbers_alone(self, tmp_path):
+        logger = CSVLogger(tmp_path, "", "")
+        ranking = rank(logger=[logger])
+        with open(tmp_path / "metrics.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        values = [float(row["gain/good"]) for row in rows if row["gain/good"]]
+        assert values == pytest.approx([point.gain for point in ranking.curves["good"]])
+
+    def test_progress_says_who_is_dropped(self, capfd):
+        rank(loader=target_loader(2000), progress=True)
+        assert "bad is dropped: " in capfd.readouterr().out

@@ -1,0 +1,118 @@
+"""Two real processes rank as one does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from backbones import QUIET, Columns, target_set
+from test_ranking_samples import Stream
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_logme import rank_backbones
+
+TESTS = Path(__file__).parent
+
+
+class FailsInOneProcess(Columns):
+    def forward(self, x):
+        if os.environ.get("LOCAL_RANK") == "1":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().forward(x)
+
+
+def summary(ranking):
+    return {
+        "rows": [[row.name, row.logme, row.stderr, row.num_samples, row.ended, row.message] for row in ranking.rows],
+        "curves": ranking.curves,
+        "weight": ranking.evidence["good"].weight.tolist(),
+    }
+
+
+def cases(folder):
+    """Calls by name, each with what is to be ranked on what."""
+    good = {"good": Columns(0, 8), "also": Columns(0, 8), "random": lambda: nn.Linear(24, 300), "bad": Columns(16, 24)}
+    data = DataLoader(target_set(1100), batch_size=30)
+    return {
+        "map-style": (good, data, {}),
+        "stream": (good, DataLoader(Stream(target_set(700)), 30), {}),
+        "fewer batches than processes": ({"good": good["good"]}, DataLoader(target_set(40), 64), {}),
+        "failure in one": ({**good, "fails": FailsInOneProcess(0, 8)}, data, {}),
+        "resumed": (good, data, {"resume_from": folder, "race": False}),
+    }
+
+
+def run(folder, **options):
+    return {
+        name: summary(rank_backbones(candidates, loader, **{**QUIET, **more, **options}))
+        for name, (candidates, loader, more) in cases(folder).items()
+    }
+
+
+@pytest.fixture(scope="module")
+def one_and_two(tmp_path_factory):
+    """The results of one process, and those of two that Fabric launches from a script, as a user would."""
+    folder = tmp_path_factory.mktemp("ranking")
+    script = folder / "script.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path[:0] = [{str(TESTS)!r}, {str(TESTS.parent)!r}]\n"
+        "import json, os, torch\n"
+        "torch.set_num_threads(1)\n"
+        "from test_ranking_distributed import run\n"
+        f"results = run({str(folder / 'moments')!r}, devices=2, strategy='ddp')\n"
+        f"json.dump(results, open({str(folder)!r} + '/' + os.environ.get('LOCAL_RANK', '0') + '.json', 'w'))\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, str(script)], check=True, timeout=240, env=environment)
+    two = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    return json.loads(json.dumps(run(folder / "alone"))), two
+
+
+@pytest.mark.parametrize("case", ["map-style", "stream", "fewer batches than processes", "resumed"])
+def test_two_processes_give_the_result_of_one(one_and_two, case):
+    one, two = one_and_two
+    for rank in range(2):
+        mine, expected = two[rank][case], one[case]
+        assert [row[0] for row in mine["rows"]] == [row[0] for row in expected["rows"]]
+        for row, expected_row in zip(mine["rows"], expected["rows"], strict=True):
+            assert row[1:4] == pytest.approx(expected_row[1:4], rel=1e-9)
+            assert row[4:] == expected_row[4:]
+        for name, curve in expected["curves"].items():
+            for point, expected_point in zip(mine["curves"][name], curve, strict=True):
+                assert point == pytest.approx(expected_point, rel=1e-9)
+        torch.testing.assert_close(torch.tensor(mine["weight"]), torch.tensor(expected["weight"]))
+
+
+def test_a_failure_in_one_process_is_known_to_all(one_and_two):
+    _, two = one_and_two
+    assert two[0]["failure in one"]["rows"] == two[1]["failure in one"]["rows"]
+    *others, fails = two[0]["failure in one"]["rows"]
+    assert fails[0] == "fails"
+    assert fails[4] == "failed"
+    assert fails[5] == "OutOfMemoryError: CUDA out of memory (process 1)"
+    assert {"good", "also"} <= {row[0] for row in others}
+    assert others[0][4] == "finished"
+
+
+@pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_spawn"])
+def test_processes_that_end_give_their_result_back(tmp_path, strategy):
+    """As in a notebook: in a process of its own, for a fork would inherit this one's threads."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path[:0] = [{str(TESTS)!r}, {str(TESTS.parent)!r}]\n"
+        "from backbones import QUIET, Columns, target_loader\n"
+        "from lightning_logme import rank_backbones\n"
+        "if __name__ == '__main__':\n"
+        "    candidates = {'good': Columns(0, 8), 'bad': Columns(16, 24)}\n"
+        f"    ranking = rank_backbones(candidates, target_loader(), devices=2, strategy={strategy!r}, **QUIET)\n"
+        "    print(ranking.best, ranking.head().in_features, ranking.rows[0].num_samples)\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=240, env=environment)
+    assert done.stdout.splitlines()[-1:] == ["good 8 256"], done.stderr

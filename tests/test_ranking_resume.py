@@ -1,0 +1,182 @@
+"""A ranking that was killed goes on, and does not mix what has changed."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from backbones import QUIET, WIDTH, Columns, good_to_bad, target_loader, target_set
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_logme import rank_backbones
+
+
+class Counted(Columns):
+    """Counts the samples it is shown."""
+
+    seen = 0
+
+    def forward(self, x):
+        Counted.seen += len(x)
+        return super().forward(x)
+
+
+@pytest.fixture
+def candidates():
+    Counted.seen = 0
+    return {"good": Counted(0, 8), "also": Counted(0, 8), "bad": Counted(16, 24)}
+
+
+def rank(candidates, folder, n=1500, **options):
+    return rank_backbones(candidates, target_loader(n), resume_from=folder, **{**QUIET, **options})
+
+
+@contextmanager
+def starts_anew(name, cause):
+    with pytest.warns(UserWarning, match="resume_from") as warned:
+        yield
+    messages = [str(warning.message) for warning in warned]
+    assert any(re.match(f"resume_from: '{name}' starts anew, as .*({cause})", message) for message in messages), (
+        messages
+    )
+
+
+def summary(ranking):
+    return [(row.name, row.logme, row.stderr, row.num_samples, row.ended, row.message) for row in ranking.rows]
+
+
+def test_a_finished_ranking_is_not_computed_again(candidates, tmp_path):
+    first = rank(candidates, tmp_path)
+    assert Counted.seen == 2 * 1500 + 256
+    Counted.seen = 0
+    again = rank(candidates, tmp_path)
+    assert summary(again) == summary(first)
+    assert again.curves == first.curves
+    torch.testing.assert_close(again.evidence["good"].weight, first.evidence["good"].weight)
+    assert Counted.seen == 3 * 50  # one batch of each, to see that it is the same
+
+
+def test_an_interrupted_ranking_goes_on(candidates, tmp_path):
+    whole = rank_backbones(candidates, target_loader(1500), **QUIET)
+
+    class Interrupted(Counted):
+        def forward(self, x):
+            if Counted.seen > 1000:
+                raise KeyboardInterrupt
+            return super().forward(x)
+
+    Counted.seen = 0
+    stopping = {**candidates, "also": Interrupted(0, 8)}
+    stopping["also"].__class__.__qualname__ = Counted.__qualname__  # the same class, as far as a file can tell
+    with pytest.warns(UserWarning, match="interrupted"):
+        rank(stopping, tmp_path)
+    done = Counted.seen
+    Counted.seen = 0
+    resumed = rank(candidates, tmp_path)
+    assert summary(resumed) == summary(whole)
+    assert 0 < Counted.seen < 3256 - 700
+    assert done + Counted.seen <= 3256 + 3 * 50 + 512  # a round that was cut short is done again
+
+
+def test_a_killed_process_is_resumed(candidates, tmp_path):
+    script = f"""
+import sys, time
+sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[1])!r}]
+import torch
+from test_ranking_resume import Counted, rank
+class Slow(Counted):
+    def forward(self, x):
+        if Counted.seen > 1000:
+            print("working", flush=True)
+            time.sleep(60)
+        return super().forward(x)
+Slow.__qualname__ = Counted.__qualname__
+rank({{"good": Counted(0, 8), "also": Slow(0, 8), "bad": Counted(16, 24)}}, {str(tmp_path)!r})
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"working\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    Counted.seen = 0
+    resumed = rank(candidates, tmp_path)
+    assert 0 < Counted.seen < 3256 - 700
+    assert summary(resumed) == summary(rank_backbones(candidates, target_loader(1500), **QUIET))
+
+
+@pytest.mark.parametrize(
+    ("change", "warning"),
+    [
+        ({"seed": 1}, "seed was 0 and is 1|labels was"),
+        ({"fit_intercept": True}, "fit_intercept was False and is True"),
+        ({"pooling": {"good": "mean"}}, "pooling was auto and is mean"),
+        ({"precision": "bf16-mixed"}, "precision was 32-true and is bf16-mixed"),
+        ({"transforms": {"good": lambda batch: (2 * batch[0], batch[1])}}, "transform was None"),
+        ({"n": 1400}, "samples was 1500 and is 1400"),
+    ],
+)
+def test_a_changed_option_is_noticed(candidates, tmp_path, change, warning):
+    rank(candidates, tmp_path)
+    options = {"n": 1500, **change}
+    n = options.pop("n")
+    with starts_anew("good", warning):
+        resumed = rank(candidates, tmp_path, n, **options)
+    fresh = rank_backbones(candidates, target_loader(n), **{**QUIET, **options})
+    assert summary(resumed) == summary(fresh)
+
+
+def test_a_changed_model_is_noticed(candidates, tmp_path):
+    rank(candidates, tmp_path)
+    with torch.no_grad():
+        candidates["good"].scale.mul_(1.0001)
+    with starts_anew("good", "its weights or its class are others"):
+        rank(candidates, tmp_path)
+
+
+def test_changed_inputs_of_the_same_labels_are_noticed(candidates, tmp_path):
+    rank(candidates, tmp_path)
+    x, y = target_set(1500).tensors
+    loader = DataLoader(TensorDataset(x + 0.1 * torch.randn_like(x), y), 50)
+    with starts_anew("good", "its features of the first batch are others"):
+        rank_backbones(candidates, loader, resume_from=tmp_path, **QUIET)
+
+
+def test_a_changed_callable_of_the_same_name_is_noticed(tmp_path):
+    def transform(factor):
+        return lambda batch: (batch[0] * torch.linspace(1, factor, WIDTH), batch[1])
+
+    rank({"a": nn.Identity()}, tmp_path, transforms={"a": transform(1)})
+    with starts_anew("a", "its features of the first batch are others"):
+        rank({"a": nn.Identity()}, tmp_path, transforms={"a": transform(2)})
+
+
+def test_a_damaged_file_is_noticed(candidates, tmp_path):
+    first = rank(candidates, tmp_path)
+    for path in tmp_path.glob("good*.pt"):
+        path.write_bytes(path.read_bytes()[:1000])
+    with starts_anew("good", r"good.*\.pt cannot be read"):
+        assert summary(rank(candidates, tmp_path)) == summary(first)
+
+
+def test_candidates_may_be_added(candidates, tmp_path):
+    rank(good_to_bad(), tmp_path, race=False)
+    Counted.seen = 0
+    ranking = rank({**good_to_bad(), "new": Counted(0, 9)}, tmp_path, race=False)
+    assert {row.name for row in ranking.rows} == {"good", "fair", "bad", "new"}
+    assert Counted.seen == 1500
+
+
+def test_one_that_failed_is_tried_again(tmp_path):
+    failing = {"a": Columns(0, 8), "b": lambda: 1 / 0}
+    assert rank(failing, tmp_path).rows[1].ended == "failed"
+    ranking = rank({"a": Columns(0, 8), "b": lambda: Columns(0, 8)}, tmp_path)
+    assert ranking.tied == ["a", "b"] or ranking.tied == ["b", "a"]
