@@ -35,7 +35,7 @@ def find_target(batch: Any, target: TargetSpec = None) -> Tensor:
         ) from error
     if labels is None:
         raise ValueError(
-            f"no labels found in a batch that is {_describe(batch)}; say where they are: LogMECallback(target=…) takes "
+            f"no labels found in a batch that is {_describe(batch)}; say where they are: target= takes "
             "a key, an index, or a "
             "callable(batch) -> Tensor."
         )
@@ -43,7 +43,7 @@ def find_target(batch: Any, target: TargetSpec = None) -> Tensor:
         raise ValueError(
             f"the labels (target={target!r}) must be a torch.Tensor, got {type(labels).__name__} from a batch that is "
             f"{_describe(batch)}; "
-            "LogMECallback(target=callable) can convert them."
+            "target=callable can convert them."
         )
     return labels
 

@@ -56,13 +56,13 @@ def find_head(root: nn.Module, num_outputs: int | None = None) -> str:
         raise ValueError(
             f"head: {model} has no torch.nn.Linear that could be its classifier head. Name the module whose input is "
             "the feature, as in "
-            f"LogMECallback(head='{_last_name(root)}'), or modules whose output is to be scored, as in "
+            f"head='{_last_name(root)}', or modules whose output is to be scored, as in "
             "LogMECallback(layers=['…'])."
         )
     listed = ", ".join(f"'{name}' ({linear.in_features} → {linear.out_features})" for name, linear in candidates)
     raise ValueError(
         f"head: {model} has several layers that could be its classifier head: {listed}. "
-        f"Name the one whose input is the feature: LogMECallback(head='{candidates[-1][0]}')."
+        f"Name the one whose input is the feature: head='{candidates[-1][0]}'."
     )
 
 

@@ -57,16 +57,14 @@ class Tap:
         self.stop()
         if len(seen) == 0:
             raise ValueError(
-                f"{self.name} was not called by validation_step. Name a module that is; or, if the model was compiled "
-                "and run before this "
-                'Trainer started, call torch.compiler.set_stance("force_eager") or compile it anew, so that its hooks '
-                "are seen."
+                f"{self.name} was not called for this batch. Name a module that is; or, if the model was compiled and "
+                'run before the hooks were attached, call torch.compiler.set_stance("force_eager") or compile it anew, '
+                "so that its hooks are seen."
             )
         if len(seen) > 1:
             raise ValueError(
-                f"{self.name} was called {len(seen)} times by one validation_step, so its features cannot be matched "
-                "with the labels; "
-                "name a module that is called once."
+                f"{self.name} was called {len(seen)} times for one batch, so its features cannot be matched with the "
+                "labels; name a module that is called once."
             )
         if seen[0] is None:
             raise ValueError(f"{self.name} was called without a tensor; name a module that takes and returns tensors.")

@@ -389,8 +389,8 @@ class TestErrors:
             (lambda: LogMECallback(target=7), "target=7 does not lead to labels in a batch that is a list of 2"),
             (lambda: LogMECallback(target=lambda b: b[1][:3]), "gave 20 features for 3 labels"),
             (lambda: LogMECallback(class_names=["a"]), "class_names must hold one name for each of 4 outputs, got 1"),
-            (lambda: LogMECallback(layers=["unused"]), "layer 'unused' was not called by validation_step"),
-            (lambda: LogMECallback(layers=["shared"]), "layer 'shared' was called 2 times by one validation_step"),
+            (lambda: LogMECallback(layers=["unused"]), "layer 'unused' was not called for this batch"),
+            (lambda: LogMECallback(layers=["shared"]), "layer 'shared' was called 2 times for one batch"),
             (lambda: LogMECallback(task="regression"), None),
         ],
     )

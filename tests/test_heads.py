@@ -103,7 +103,7 @@ def test_ambiguous():
 
 
 def test_impossible():
-    with pytest.raises(ValueError, match=r"Parts has no torch.nn.Linear .*LogMECallback\(head='last'\).*layers="):
+    with pytest.raises(ValueError, match=r"Parts has no torch.nn.Linear .*head='last'.*layers="):
         find_head(Parts(first=nn.Conv2d(3, 3, 3), last=nn.Conv2d(3, 4, 1)))
 
 

@@ -36,11 +36,11 @@ def test_never_called_and_called_twice():
     module = mlp()
     tap = Tap(module[2], "input", "the head '2'")
     tap.start()
-    with pytest.raises(ValueError, match="the head '2' was not called by validation_step.*force_eager"):
+    with pytest.raises(ValueError, match="the head '2' was not called for this batch.*force_eager"):
         tap.take()
     tap.start()
     module(X), module(X)
-    with pytest.raises(ValueError, match="the head '2' was called 2 times by one validation_step"):
+    with pytest.raises(ValueError, match="the head '2' was called 2 times for one batch"):
         tap.take()
     tap.start()
     module(X)
@@ -189,7 +189,7 @@ class TestTarget:
     @pytest.mark.parametrize(
         ("batch", "target", "message"),
         [
-            (X, None, r"no labels found in a batch that is a Tensor; .*LogMECallback\(target=…\)"),
+            (X, None, r"no labels found in a batch that is a Tensor; .*target= takes"),
             ((X,), None, "no labels found in a batch that is a tuple of 1"),
             ({"image": X}, None, "no labels found in a batch that is a dict with keys 'image'"),
             (

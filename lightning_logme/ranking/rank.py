@@ -158,7 +158,7 @@ def _run(
     loggers: list[Logger],
     progress: bool,
 ) -> bytes:
-    """What every process does; pickled, as the ranking may come back from a process that ends, with tensors it shares."""
+    """What every process does. Pickled, as the ranking may come from a process that ends, and shares its tensors."""
     store = None
     if resume_from is not None:
         store = Store(

@@ -1,0 +1,204 @@
+"""Ranking from the shell: ``python -m lightning_logme rank config.yaml``."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from lightning.fabric.loggers import Logger
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_only
+from torch import nn
+
+from lightning_logme.moments import Task
+from lightning_logme.ranking import Ranking, rank_backbones
+
+_USAGE = """\
+Rank backbones by how well their features suit a target, without fine-tuning.
+
+    python -m lightning_logme rank config.yaml [--option value ...]
+
+config.yaml holds candidates and a LightningDataModule, in the form of LightningCLI:
+
+    candidates:
+      small:
+        class_path: my_project.SmallNet          # a torch.nn.Module
+        init_args: {width: 64}
+      minilm:
+        class_path: lightning_logme.cli.Made     # by any callable
+        init_args:
+          by: transformers.AutoModel.from_pretrained
+          arguments: {pretrained_model_name_or_path: ./all-MiniLM-L6-v2}
+    head: {small: auto}                          # the input of its classifier head; the others' output
+    data:
+      class_path: my_project.MyDataModule
+      init_args: {batch_size: 64}
+    task: multiclass
+    num_classes: 10
+    output: ranking                              # a folder for the table and the figures
+
+Every option may be given in the file or after it:
+
+    python -m lightning_logme rank config.yaml --race false --devices 2
+    python -m lightning_logme rank config.yaml --resume_from moments --output again
+    python -m lightning_logme rank --help        # this, and all options
+"""
+
+
+class Made:
+    """A module made by a call, for callables that do not say in their types that they return one.
+
+    Args:
+        by: dotted name of the callable, such as ``timm.create_model``.
+        arguments: by name.
+
+    Example:
+        >>> Made("torch.nn.Linear", {"in_features": 3, "out_features": 2})()
+        Linear(in_features=3, out_features=2, bias=True)
+    """
+
+    def __init__(self, by: str, arguments: dict[str, Any] | None = None) -> None:
+        self._call = _imported(by)
+        self._arguments = arguments or {}
+
+    def __call__(self) -> nn.Module:
+        return self._call(**self._arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] != ["rank"]:
+        asked = arguments[:1] in (["-h"], ["--help"])
+        print(_USAGE, file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
+    try:
+        from jsonargparse import ArgumentError
+    except ImportError:
+        return _fail("jsonargparse is not installed; run: pip install 'lightning-logme[cli]'", 2)
+    try:
+        options = _parse(arguments[1:])
+    except (ArgumentError, OSError, yaml.YAMLError, ValueError) as error:
+        return _fail(_in_one_line(str(error)), 2)
+    try:
+        ranking = _rank(options)
+    except Exception as error:  # the command line's last word is one line, not a traceback
+        return _fail(f"{type(error).__name__}: {error}", 1)
+    _publish(ranking, options.output)
+    return 0
+
+
+def _parse(arguments: list[str]) -> Any:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog="python -m lightning_logme rank CONFIG", exit_on_error=False)
+    parser.add_argument("--config", action="config", help="a YAML file; the word after rank is one")
+    parser.add_argument("--candidates", type=dict[str, Callable[[], nn.Module] | Made], required=True, help="by name")
+    parser.add_subclass_arguments(LightningDataModule, "data", required=True, help="gives the target's samples")
+    parser.add_argument("--split", type=Literal["train", "val", "test"], default="train", help="of the data module")
+    parser.add_argument("--task", type=Task, default="multiclass")
+    parser.add_argument("--num_classes", type=int | None, default=None)
+    parser.add_argument("--head", type=str | dict[str, str | None] | None, default=None)
+    parser.add_argument("--target", type=int | str | None, default=None, help="where labels are in a batch")
+    parser.add_argument("--pooling", type=str | dict[str, str], default="auto")
+    parser.add_argument("--transforms", type=dict[str, Callable[[Any], Any]] | None, default=None)
+    parser.add_argument("--fit_intercept", type=bool, default=False)
+    parser.add_argument("--race", type=bool, default=True, help="drop candidates early")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume_from", type=str | None, default=None, help="folder of finished moments")
+    parser.add_argument("--accelerator", type=str, default="auto")
+    parser.add_argument("--devices", type=int | str | list[int], default=1)
+    parser.add_argument("--strategy", type=str, default="auto")
+    parser.add_argument("--precision", type=str | None, default=None)
+    parser.add_subclass_arguments(Logger, "logger", required=False, help="of Lightning, for curves and the table")
+    parser.add_argument("--progress", type=bool, default=True)
+    parser.add_argument("--output", type=Path | None, default=None, help="folder for the table and the figures")
+    if {"-h", "--help"} & set(arguments):
+        print(_USAGE)
+    if arguments and not arguments[0].startswith("-"):
+        _check_keys(Path(arguments[0]))
+        arguments = ["--config", *arguments]
+    config = parser.parse_args(arguments)
+    return getattr(parser, "instantiate", parser.instantiate_classes)(config)  # renamed in jsonargparse 4.49
+
+
+def _rank(options: Any) -> Ranking:
+    data = options.data
+    data.prepare_data()
+    data.setup("test" if options.split == "test" else "fit")
+    loader = getattr(data, f"{options.split}_dataloader")()
+    passed = {name: value for name, value in vars(options).items() if name not in _OWN}
+    return rank_backbones(options.candidates, loader, **passed)
+
+
+_OWN = ("config", "candidates", "data", "split", "output")
+
+
+@rank_zero_only
+def _publish(ranking: Ranking, folder: Path | None) -> None:
+    print(ranking)
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    ranking.to_csv(folder / "ranking.csv")
+    try:
+        ranking.plot().savefig(folder / "scores.png", dpi=150)
+        ranking.plot_curves().savefig(folder / "curves.png", dpi=150)
+    except ImportError as error:
+        print(f"no figures: {error}; run: pip install 'lightning-logme[plot]'", file=sys.stderr)
+    print(f"written to {folder}")
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"lightning_logme rank: {message}", file=sys.stderr)
+    return status
+
+
+def _in_one_line(message: str) -> str:
+    """The first cause that jsonargparse gives, without the values, which are in the file."""
+    words = " ".join(message.split())
+    argument, _, causes = words.partition("Does not validate against any of the Union subtypes")
+    if causes:
+        words = argument + causes.partition("Errors: - ")[2].partition(" - ")[0]
+    return re.split(r"\.? (?:Given value type|Got value): ", words)[0]
+
+
+def _imported(name: str) -> Any:
+    """What a dotted name names: a module's attribute, or an attribute of that."""
+    parts = name.split(".")
+    for length in range(len(parts) - 1, 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(parts[:length]))
+        except ModuleNotFoundError:
+            continue
+        try:
+            for part in parts[length:]:
+                found = getattr(found, part)
+        except AttributeError:
+            break
+        return found
+    raise ValueError(f"by={name!r} cannot be imported; give a dotted name such as timm.create_model.")
+
+
+def _check_keys(path: Path) -> None:
+    """YAML takes the last of two entries of one name, and a candidate would be lost in silence."""
+    for key in _repeated(yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)):
+        raise ValueError(f"{path} has two entries named {key.value!r} (line {key.start_mark.line + 1}).")
+
+
+def _repeated(node: Any) -> Iterator[yaml.ScalarNode]:
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                yield key
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+            yield from _repeated(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            yield from _repeated(value)

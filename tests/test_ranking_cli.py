@@ -1,0 +1,173 @@
+"""``python -m lightning_logme rank``, with a configuration as users write it."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import yaml
+from backbones import CLASSES, Columns, target_loader
+
+from lightning_logme import rank_backbones
+from lightning_logme.cli import Made, main
+
+
+class Slice(Columns):
+    def __init__(self, first: int, last: int) -> None:
+        super().__init__(first, last)
+
+
+class Data(pl.LightningDataModule):
+    def __init__(self, n: int = 600) -> None:
+        super().__init__()
+        self.n = n
+
+    def train_dataloader(self):
+        return target_loader(self.n)
+
+    def val_dataloader(self):
+        return target_loader(self.n // 2)
+
+
+class Scaled:
+    def __init__(self, by: float = 2.0) -> None:
+        self.by = by
+
+    def __call__(self, batch: list) -> list:
+        return [batch[0] * self.by, batch[1]]
+
+
+def configuration(**changes):
+    return {
+        "candidates": {
+            "good": {"class_path": "test_ranking_cli.Slice", "init_args": {"first": 0, "last": 8}},
+            "bad": {"class_path": "test_ranking_cli.Slice", "init_args": {"first": 16, "last": 24}},
+        },
+        "data": {"class_path": "test_ranking_cli.Data"},
+        "num_classes": CLASSES,
+        "accelerator": "cpu",
+        "progress": False,
+        **changes,
+    }
+
+
+@pytest.fixture
+def config(tmp_path):
+    def write(**changes):
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(configuration(**changes)))
+        return str(path)
+
+    return write
+
+
+def test_prints_the_table_and_writes_the_rest(config, tmp_path, capsys):
+    assert main(["rank", config(), "--output", str(tmp_path / "out"), "--race", "false"]) == 0
+    expected = rank_backbones(
+        {"good": Columns(0, 8), "bad": Columns(16, 24)},
+        target_loader(),
+        num_classes=CLASSES,
+        race=False,
+        accelerator="cpu",
+        progress=False,
+    )
+    with open(tmp_path / "out" / "ranking.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["name"]: float(row["logme"]) for row in rows} == expected.scores
+    assert all((tmp_path / "out" / name).stat().st_size > 5000 for name in ("scores.png", "curves.png"))
+    out = capsys.readouterr().out
+    assert out.splitlines()[1].startswith("1  good")
+    assert out.splitlines()[-1] == f"written to {tmp_path / 'out'}"
+
+
+def test_options_in_the_file_and_after_it(config, tmp_path, capsys):
+    linear = {"by": "torch.nn.Linear", "arguments": {"in_features": 24, "out_features": 3}}
+    candidates = configuration()["candidates"] | {
+        "made": {"class_path": "lightning_logme.cli.Made", "init_args": linear}
+    }
+    path = config(
+        candidates=candidates,
+        split="val",
+        data={"class_path": "test_ranking_cli.Data", "init_args": {"n": 1200}},
+        transforms={"good": {"class_path": "test_ranking_cli.Scaled", "init_args": {"by": 3.0}}},
+        logger={
+            "class_path": "lightning.pytorch.loggers.CSVLogger",
+            "init_args": {"save_dir": str(tmp_path), "name": ""},
+        },
+        head={"bad": None},
+        race=True,
+    )
+    assert main(["rank", path, "--data.n", "700", "--race", "false", "--target", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sorted(line.split()[1] for line in lines[1:]) == ["bad", "good", "made"]
+    assert all(" 350 " in line for line in lines[1:])
+    assert (tmp_path / "version_0" / "metrics.csv").is_file()
+
+
+def test_as_a_module(config):
+    done = subprocess.run(
+        [sys.executable, "-m", "lightning_logme", "rank", config()],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "1  good" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "status", "message"),
+    [
+        ({"colour": "red"}, [], 2, "colour"),
+        ({}, ["--race", "maybe"], 2, "Parser key \"race\": Expected a <class 'bool'>"),
+        ({"task": "ranking"}, [], 2, "task"),
+        ({"candidates": {"a": {"class_path": "nowhere.Net"}}}, [], 2, "No module named 'nowhere'"),
+        ({"data": {"class_path": "test_ranking_cli.Date"}}, [], 2, "has no attribute 'Date'"),
+        ({"num_classes": 2}, [], 1, "ValueError: target holds labels from 0 to 3"),
+        ({"split": "test"}, [], 1, "`test_dataloader` must be implemented"),
+        ({"head": {"god": "fc"}}, [], 1, "ValueError: head names 'god'"),
+    ],
+)
+def test_bad_configuration_is_one_line_and_a_status(config, capfd, changes, arguments, status, message):
+    assert main(["rank", config(**changes), *arguments]) == status
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("lightning_logme rank: ")
+    assert message in lines[0]
+
+
+def test_no_file(tmp_path, capfd):
+    assert main(["rank", str(tmp_path / "no.yaml")]) == 2
+    assert "No such file" in capfd.readouterr().err
+
+
+def test_a_name_twice(tmp_path, capfd):
+    text = yaml.safe_dump(configuration()).replace("  good:", "  bad:")
+    (tmp_path / "config.yaml").write_text(text)
+    assert main(["rank", str(tmp_path / "config.yaml")]) == 2
+    assert "has two entries named 'bad' (line 8)" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["rank", "--help"]])
+def test_help_has_examples(arguments, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        sys.exit(main(arguments))
+    out = capsys.readouterr().out
+    assert "python -m lightning_logme rank config.yaml --race false" in out
+    assert "class_path: lightning_logme.cli.Made" in out
+
+
+def test_no_command(capsys):
+    assert main([]) == 2
+    assert "python -m lightning_logme rank config.yaml" in capsys.readouterr().err
+
+
+def test_made():
+    assert Made("torch.nn.Linear", {"in_features": 2, "out_features": 3})().out_features == 3
+    for name in ("torch.nn.Lineal", "nowhere.at.all", "torch"):
+        with pytest.raises(ValueError, match=f"by='{name}' cannot be imported"):
+            Made(name)
