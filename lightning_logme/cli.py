@@ -160,11 +160,11 @@ def _fail(message: str, status: int) -> int:
 
 
 def _in_one_line(message: str) -> str:
-    """The first cause that jsonargparse gives, without the values, which are in the file."""
+    """The longest of the causes that jsonargparse gives, without the values, which are in the file."""
     words = " ".join(message.split())
     argument, _, causes = words.partition("Does not validate against any of the Union subtypes")
     if causes:
-        words = argument + causes.partition("Errors: - ")[2].partition(" - ")[0]
+        words = argument + max(causes.partition("Errors: - ")[2].split(" Given value type")[0].split(" - "), key=len)
     return re.split(r"\.? (?:Given value type|Got value): ", words)[0]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
@@ -15,11 +16,10 @@ _LABEL = "gain in nats per sample"
 _COLOURS = {True: "#4c72b0", False: "#b0b7c3"}  # tied with the best, or not
 
 
-def bars(ranking: Ranking) -> Figure:
+def bars(ranking: Ranking, axes: Axes | None = None) -> Figure:
     """The gain of each candidate with its standard error, the best at the top."""
     rows = [row for row in ranking.rows if not math.isnan(row.gain)]
-    figure = Figure(figsize=(_WIDTH, 1.2 + 0.36 * max(len(rows), 1)), layout="constrained")
-    axes = figure.subplots()
+    axes = axes or _axes(1.2 + 0.36 * max(len(rows), 1))
     axes.barh(
         range(len(rows)),
         [row.gain for row in rows],
@@ -29,15 +29,14 @@ def bars(ranking: Ranking) -> Figure:
     )
     axes.set_yticks(range(len(rows)), [_label(row) for row in rows])
     axes.invert_yaxis()
-    axes.set_xlabel(f"{_LABEL}, ± 1 standard error (dark: the best, and what is tied with it)")
+    axes.set_xlabel(f"{_LABEL}, ± 1 s.e. (dark: the best and its ties)")
     axes.spines[["top", "right"]].set_visible(False)
-    return figure
+    return _figure(axes)
 
 
-def curves(ranking: Ranking) -> Figure:
+def curves(ranking: Ranking, axes: Axes | None = None) -> Figure:
     """The gain of each candidate against the number of samples, as far as it was followed."""
-    figure = Figure(figsize=(_WIDTH, 4.2), layout="constrained")
-    axes = figure.subplots()
+    axes = axes or _axes(4.2)
     for row in ranking.rows:
         points = [point for point in ranking.curves[row.name] if not math.isnan(point.gain)]
         if points:
@@ -51,6 +50,16 @@ def curves(ranking: Ranking) -> Figure:
     axes.spines[["top", "right"]].set_visible(False)
     if axes.lines:
         axes.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return _figure(axes)
+
+
+def _axes(height: float) -> Axes:
+    return Figure(figsize=(_WIDTH, height), layout="constrained").subplots()
+
+
+def _figure(axes: Axes) -> Figure:
+    figure = axes.get_figure()
+    assert isinstance(figure, Figure)
     return figure
 
 

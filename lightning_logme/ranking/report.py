@@ -31,9 +31,8 @@ class Report:
     @contextmanager
     def bar(self, name: str, start: int, stop: int) -> Iterator[Callable[[int], object]]:
         """A bar for the samples from ``start`` to ``stop``; what it gives is told how many were done."""
-        with tqdm(
-            total=stop, initial=start, desc=name, unit=" samples", leave=False, disable=not self._progress
-        ) as bar:
+        disable = None if self._progress else True  # None: only where there is no terminal
+        with tqdm(total=stop, initial=start, desc=name, unit=" samples", leave=False, disable=disable) as bar:
             yield bar.update
 
     def line(self, text: str) -> None:

@@ -13,6 +13,7 @@ import torch
 from lightning_logme.evidence import Evidence
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Ended = Literal["finished", "dropped", "failed", "interrupted"]
@@ -118,25 +119,31 @@ class Ranking:
         lines = [header, ["---"] * len(header), *body]
         return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
-    def plot(self) -> Figure:
+    def plot(self, ax: Axes | None = None) -> Figure:
         """The gain of each candidate as a bar, with its standard error.
+
+        Args:
+            ax: matplotlib axes to draw in; a figure of its own if None.
 
         Raises:
             ImportError: matplotlib is not installed.
         """
         from lightning_logme.ranking.figures import bars
 
-        return bars(self)
+        return bars(self, ax)
 
-    def plot_curves(self) -> Figure:
+    def plot_curves(self, ax: Axes | None = None) -> Figure:
         """The gain of each candidate against the number of samples.
+
+        Args:
+            ax: matplotlib axes to draw in; a figure of its own if None.
 
         Raises:
             ImportError: matplotlib is not installed.
         """
         from lightning_logme.ranking.figures import curves
 
-        return curves(self)
+        return curves(self, ax)
 
     def __str__(self) -> str:
         header, *body = self._cells()
