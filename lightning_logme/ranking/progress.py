@@ -46,7 +46,9 @@ class Progress:
 
     Attributes:
         rounds: finished ones.
-        blocks: the moments of the samples seen so far, on the CPU.
+        blocks: the moments of the samples seen so far, on the CPU; none once the candidate is out of the race.
+        num_features: D.
+        constant: whether the features are the same for every sample.
         probe: the features of the first batch.
         fingerprint: of the module.
         num_parameters: of the module.
@@ -56,6 +58,8 @@ class Progress:
 
     rounds: list[Round] = field(default_factory=list)
     blocks: list[Moments] = field(default_factory=list)
+    num_features: int | None = None
+    constant: bool = False
     probe: Tensor | None = None
     fingerprint: str | None = None
     num_parameters: int | None = None
@@ -65,10 +69,6 @@ class Progress:
     @property
     def num_samples(self) -> int:
         return self.rounds[-1].num_samples if self.rounds else 0
-
-    @property
-    def num_features(self) -> int | None:
-        return self.blocks[0].num_features if self.blocks else None
 
 
 class Store:

@@ -21,6 +21,9 @@ from lightning_logme.ranking.progress import Progress, Round, Store, is_same
 from lightning_logme.ranking.report import Report
 from lightning_logme.ranking.samples import Samples
 
+# Of the features' mean square: a spread that is nothing but rounding.
+_CONSTANT = 1e-10
+
 
 @dataclass(frozen=True)
 class Rules:
@@ -103,6 +106,7 @@ class Race:
         replicates = {name: round_.replicates for name, round_ in rounds.items()}
         behind = trailing(scores, replicates, quantile_to_drop(len(self._candidates), index + 1))
         for name, errors in behind.items():
+            self.progress[name] = replace(self.progress[name], blocks=[])  # 8 D² numbers that nobody will add to
             self.dropped[name] = f"{errors:.1f} standard errors behind at {rounds[name].num_samples} samples"
             self._report.line(f"{name} is dropped: {self.dropped[name]}.")
 
@@ -169,6 +173,8 @@ class Race:
             before,
             rounds=[*before.rounds, finished],
             blocks=blocks,
+            num_features=blocks[0].num_features,
+            constant=_is_constant(Moments.sum(blocks)),
             probe=part.probe if before.probe is None else before.probe,
             fingerprint=backbone.fingerprint,
             num_parameters=backbone.num_parameters,
@@ -221,3 +227,8 @@ class Race:
                 for index, round_ in enumerate(saved.rounds):
                     self._check_labels(name, self._labels.setdefault(index, round_.labels) == round_.labels)
                     self._report.point(name, round_)
+
+
+def _is_constant(moments: Moments) -> bool:
+    square = float(moments.gram.diagonal().sum())
+    return square - float(moments.feature_sum.square().sum() / moments.count) <= _CONSTANT * square

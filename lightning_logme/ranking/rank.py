@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.loggers import Logger
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from lightning_logme.batch import TargetSpec
@@ -232,7 +233,8 @@ def _num_outputs(samples: Samples, task: Task, num_classes: int | None) -> int:
                 "num_classes is needed for task='multiclass' where the data set does not have its labels at hand."
             )
         num_classes = int(samples.labels.max()) + 1
-    labels = samples.first().target
+    with isolate_rng():
+        labels = samples.first().target
     outputs = 2 if task == "binary" else num_classes if task != "regression" else None
     batch = Batch.checked(torch.zeros(len(labels), 1), labels, task, outputs)
     if outputs is not None:

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import math
 
-from lightning_logme.moments import Moments
 from lightning_logme.ranking.jackknife import quantile_of_ties, standard_error, trailing
 from lightning_logme.ranking.progress import Progress, Round
 from lightning_logme.ranking.race import Race
 from lightning_logme.ranking.result import CurvePoint, Ended, Ranking, RankingRow
-
-# Of the features' mean square: a spread that is nothing but rounding.
-_CONSTANT = 1e-10
 
 
 def standing(race: Race) -> Ranking:
@@ -76,12 +72,6 @@ def _end(race: Race, name: str, progress: Progress) -> tuple[Ended, str]:
         return "interrupted", ""
     if math.isnan(progress.rounds[-1].logme):
         return "finished", "there is no evidence in these samples; a warning says why"
-    if progress.blocks and _is_constant(progress):
+    if progress.constant:
         return "finished", "its features are the same for every sample"
     return "finished", ""
-
-
-def _is_constant(progress: Progress) -> bool:
-    moments = Moments.sum(progress.blocks)
-    square = float(moments.gram.diagonal().sum())
-    return square - float(moments.feature_sum.square().sum() / moments.count) <= _CONSTANT * square
