@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from backbones import QUIET, good_to_bad, target_loader
 from models import Classifier, ConvNet, VisionTransformer, images, loader, trainer, vectors
 from oracles import problem
 
-from lightning_logme import LogME, LogMECallback
+from lightning_logme import LogME, LogMECallback, rank_backbones
 from lightning_logme.functional import evidence
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -50,3 +51,24 @@ def test_compile(tmp_path):
     module.compile()
     trainer(tmp_path, callback, accelerator="cuda").fit(module, loader(vectors()), loader(vectors()))
     assert [row["num_samples"] for row in callback.history] == [96, 96]
+
+
+def test_ranking_equals_that_of_the_cpu():
+    candidates = {**good_to_bad(), "made": lambda: torch.nn.Linear(24, 300)}
+    devices = {}
+    for accelerator in ("cpu", "cuda"):
+        devices[accelerator] = rank_backbones(
+            candidates, target_loader(1100), **{**QUIET, "accelerator": accelerator, "race": False}
+        )
+    assert devices["cuda"].scores == pytest.approx(devices["cpu"].scores, abs=1e-5)
+    assert all(row.peak_memory > 0 for row in devices["cuda"].rows)
+    assert next(candidates["good"].parameters()).device.type == "cpu"
+
+
+def test_ranking_goes_on_after_running_out_of_memory():
+    def too_large():
+        return torch.nn.Linear(24, 2**36, device="cuda")
+
+    ranking = rank_backbones({"large": too_large, **good_to_bad()}, target_loader(), **{**QUIET, "accelerator": "cuda"})
+    assert ranking.best == "good"
+    assert "OutOfMemoryError" in ranking.rows[-1].message

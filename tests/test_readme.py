@@ -19,6 +19,8 @@ def test_python_blocks(code, tmp_path, monkeypatch):
         "model": Classifier(ConvNet()),
         "train_loader": loader(data),
         "val_loader": loader(data),
+        "small_model": ConvNet(),
+        "make_large": ConvNet,
         "batches": [(torch.randn(40, 512), torch.arange(40) % 10) for _ in range(3)],
     }
     if "LogMECallback" in code and "import" not in code:
