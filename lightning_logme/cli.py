@@ -86,10 +86,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ArgumentError, OSError, yaml.YAMLError, ValueError) as error:
         return _fail(_in_one_line(str(error)), 2)
     try:
-        ranking = _rank(options)
+        if options.output is not None:
+            options.output.mkdir(parents=True, exist_ok=True)
+        _publish(_rank(options), options.output)
     except Exception as error:  # the command line's last word is one line, not a traceback
         return _fail(f"{type(error).__name__}: {error}", 1)
-    _publish(ranking, options.output)
     return 0
 
 
@@ -144,7 +145,6 @@ def _publish(ranking: Ranking, folder: Path | None) -> None:
     print(ranking)
     if folder is None:
         return
-    folder.mkdir(parents=True, exist_ok=True)
     ranking.to_csv(folder / "ranking.csv")
     try:
         ranking.plot().savefig(folder / "scores.png", dpi=150)

@@ -78,6 +78,8 @@ def get_module(root: nn.Module, name: str, argument: str) -> nn.Module:
     except AttributeError:
         pass
     names = [known for known, _ in root.named_modules() if known]
+    if not names:
+        raise ValueError(f"{argument}: {type(root).__name__} has no module named {name!r}, nor any other inside it.")
     close = difflib.get_close_matches(name, names, n=5, cutoff=0.4) or names[-5:]
     raise ValueError(
         f"{argument}: {type(root).__name__} has no module named {name!r}; did you mean one of "

@@ -269,8 +269,8 @@ def _check_labels(
             expected = "at least 0" if num_classes is None else f"in 0…{num_classes - 1} ({num_classes} classes)"
             raise ValueError(
                 f"target holds labels from {low} to {high}, but for task={task!r} labels must be {expected}; "
-                "are these the labels? Give the right num_classes, or leave rows out with "
-                f"ignore_index={low if low < 0 else high}."
+                "are these the labels? Give the right num_classes, or leave such rows out (with "
+                f"ignore_index={low if low < 0 else high}, where that is an argument)."
             )
     return labels, keep
 

@@ -29,18 +29,20 @@ class Tap:
         self.open = False
         self._seen: list[Tensor | None] = []
         if side == "input":
+            # Other heads than a linear layer may begin with an activation that works in place.
+            self._clone = not isinstance(module, nn.Linear)
             self._handle = module.register_forward_pre_hook(self._on_input, with_kwargs=True)
         else:
+            self._clone = True  # as may be one after the layer
             self._handle = module.register_forward_hook(self._on_output)
 
     def _on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.open:
-            self._seen.append(_detach(first_tensor((args, kwargs))))
+            self._seen.append(_detach(first_tensor((args, kwargs)), self._clone))
 
     def _on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.open:
-            # An in-place activation after the module would change what was seen.
-            self._seen.append(_detach(first_tensor(output), clone=True))
+            self._seen.append(_detach(first_tensor(output), self._clone))
 
     def start(self) -> None:
         """Forget what was seen, and listen."""
@@ -82,7 +84,7 @@ class Tap:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the user's module takes this along: idle, without the features.
-        return {"name": self.name, "open": False, "_seen": []}
+        return {"name": self.name, "open": False, "_seen": [], "_clone": self._clone}
 
 
 def first_tensor(value: Any) -> Tensor | None:
@@ -99,7 +101,7 @@ def first_tensor(value: Any) -> Tensor | None:
     return None
 
 
-def _detach(tensor: Tensor | None, clone: bool = False) -> Tensor | None:
+def _detach(tensor: Tensor | None, clone: bool) -> Tensor | None:
     if tensor is None:
         return None
     return tensor.detach().clone() if clone else tensor.detach()

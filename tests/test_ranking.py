@@ -3,6 +3,7 @@
 import csv
 import math
 import re
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -209,6 +210,75 @@ class TestModules:
         if row.ended == "failed":
             assert "its factory made another network than before" in row.message
 
+    def test_outputs_that_share_memory(self):
+        class Buffered(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.register_buffer("output", torch.zeros(50, WIDTH))
+
+            def forward(self, x):
+                self.output[: len(x)] = x
+                return self.output[: len(x)]
+
+        ranking = rank({"buffered": Buffered(), "plain": nn.Identity()}, race=False)
+        assert ranking.scores["buffered"] == ranking.scores["plain"]
+
+    def test_inputs_that_are_written_to(self):
+        batches = list(target_loader())
+        before = batches[0][0].clone()
+        candidates = {"relu": nn.Sequential(nn.ReLU(inplace=True)), "plain": nn.Identity()}
+        ranking = rank(candidates, batches, race=False)
+        assert ranking.scores["plain"] == pytest.approx(rank({"plain": nn.Identity()}).scores["plain"], abs=1e-9)
+        assert torch.equal(batches[0][0], before)
+
+    def test_a_head_that_begins_with_an_activation_in_place(self):
+        head = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(WIDTH, 4))
+        model = nn.Sequential(nn.Identity(), head)
+        ranking = rank({"tapped": model, "plain": nn.Identity()}, head={"tapped": "1"}, race=False)
+        assert ranking.scores["tapped"] == ranking.scores["plain"]
+
+    def test_what_a_module_keeps_can_be_trained_with(self):
+        class Cached(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.linear, self.scale = nn.Linear(WIDTH, 8), None
+
+            def forward(self, x):
+                self.scale = torch.linspace(0, 1, 8) if self.scale is None else self.scale
+                return self.linear(x) * self.scale
+
+        model = Cached()
+        rank({"cached": model})
+        model(target_set().tensors[0]).sum().backward()
+        assert model.linear.weight.grad is not None
+
+    def test_batches_that_are_named_tuples(self):
+        class Pair(NamedTuple):
+            x: torch.Tensor
+            labels: torch.Tensor
+
+        class Greedy(nn.Module):
+            def forward(self, x, labels=None):
+                assert labels is None
+                return x
+
+        loader = DataLoader([Pair(*row) for row in target_set()], 50)
+        assert rank({"a": Greedy()}, loader).scores["a"] == pytest.approx(
+            rank({"a": nn.Identity()}).scores["a"], abs=1e-9
+        )
+
+    def test_a_compiled_module_takes_what_it_would_take(self):
+        torch.compiler.reset()
+        x, y = target_set().tensors
+        rows = [{"x": a, "index": k, "labels": b} for k, (a, b) in enumerate(zip(x, y, strict=True))]
+
+        class Plain(nn.Module):
+            def forward(self, x):
+                return x * 2
+
+        ranking = rank({"compiled": torch.compile(Plain(), backend="eager")}, DataLoader(rows, 50))
+        assert ranking.rows[0].ended == "finished", ranking.rows[0].message
+
     def test_transformers(self):
         config = BertConfig(
             vocab_size=50,
@@ -306,6 +376,12 @@ class TestFailures:
         assert row.ended == "finished"
         assert row.message == "its features are the same for every sample"
 
+    def test_leaked_labels_are_named(self):
+        labels = torch.arange(600) % CLASSES
+        loader = DataLoader(TensorDataset(torch.randn(600, 3), labels), 600, shuffle=False)
+        leaking = rank({"leak": nn.Identity()}, loader, forward=lambda model, batch: torch.eye(4)[batch[1]])
+        assert "a perfect fit of 4 outputs, whose evidence has no bound" in leaking.rows[0].message
+
     def test_all_fail(self):
         with pytest.raises(RuntimeError, match="every candidate failed: a: .*cannot be multiplied.*; b: "):
             rank({"a": nn.Linear(3, 3), "b": nn.Linear(4, 4)})
@@ -341,8 +417,10 @@ class TestBadInput:
             ({}, "candidates is empty"),
             ([("a", nn.Identity()), ("a", nn.Identity())], "candidates has two entries named 'a'"),
             ({"a": "resnet50"}, r"candidates\['a'\] must be a torch.nn.Module or a callable that makes one, got str"),
-            ([nn.Identity()], "candidates must be a mapping from names to modules or factories"),
-            ({1: nn.Identity()}, "candidates must be a mapping from names"),
+            ([nn.Identity()], r"candidates must be a mapping from names \(strings\) to modules or factories"),
+            ({1: nn.Identity()}, r"candidates must be a mapping from names \(strings\) .* got \(1, Identity"),
+            (nn.Identity(), "candidates must be a mapping from names to modules .* got Identity"),
+            (None, "candidates must be a mapping from names to modules .* got NoneType"),
         ],
     )
     def test_candidates(self, candidates, message):
@@ -356,6 +434,14 @@ class TestBadInput:
             ({"head": {"god": "fc"}}, "head names 'god', and there are only the candidates 'bad', 'fair', 'good'"),
             ({"transforms": {"god": None}}, "transforms names 'god'"),
             ({"pooling": "max"}, "pooling must be"),
+            ({"seed": None}, "seed must be an integer, got None"),
+            ({"logger": True}, "logger must be a Lightning logger, or several, got True"),
+            ({"head": 3}, "head of 'bad' must be the name of a module or None, got 3"),
+            ({"forward": {"good": "x"}}, "forward of 'good' must be callable or None, got 'x'"),
+            ({"transforms": {"good": "x"}}, "transforms of 'good' must be callable or None, got 'x'"),
+            ({"num_classes": True}, "num_classes must be a positive integer, got True"),
+            ({"task": "binary"}, "num_classes=4 has no meaning for task='binary'"),
+            ({"task": "regression"}, "num_classes=4 has no meaning for task='regression'"),
             ({"num_classes": 0}, "num_classes must be a positive integer"),
             ({"num_classes": 2}, "target holds labels from 0 to 3"),
             ({"target": 7}, "target=7 does not lead to labels"),
@@ -372,8 +458,11 @@ class TestBadInput:
 
     def test_num_classes_from_labels_at_hand(self):
         assert rank(num_classes=None).scores == pytest.approx(rank().scores)
-        with pytest.raises(ValueError, match="num_classes is needed"):
-            rank(loader=[batch for batch in target_loader()], num_classes=None)
+        with pytest.raises(ValueError, match="num_classes is needed for task='multiclass': pass the number of classes"):
+            rank(loader=list(target_loader()), num_classes=None)
+        floats = TensorDataset(target_set().tensors[0], target_set().tensors[1].float())
+        with pytest.raises(ValueError, match="target must hold integer class labels"):
+            rank(loader=DataLoader(floats, 50), num_classes=None)
 
     @pytest.mark.parametrize("loader", [7, None])
     def test_no_loader(self, loader):
@@ -408,6 +497,17 @@ class TestLoggers:
             rows = list(csv.DictReader(file))
         values = [float(row["gain/good"]) for row in rows if row["gain/good"]]
         assert values == pytest.approx([point.gain for point in ranking.curves["good"]])
+
+    def test_a_logger_that_fails_does_not_end_the_ranking(self, tmp_path):
+        class Down(CSVLogger):
+            def log_metrics(self, metrics, step=None):
+                raise ConnectionError("no route")
+
+            def save(self):
+                raise ConnectionError("no route")
+
+        with pytest.warns(UserWarning, match="Down failed, and the ranking went on: ConnectionError: no route"):
+            assert rank(logger=Down(tmp_path)).best == "good"
 
     def test_progress_says_who_is_dropped(self, capfd):
         rank(loader=target_loader(2000), progress=True)

@@ -140,6 +140,12 @@ def test_bad_configuration_is_one_line_and_a_status(config, capfd, changes, argu
     assert message in lines[0]
 
 
+def test_output_that_is_a_file(config, tmp_path, capfd):
+    (tmp_path / "taken").touch()
+    assert main(["rank", config(), "--output", str(tmp_path / "taken")]) == 1
+    assert "FileExistsError" in capfd.readouterr().err
+
+
 def test_no_file(tmp_path, capfd):
     assert main(["rank", str(tmp_path / "no.yaml")]) == 2
     assert "No such file" in capfd.readouterr().err

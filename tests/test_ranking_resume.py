@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from backbones import QUIET, WIDTH, Columns, good_to_bad, target_loader, target_set
+from test_ranking_samples import Stream
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -59,7 +60,7 @@ def test_a_finished_ranking_is_not_computed_again(candidates, tmp_path):
     assert summary(again) == summary(first)
     assert again.curves == first.curves
     torch.testing.assert_close(again.evidence["good"].weight, first.evidence["good"].weight)
-    assert Counted.seen == 3 * 50  # one batch of each, to see that it is the same
+    assert Counted.seen == 3 * 16  # some of each, to see that it is the same
 
 
 def test_an_interrupted_ranking_goes_on(candidates, tmp_path):
@@ -81,7 +82,7 @@ def test_an_interrupted_ranking_goes_on(candidates, tmp_path):
     resumed = rank(candidates, tmp_path)
     assert summary(resumed) == summary(whole)
     assert 0 < Counted.seen < 3256 - 700
-    assert done + Counted.seen <= 3256 + 3 * 50 + 512  # a round that was cut short is done again
+    assert done + Counted.seen <= 3256 + 3 * 16 + 512  # a round that was cut short is done again
 
 
 def test_a_killed_process_is_resumed(candidates, tmp_path):
@@ -146,7 +147,7 @@ def test_changed_inputs_of_the_same_labels_are_noticed(candidates, tmp_path):
     rank(candidates, tmp_path)
     x, y = target_set(1500).tensors
     loader = DataLoader(TensorDataset(x + 0.1 * torch.randn_like(x), y), 50)
-    with starts_anew("good", "its features of the first batch are others"):
+    with starts_anew("good", "its features of the first samples are others"):
         rank_backbones(candidates, loader, resume_from=tmp_path, **QUIET)
 
 
@@ -155,8 +156,73 @@ def test_a_changed_callable_of_the_same_name_is_noticed(tmp_path):
         return lambda batch: (batch[0] * torch.linspace(1, factor, WIDTH), batch[1])
 
     rank({"a": nn.Identity()}, tmp_path, transforms={"a": transform(1)})
-    with starts_anew("a", "its features of the first batch are others"):
+    with starts_anew("a", "its features of the first samples are others"):
         rank({"a": nn.Identity()}, tmp_path, transforms={"a": transform(2)})
+
+
+def two_labels(batch_size=50, target="fine", n=1500, relabelled=False):
+    """A data set without its labels at hand, of two tasks."""
+    x, y = target_set(n).tensors
+    rows = [{"x": a, "coarse": b // 2, "fine": 3 - b if relabelled else b} for a, b in zip(x, y, strict=True)]
+    return {"dataloader": DataLoader(rows, batch_size), "target": target, "forward": lambda m, batch: m(batch["x"])}
+
+
+@pytest.mark.parametrize(
+    ("change", "warning"),
+    [
+        ({"target": "coarse"}, "target was fine and is coarse"),
+        ({"relabelled": True}, "the first samples have other labels"),
+    ],
+)
+@pytest.mark.parametrize("more", [{}, {"new": Columns(0, 9)}])
+def test_other_labels_are_noticed(tmp_path, change, warning, more):
+    first = {"good": Columns(0, 8), "bad": Columns(16, 24)}
+    rank_backbones(first, resume_from=tmp_path, **two_labels(), **QUIET)
+    with starts_anew("good", warning):
+        resumed = rank_backbones({**first, **more}, resume_from=tmp_path, **two_labels(**change), **QUIET)
+    fresh = rank_backbones({**first, **more}, **two_labels(**change), **QUIET)
+    assert summary(resumed) == summary(fresh)
+
+
+@pytest.mark.parametrize("sizes", [(50, 50), (50, 7), (512, 512), (300, 20)])
+def test_batches_may_be_of_another_size(candidates, tmp_path, sizes):
+    first = rank_backbones(candidates, resume_from=tmp_path, race=False, **two_labels(sizes[0]), **QUIET)
+    Counted.seen = 0
+    again = rank_backbones(
+        {**candidates, "new": Columns(0, 9)}, resume_from=tmp_path, race=False, **two_labels(sizes[1]), **QUIET
+    )
+    assert Counted.seen <= 3 * 16
+    assert again.scores["good"] == first.scores["good"]
+
+
+def test_rounds_of_another_size_are_noticed(candidates, tmp_path):
+    loader = DataLoader(target_set(1500), 50)
+    rank_backbones(candidates, loader, resume_from=tmp_path, num_classes=4, accelerator="cpu", progress=False)
+    with starts_anew("good", "num_outputs was 4 and is 100"):
+        rank_backbones(
+            {**candidates, "new": Columns(0, 9)},
+            loader,
+            resume_from=tmp_path,
+            num_classes=100,
+            accelerator="cpu",
+            progress=False,
+        )
+
+
+def test_a_stream_in_other_batches_is_noticed(candidates, tmp_path):
+    stream = Stream(target_set())
+    rank_backbones(candidates, DataLoader(stream, 50), resume_from=tmp_path, **QUIET)
+    with starts_anew("good", "batch was 50 and is 60"):
+        rank_backbones(candidates, DataLoader(stream, 60), resume_from=tmp_path, **QUIET)
+
+
+def test_a_folder_that_cannot_be_written_to(candidates, tmp_path, monkeypatch):
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.warns(UserWarning, match="could not be written .*No space left on device"):
+        assert rank(candidates, tmp_path).best in ("good", "also")
 
 
 def test_a_damaged_file_is_noticed(candidates, tmp_path):

@@ -1,10 +1,11 @@
 """Which samples a ranking sees, from map-style data sets and from streams."""
 
+import itertools
 import math
 
 import pytest
 import torch
-from backbones import CLASSES, QUIET, Columns, good_to_bad, target_loader, target_set
+from backbones import QUIET, Columns, good_to_bad, target_loader, target_set
 from torch import nn
 from torch.utils.data import (
     BatchSampler,
@@ -24,8 +25,8 @@ from lightning_logme.ranking.jackknife import BLOCKS
 from lightning_logme.ranking.samples import Samples
 
 
-def samples(loader, task="multiclass", num_classes=CLASSES, target=None, seed=0):
-    return Samples(loader, task, target, num_classes, seed)
+def samples(loader, task="multiclass", target=None, seed=0):
+    return Samples(loader, task, target, seed)
 
 
 def seen(samples, start=0, stop=None, rank=0, world=1):
@@ -56,7 +57,7 @@ class TestMapStyle:
 
     def test_rounds_continue_where_the_last_one_ended(self):
         it = samples(DataLoader(identities(torch.randint(4, (4000,))), 50))
-        stops = list(it.rounds())
+        stops = list(it.rounds(4))
         assert stops == [256, 512, 1024, 2048, 4000]
         parts = [seen(it, start, stop)[0] for start, stop in zip([0, *stops], stops, strict=False)]
         assert [len(part) for part in parts] == [stop - start for start, stop in zip([0, *stops], stops, strict=False)]
@@ -73,13 +74,13 @@ class TestMapStyle:
         ],
     )
     def test_rounds(self, number, classes, rounds):
-        it = samples(DataLoader(identities(torch.zeros(number, dtype=torch.long)), 50), num_classes=classes)
-        assert list(it.rounds()) == rounds
+        it = samples(DataLoader(identities(torch.zeros(number, dtype=torch.long)), 50))
+        assert list(it.rounds(classes)) == rounds
 
     def test_strata(self):
         """Every beginning and every block has the classes in proportion, rare ones from the start."""
         labels = torch.cat([torch.full((n,), k) for k, n in enumerate((700, 250, 40, 9, 1))])
-        order, block = seen(samples(DataLoader(identities(labels), 50), num_classes=5))
+        order, block = seen(samples(DataLoader(identities(labels), 50)))
         for n in (100, 256, 700):
             counts = labels[order[:n]].bincount(minlength=5)
             expected = labels.bincount() * n / len(labels)
@@ -90,7 +91,7 @@ class TestMapStyle:
             assert (counts - labels.bincount() / BLOCKS).abs().max() < 1
 
     def test_blocks_are_about_equal_in_every_round(self):
-        it = samples(DataLoader(identities(torch.randint(7, (2000,))), 50), num_classes=7)
+        it = samples(DataLoader(identities(torch.randint(7, (2000,))), 50))
         _, block = seen(it, 0, 256)
         assert block.bincount(minlength=BLOCKS).min() >= 256 / BLOCKS - 7
 
@@ -119,7 +120,7 @@ class TestMapStyle:
         folder = Folder()
         expected = torch.tensor(getattr(folder, attribute))
         for data, chosen in ((folder, torch.arange(90)), (Subset(folder, range(10, 70)), torch.arange(10, 70))):
-            it = samples(DataLoader(data, 16), num_classes=3)
+            it = samples(DataLoader(data, 16))
             order, _ = seen(it)
             assert torch.equal(it.labels, expected[order])
             assert sorted(order.tolist()) == chosen.tolist()
@@ -142,6 +143,40 @@ class TestMapStyle:
             order, _ = seen(samples(DataLoader(data, batch_sampler=batches)))
             assert sorted(order.tolist()) == (list(range(20, 80)) if isinstance(batches, list) else list(range(100)))
 
+    def test_a_sampler_of_tensors_and_one_without_end(self):
+        class Tensors(list):
+            def __iter__(self):
+                return (torch.tensor(index) for index in (*range(20, 80), *range(20, 40)))
+
+        data = identities(torch.arange(100) % 4)
+        order, _ = seen(samples(DataLoader(data, 16, sampler=Tensors([0] * 80))))
+        assert sorted(order.tolist()) == list(range(20, 80))
+
+        class Endless(torch.utils.data.Sampler):
+            def __iter__(self):
+                return itertools.cycle(range(100))
+
+        order, _ = seen(samples(DataLoader(data, 16, sampler=Endless())), stop=40)
+        assert order.tolist() == list(range(48))
+
+    def test_a_loader_with_a_way_of_its_own_is_streamed(self):
+        class Doubled(DataLoader):
+            def __iter__(self):
+                return ((2 * x, y) for x, y in super().__iter__())
+
+        order, _ = seen(samples(Doubled(identities(torch.arange(40) % 4), 16)))
+        assert order.tolist() == list(range(0, 80, 2))
+
+    def test_generators_are_left_as_they_were(self):
+        for loader in (
+            DataLoader(target_set(), 50, shuffle=True),
+            DataLoader(target_set(), 50, sampler=WeightedRandomSampler([1.0] * 600, 600)),
+            DataLoader(Stream(target_set()), 50),
+        ):
+            state = torch.get_rng_state()
+            rank_backbones(good_to_bad(), loader, **QUIET)
+            assert torch.equal(torch.get_rng_state(), state)
+
     def test_workers_and_collate_are_kept(self):
         def collate(rows):
             assert torch.utils.data.get_worker_info() is not None
@@ -160,7 +195,7 @@ class TestMapStyle:
 
     def test_a_collate_that_loses_samples(self):
         loader = DataLoader(target_set(), 50, collate_fn=lambda rows: torch.utils.data.default_collate(rows[:-1]))
-        with pytest.raises(ValueError, match="dataloader gave 49 labels for a batch of 50 samples"):
+        with pytest.raises(ValueError, match="dataloader gave 15 labels for a batch of 16 samples"):
             rank_backbones(good_to_bad(), loader, **QUIET)
 
 
@@ -216,8 +251,57 @@ class TestStreams:
     def test_another_order_every_time(self, candidates):
         generator = torch.Generator()  # nobody else's
         stream = Stream(target_set(), torch.utils.data.RandomSampler(range(600), generator=generator))
-        with pytest.raises(ValueError, match=f"dataloader gave '{candidates[-1]}' other labels than when it was read"):
+        with pytest.raises(RuntimeError, match="the first batch has other labels than when it was read before; datal"):
             rank_backbones({name: Columns(0, 8) for name in candidates}, DataLoader(stream, 50), **QUIET)
+
+    def test_another_order_after_the_first_batch(self):
+        class Changing(IterableDataset):
+            reads = 0
+
+            def __iter__(self):
+                Changing.reads += 1
+                x, y = target_set().tensors
+                order = torch.arange(600)
+                order[50:] = order[50:].roll(Changing.reads)
+                return zip(x[order], y[order], strict=True)
+
+        with pytest.raises(ValueError, match="'b' was given other labels than when samples were read before; "):
+            rank_backbones({"a": Columns(0, 8), "b": Columns(0, 8)}, DataLoader(Changing(), 50), **QUIET)
+
+    @pytest.mark.parametrize("candidates", [["a", "b"], ["a"]])
+    def test_a_data_set_that_gives_its_samples_once(self, candidates):
+        class Once(IterableDataset):
+            def __init__(self):
+                self.rows = iter(target_set())
+
+            def __iter__(self):
+                return self.rows
+
+        with pytest.raises((RuntimeError, ValueError), match=r"other labels than when .* read before"):
+            rank_backbones({name: Columns(0, 8) for name in candidates}, DataLoader(Once(), 50), **QUIET)
+
+    def test_blocks_do_not_follow_a_period_of_the_stream(self):
+        _, block = seen(samples(DataLoader(Stream(identities(torch.arange(1600) % 8)), 50)))
+        labels = torch.arange(1600) % 8
+        table = torch.zeros(8, BLOCKS).index_put_((labels, block), torch.ones(1600), accumulate=True)
+        assert table.min() > 10  # 25 on average
+
+    def test_interrupted_after_one_has_finished(self):
+        class Stops(Columns):
+            def forward(self, x):
+                raise KeyboardInterrupt
+
+        with pytest.warns(UserWarning, match="interrupted"):
+            ranking = rank_backbones(
+                {"done": Columns(0, 8), "stops": Stops(0, 8)},
+                DataLoader(Stream(target_set()), 50),
+                race=False,
+                **QUIET,
+            )
+        assert [(row.name, row.ended, row.num_samples) for row in ranking.rows] == [
+            ("done", "finished", 600),
+            ("stops", "interrupted", 0),
+        ]
 
     def test_read_only_once(self):
         with pytest.raises(ValueError, match="dataloader is an iterator that can be read only once"):

@@ -5,19 +5,18 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
-import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from lightning_logme.batch import LABEL_KEYS, TargetSpec, find_mask
 from lightning_logme.heads import find_head, get_module
+from lightning_logme.ranking.samples import seed_generators
 from lightning_logme.taps import Pooling, Tap, first_tensor, pool
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -106,9 +105,10 @@ class Backbone:
         if self._tap is not None:
             self._tap.remove()
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode, whose tensors a module may keep, and could not be trained with
     def features(self, batch: Any, fabric: Fabric) -> Tensor:
         """Pooled features (n, D) of a batch as the loader made it."""
+        batch = _copied(batch)
         if self._candidate.transform is not None:
             batch = self._candidate.transform(batch)
         batch = fabric.to_device(fabric.strategy.precision.convert_input(batch))
@@ -118,7 +118,11 @@ class Backbone:
             output = (self._candidate.forward or self._call)(self._module, batch)
         seen = first_tensor(output) if self._tap is None else self._tap.take()
         if seen is None:
-            raise ValueError(f"the module returned {type(output).__name__} without a tensor in it; give forward=.")
+            by = "the module" if self._candidate.forward is None else "forward"
+            raise ValueError(
+                f"{by} returned {type(output).__name__} without a tensor in it; give forward=callable(model, batch) "
+                "that returns features as a torch.Tensor."
+            )
         return pool(seen, self._candidate.pooling, self._num_features, find_mask(_inputs(batch)))
 
     def _call(self, module: nn.Module, batch: Any) -> Any:
@@ -127,7 +131,8 @@ class Backbone:
             return module(*inputs) if isinstance(inputs, (tuple, list)) else module(inputs)
         labels = {*LABEL_KEYS, self._candidate.target}
         named = {key: value for key, value in inputs.items() if key not in labels}
-        parameters = inspect.signature(module.forward).parameters
+        plain = getattr(module, "_orig_mod", module)  # of a compiled one
+        parameters = inspect.signature(plain.forward).parameters
         if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
             return module(**named)
         accepted = {key: value for key, value in named.items() if key in parameters}
@@ -141,16 +146,18 @@ class Backbone:
         return module(**accepted)
 
 
-def seed_generators(seed: int) -> None:
-    """Seed every generator that a factory or a data set may draw from."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002
-    torch.manual_seed(seed)
-
-
 def _inputs(batch: Any) -> Any:
     """What a module is called with: the first item of (inputs, labels), or the batch itself."""
-    return batch[0] if isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields") and len(batch) else batch
+    return batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
+
+
+def _copied(batch: Any) -> Any:
+    """The same with tensors of its own: a transform or module may write to them, and the next candidate reads them."""
+    if isinstance(batch, Tensor):
+        return batch.clone()
+    if type(batch) in (tuple, list):
+        return type(batch)(map(_copied, batch))
+    return {key: _copied(value) for key, value in batch.items()} if type(batch) is dict else batch
 
 
 def _converted(module: nn.Module, fabric: Fabric, keep: bool = False) -> nn.Module:

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_logme.moments import Batch, Moments, Task, moments_device
 from lightning_logme.ranking.candidate import Backbone
 from lightning_logme.ranking.jackknife import BLOCKS
-from lightning_logme.ranking.samples import Portion
+from lightning_logme.ranking.samples import PROBE, Portion
 
 # Rows that wait until they are added: a Gram matrix is read and written once for each block that gets some.
 _PENDING = 2048
@@ -26,13 +26,13 @@ class Part:
         blocks: the moments of its blocks; empty where it had no batch.
         labels: digest of the labels that came.
         skipped: digest of the labels of a stream that came before.
-        probe: (n, D) the features of the first batch, float32, on the CPU.
+        probe: (n, D) and (n,) or (n, K) the features, float32, and labels of the first samples, on the CPU.
     """
 
     blocks: list[Moments]
     labels: int
     skipped: int
-    probe: Tensor | None
+    probe: tuple[Tensor, Tensor] | None
 
 
 class BlockMoments:
@@ -58,7 +58,8 @@ class BlockMoments:
             self.num_features = features.shape[1]
             device = moments_device(features.device)
             self._blocks = [Moments.zeros(self.num_features, self._num_outputs, device) for _ in range(BLOCKS)]
-        self._pending.append((batch.features, batch.target, block))
+        # Cloned: a module may write its next output to the same memory, and a view would keep all that it is a view of.
+        self._pending.append((batch.features.clone(), batch.target, block))
         self._rows += len(block)
         if self._rows >= _PENDING:
             self._flush()
@@ -115,6 +116,6 @@ def collect(
             )
         sums.add(features, portion.target, portion.block)
         labels += portion.digest()
-        probe = features.float().cpu() if probe is None else probe
+        probe = probe or (features[:PROBE].float().cpu(), portion.target[:PROBE])
         count(len(features))
     return Part(sums.blocks(), labels, skipped, probe)

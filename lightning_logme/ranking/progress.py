@@ -49,7 +49,7 @@ class Progress:
         blocks: the moments of the samples seen so far, on the CPU; none once the candidate is out of the race.
         num_features: D.
         constant: whether the features are the same for every sample.
-        probe: the features of the first batch.
+        probe: the features and the labels of the first samples.
         fingerprint: of the module.
         num_parameters: of the module.
         seconds: spent.
@@ -60,7 +60,7 @@ class Progress:
     blocks: list[Moments] = field(default_factory=list)
     num_features: int | None = None
     constant: bool = False
-    probe: Tensor | None = None
+    probe: tuple[Tensor, Tensor] | None = None
     fingerprint: str | None = None
     num_parameters: int | None = None
     seconds: float = 0.0
@@ -114,8 +114,11 @@ class Store:
         }
         path = self._path(candidate)
         unfinished = path.with_suffix(".unfinished")
-        torch.save({"options": self._all_options(candidate), "progress": values}, unfinished)
-        unfinished.replace(path)
+        try:
+            torch.save({"options": self._all_options(candidate), "progress": values}, unfinished)
+            unfinished.replace(path)
+        except (OSError, RuntimeError) as error:  # a full disk must not end the ranking
+            warnings.warn(f"resume_from: {path} could not be written ({error}).", stacklevel=2)
 
     def _all_options(self, candidate: Candidate) -> dict[str, str]:
         options = {**self._options, "head": candidate.head, "pooling": _named(candidate.pooling)}
@@ -127,27 +130,30 @@ class Store:
         return self._folder / f"{readable}-{hashlib.sha1(candidate.name.encode()).hexdigest()[:8]}.pt"
 
 
-def is_same(candidate: Candidate, saved: Progress, fingerprint: str, probe: Tensor) -> bool:
+def is_same(candidate: Candidate, saved: Progress, fingerprint: str, features: Tensor, labels: Tensor) -> bool:
     """Whether a candidate is the one whose progress was saved; a warning says what has changed.
 
     Args:
         candidate: as it is now.
         saved: as it was.
         fingerprint: of its weights now.
-        probe: its features of the first batch now, which depend on the samples and on everything done to them.
+        features: of the first samples now; they depend on the samples and on everything done to them.
+        labels: of the first samples now.
     """
+    cause = None
     if saved.fingerprint != fingerprint:
-        _starts_anew(candidate, "its weights or its class are others")
-        return False
-    then = saved.probe
-    if then is None or then.shape != probe.shape:
-        same = False
-    else:
-        same = torch.allclose(probe, then, rtol=_SAME, atol=_SAME * float(then.abs().mean()), equal_nan=True)
-    if not same:
-        cause = "its features of the first batch are others: the samples changed, or what is done to them"
+        cause = "its weights or its class are others"
+    elif saved.probe is not None:
+        number = min(len(labels), len(saved.probe[1]))
+        then, labels_then = (part[:number] for part in saved.probe)
+        now, atol = features[:number].float().cpu(), _SAME * float(then.abs().mean())
+        if not torch.equal(labels[:number], labels_then):
+            cause = "the first samples have other labels"
+        elif now.shape != then.shape or not torch.allclose(now, then, rtol=_SAME, atol=atol, equal_nan=True):
+            cause = "its features of the first samples are others: the samples changed, or what is done to them"
+    if cause is not None:
         _starts_anew(candidate, cause)
-    return same
+    return cause is None
 
 
 def _starts_anew(candidate: Candidate, cause: str) -> None:

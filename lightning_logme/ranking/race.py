@@ -13,13 +13,13 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_logme.evidence import Evidence
 from lightning_logme.moments import Moments
-from lightning_logme.ranking.candidate import Backbone, Candidate, seed_generators
+from lightning_logme.ranking.candidate import Backbone, Candidate
 from lightning_logme.ranking.collect import collect
 from lightning_logme.ranking.jackknife import leave_one_out, quantile_to_drop, trailing
 from lightning_logme.ranking.processes import Failure, everyone, summed, together
 from lightning_logme.ranking.progress import Progress, Round, Store, is_same
 from lightning_logme.ranking.report import Report
-from lightning_logme.ranking.samples import Samples
+from lightning_logme.ranking.samples import SAME_SAMPLES, Samples, total
 
 # Of the features' mean square: a spread that is nothing but rounding.
 _CONSTANT = 1e-10
@@ -44,6 +44,7 @@ class Race:
         evidence: of each candidate that has finished a round.
         dropped: those that trailed too far, and by how much.
         failed: those that could not go on, and why.
+        complete: those that have seen all samples.
         interrupted: whether it ended by Ctrl-C.
     """
 
@@ -67,6 +68,7 @@ class Race:
         self.evidence: dict[str, Evidence] = {}
         self.dropped: dict[str, str] = {}
         self.failed: dict[str, str] = {}
+        self.complete: set[str] = set()
         self.interrupted = False
 
     @property
@@ -83,12 +85,12 @@ class Race:
                     self._run_by_rounds()
                 else:
                     for name in self.running:
-                        self._advance(name, enumerate(self.samples.rounds()))
+                        self._advance(name, enumerate(self.samples.rounds(self._rules.num_outputs)))
         except KeyboardInterrupt:
             self.interrupted = True
 
     def _run_by_rounds(self) -> None:
-        for index, stop in enumerate(self.samples.rounds()):
+        for index, stop in enumerate(self.samples.rounds(self._rules.num_outputs)):
             for name in self.running:
                 self._advance(name, [(index, stop)])
             ended = stop == self.samples.number or all(self.progress[name].num_samples < stop for name in self.running)
@@ -127,11 +129,14 @@ class Race:
                         return
                     started = time.perf_counter()
         except Failure as failure:
-            self.failed[name] = str(failure)
-            self._report.line(f"{name} failed: {failure}")
+            self._fail(name, failure)
         finally:
             if self._fabric.device.type == "cuda":
                 torch.cuda.empty_cache()  # or what one candidate had could not be had by the next
+
+    def _fail(self, name: str, failure: Failure) -> None:
+        self.failed[name] = str(failure)
+        self._report.line(f"{name} failed: {failure}")
 
     def _build(self, name: str, stack: ExitStack) -> Backbone:
         if self._fabric.device.type == "cuda":
@@ -150,24 +155,26 @@ class Race:
     def _run_round(self, name: str, backbone: Backbone, index: int, stop: int, started: float) -> bool:
         """Take a candidate through one round; whether there can be another one."""
         fabric, samples, rules, before = self._fabric, self.samples, self._rules, self.progress[name]
-        seed_generators(rules.seed)  # a stream that is shuffled has the same order every time
         portions = samples.portions(before.num_samples, stop, fabric.global_rank, fabric.world_size)
         with self._report.bar(name, before.num_samples, stop) as count:
             part = together(
                 fabric,
                 lambda: collect(backbone, portions, before.num_samples, samples.task, rules.num_outputs, fabric, count),
             )
-        labels, skipped = map(sum, zip(*everyone(fabric, (part.labels, part.skipped)), strict=True))
+        labels, skipped = map(total, zip(*everyone(fabric, (part.labels, part.skipped)), strict=True))
         seen = before.rounds[-1].labels if before.rounds else 0
         self._check_labels(name, samples.number is not None or skipped == seen)
+        labels = total((seen, labels))
         new = summed(fabric, part.blocks, rules.num_outputs)
         if not new:
+            self._check_labels(name, bool(before.rounds))
+            self.complete.add(name)  # the stream had ended with the round before
             return False
         evidence, replicates, blocks = together(fabric, lambda: self._evaluate(new, before.blocks))
         number = evidence.num_samples
         samples.check_number(number)
-        self._check_labels(name, self._labels.setdefault(index, seen + labels) == seen + labels)
-        finished = Round(number, float(evidence.score), float(evidence.gain), replicates, seen + labels)
+        self._check_labels(name, self._labels.setdefault(index, labels) == labels)
+        finished = Round(number, float(evidence.score), float(evidence.gain), replicates, labels)
         self.evidence[name] = evidence
         self.progress[name] = replace(
             before,
@@ -184,6 +191,8 @@ class Race:
         if self._store is not None and fabric.is_global_zero:
             self._store.save(self._candidates[name], self.progress[name])
         self._report.point(name, finished)
+        if number == samples.number or number < stop:
+            self.complete.add(name)
         return number >= stop
 
     def _evaluate(self, new: list[Moments], before: list[Moments]) -> tuple[Evidence, list[float], list[Moments]]:
@@ -197,10 +206,7 @@ class Race:
     def _check_labels(self, name: str, same: bool) -> None:
         """Scores of different samples do not compare."""
         if not same:
-            raise ValueError(
-                f"dataloader gave {name!r} other labels than when it was read before; it must give the same samples in "
-                "the same order every time it is iterated over."
-            )
+            raise ValueError(f"{name!r} was given other labels than when samples were read before; {SAME_SAMPLES}")
 
     def _resume(self) -> None:
         """Take up what a folder holds of candidates that are still the same."""
@@ -214,16 +220,19 @@ class Race:
             try:
                 with ExitStack() as stack:
                     backbone = self._build(name, stack)
-                    probe = together(fabric, lambda: backbone.features(self.samples.first().batch, fabric))  # noqa: B023
-                    same = is_same(candidate, saved, backbone.fingerprint, probe.float().cpu())
+                    first = self.samples.first()
+                    features = together(fabric, lambda: backbone.features(first.batch, fabric))  # noqa: B023
+                    same = is_same(candidate, saved, backbone.fingerprint, features, first.target)
             except Failure as failure:
-                self.failed[name] = str(failure)
+                self._fail(name, failure)
                 continue
             if fabric.broadcast(same):
                 self.progress[name] = saved
                 self.evidence[name] = Evidence.from_moments(
                     Moments.sum(saved.blocks), self.samples.task, self._rules.fit_intercept
                 )
+                if saved.num_samples == self.samples.number:
+                    self.complete.add(name)
                 for index, round_ in enumerate(saved.rounds):
                     self._check_labels(name, self._labels.setdefault(index, round_.labels) == round_.labels)
                     self._report.point(name, round_)

@@ -6,6 +6,7 @@ import os
 import pickle
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -118,23 +119,30 @@ def rank_backbones(
     check_task(task)
     pairs = _pairs(candidates)
     names = [name for name, _ in pairs]
-    transforms = {} if transforms is None else transforms
     options = {
         "head": _by_candidate("head", head, names, None),
         "pooling": _by_candidate("pooling", pooling, names, "auto"),
         "forward": _by_candidate("forward", forward, names, None),
         "transform": _by_candidate("transforms", transforms, names, None),
     }
-    for value in options["pooling"].values():
-        check_pooling(value)
+    for name in names:
+        check_pooling(options["pooling"][name])
+        _check("head", name, options["head"][name], lambda value: isinstance(value, str), "the name of a module")
+        for argument, values in (("forward", options["forward"]), ("transforms", options["transform"])):
+            _check(argument, name, values[name], callable, "callable")
+    if type(seed) is not int:
+        raise ValueError(f"seed must be an integer, got {seed!r}.")
     entries = [
         Candidate(name, source, target=target, **{option: values[name] for option, values in options.items()})
         for name, source in pairs
     ]
-    samples = Samples(dataloader, task, target, num_classes, seed)
-    num_outputs = _num_outputs(samples, task, num_classes)
+    with isolate_rng():
+        samples = Samples(dataloader, task, target, seed)
+        num_outputs = _num_outputs(samples, task, num_classes)
     fabric = Fabric(accelerator=accelerator, devices=devices, strategy=strategy, precision=precision)
     rules = Rules(num_outputs, fit_intercept, race and len(entries) > 1, seed)
+    if logger is not None and not isinstance(logger, (Logger, Iterable)):
+        raise ValueError(f"logger must be a Lightning logger, or several, got {logger!r}.")
     loggers = [] if logger is None else [logger] if isinstance(logger, Logger) else list(logger)
     parcel = fabric.launch(
         partial(
@@ -168,6 +176,7 @@ def _run(
                 **samples.fingerprint(),
                 "task": samples.task,
                 "num_outputs": rules.num_outputs,
+                "rounds": next(samples.rounds(rules.num_outputs)),
                 "fit_intercept": rules.fit_intercept,
                 "precision": fabric.strategy.precision.precision,
             },
@@ -183,20 +192,28 @@ def _run(
     if race.interrupted and first:
         warnings.warn("the ranking was interrupted: it holds what was known by then.", stacklevel=2)
     ranking = standing(race)
-    report.finish(ranking)
+    with suppress(KeyboardInterrupt):  # of one who will not wait for a picture
+        report.finish(ranking)
     return pickle.dumps(ranking)
 
 
 def _pairs(candidates: Any) -> list[tuple[str, Source]]:
-    pairs = list(candidates.items()) if isinstance(candidates, Mapping) else list(candidates)
+    if isinstance(candidates, (Mapping, nn.ModuleDict)):
+        candidates = candidates.items()
+    elif isinstance(candidates, nn.Module) or not isinstance(candidates, Iterable):
+        raise ValueError(
+            "candidates must be a mapping from names to modules or factories, as in {'resnet50': model}, got "
+            f"{type(candidates).__name__}."
+        )
+    pairs = list(candidates)
     if not pairs:
         raise ValueError("candidates is empty: pass at least one module or factory, as in {'resnet50': model}.")
     seen = set()
     for pair in pairs:
         if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], str) or not pair[0]:
             raise ValueError(
-                "candidates must be a mapping from names to modules or factories, or pairs of both, got "
-                f"{type(pair).__name__}."
+                "candidates must be a mapping from names (strings) to modules or factories, or pairs of both, got "
+                f"{pair!r:.60}."
             )
         name, source = pair
         if name in seen:
@@ -208,6 +225,11 @@ def _pairs(candidates: Any) -> list[tuple[str, Source]]:
                 f"{type(source).__name__}."
             )
     return pairs
+
+
+def _check(argument: str, name: str, value: Any, right: Callable[[Any], bool], what: str) -> None:
+    if value is not None and not right(value):
+        raise ValueError(f"{argument} of {name!r} must be {what} or None, got {value!r}.")
 
 
 def _by_candidate(argument: str, value: Any, names: list[str], default: Any) -> dict[str, Any]:
@@ -224,19 +246,22 @@ def _by_candidate(argument: str, value: Any, names: list[str], default: Any) -> 
 
 
 def _num_outputs(samples: Samples, task: Task, num_classes: int | None) -> int:
-    """K, and the first batch's labels are right for it."""
-    if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 1):
+    """K, where the first batch's labels are right for it."""
+    if num_classes is not None and (type(num_classes) is not int or num_classes < 1):
         raise ValueError(f"num_classes must be a positive integer, got {num_classes!r}.")
-    if task == "multiclass" and num_classes is None:
-        if samples.labels is None or samples.labels.ndim != 1 or samples.labels.is_floating_point():
-            raise ValueError(
-                "num_classes is needed for task='multiclass' where the data set does not have its labels at hand."
-            )
-        num_classes = int(samples.labels.max()) + 1
-    with isolate_rng():
-        labels = samples.first().target
-    outputs = 2 if task == "binary" else num_classes if task != "regression" else None
+    if num_classes not in {"binary": (None, 2), "regression": (None,)}.get(task, (num_classes,)):
+        raise ValueError(f"num_classes={num_classes} has no meaning for task={task!r}; leave it out.")
+    first = samples.first().target
+    labels = first if samples.labels is None else samples.labels
+    outputs = 2 if task == "binary" else num_classes
     batch = Batch.checked(torch.zeros(len(labels), 1), labels, task, outputs)
-    if outputs is not None:
-        return outputs
-    return batch.target.shape[1]
+    if task != "multiclass":
+        return outputs or batch.target.shape[1]
+    if outputs is None:
+        if samples.labels is None:
+            raise ValueError(
+                "num_classes is needed for task='multiclass': pass the number of classes. It is counted only where the "
+                "data set has all labels at hand, as `targets`, `labels` or in a TensorDataset."
+            )
+        outputs = int(samples.labels.max()) + 1
+    return outputs

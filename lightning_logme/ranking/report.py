@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -42,29 +43,37 @@ class Report:
     def point(self, name: str, round_: Round) -> None:
         """A round that a candidate has finished."""
         values = {_tag("gain", name): round_.gain, _tag("logme", name): round_.logme}
-        for logger in self._loggers:
-            logger.log_metrics(values, step=round_.num_samples)
+        self._log(lambda logger: logger.log_metrics(values, step=round_.num_samples))
 
     def finish(self, ranking: Ranking) -> None:
         """The table and the pictures, where a logger can show them, on one page."""
-        names = [row.name for row in ranking.rows]
+        self._log(lambda logger: _show(ranking, logger))
+
+    def _log(self, call: Callable[[Logger], None]) -> None:
         for logger in self._loggers:
-            writer: Any = getattr(logger, "experiment", None)
-            if hasattr(writer, "add_custom_scalars"):
-                charts = {what: ["Multiline", [_tag(what, name) for name in names]] for what in ("gain", "logme")}
-                writer.add_custom_scalars({"against the number of samples": charts})
-            if hasattr(writer, "add_text"):
-                writer.add_text("ranking", ranking.to_markdown())
-            if hasattr(writer, "add_figure"):
-                for tag, figure in (("ranking/scores", ranking.plot), ("ranking/curves", ranking.plot_curves)):
-                    try:
-                        writer.add_figure(tag, figure())
-                    except ImportError as error:
-                        self.line(f"No figures for the logger: {error}")
-                        break
-            if hasattr(writer, "flush"):
-                writer.flush()
-            logger.save()
+            try:
+                call(logger)
+            except Exception as error:  # what is known is worth more than its picture
+                warnings.warn(
+                    f"{type(logger).__name__} failed, and the ranking went on: {type(error).__name__}: {error}",
+                    stacklevel=2,
+                )
+
+
+def _show(ranking: Ranking, logger: Logger) -> None:
+    writer: Any = getattr(logger, "experiment", None)
+    names = [row.name for row in ranking.rows]
+    if hasattr(writer, "add_custom_scalars"):
+        charts = {what: ["Multiline", [_tag(what, name) for name in names]] for what in ("gain", "logme")}
+        writer.add_custom_scalars({"against the number of samples": charts})
+    if hasattr(writer, "add_text"):
+        writer.add_text("ranking", ranking.to_markdown())
+    if hasattr(writer, "add_figure"):
+        writer.add_figure("ranking/scores", ranking.plot())
+        writer.add_figure("ranking/curves", ranking.plot_curves())
+    if hasattr(writer, "flush"):
+        writer.flush()
+    logger.save()
 
 
 def _tag(what: str, name: str) -> str:

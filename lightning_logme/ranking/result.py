@@ -164,7 +164,7 @@ class Ranking:
             cells.append(
                 [
                     "=" if tied else str(place),
-                    row.name,
+                    " ".join(row.name.split()),
                     _number(row.gain),
                     _number(row.stderr),
                     _number(row.logme),

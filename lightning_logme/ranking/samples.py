@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
+import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import (
@@ -27,6 +28,9 @@ from lightning_logme.ranking.jackknife import BLOCKS
 # Of the first round: fewer tell little, and every round costs evidence and, with factories, loading.
 _FIRST_ROUND = 256
 _PER_CLASS = 4
+# Samples by which a later run tells whether it has the same ones, and the same features of them.
+PROBE = 16
+SAME_SAMPLES = "dataloader must give the same samples in the same order every time it is iterated over."
 
 
 @dataclass(frozen=True)
@@ -46,10 +50,11 @@ class Portion:
     start: int
 
     def digest(self) -> int:
-        """Of the labels and their places; those of several batches add up, whatever their order."""
-        sha = hashlib.sha1(f"{self.start} {self.target.dtype}".encode())
-        sha.update(self.target.contiguous().numpy().data)
-        return int.from_bytes(sha.digest()[:7], "big")
+        """Of the labels and their places; those of several batches add up, however the samples are dealt out."""
+        labels = self.target.double().view(len(self.target), -1).view(torch.int64)
+        place = torch.arange(self.start, self.start + len(labels))
+        column = torch.arange(labels.shape[1])
+        return int(_mixed(_mixed(labels + column) + place[:, None]).sum())
 
 
 class Samples:
@@ -61,7 +66,6 @@ class Samples:
             iterated over again and again, such as a loader of an iterable data set, which is taken as it comes.
         task: of the targets.
         target: where labels are in a batch.
-        num_classes: K, if known.
         seed: of the order.
 
     Attributes:
@@ -69,14 +73,14 @@ class Samples:
         labels: of all samples in their order, where they can be had without loading the samples.
     """
 
-    def __init__(self, loader: Any, task: Task, target: TargetSpec, num_classes: int | None, seed: int) -> None:
+    def __init__(self, loader: Any, task: Task, target: TargetSpec, seed: int) -> None:
         self.task: Task = task
         self.target = target
         self.seed = seed
         self.labels: Tensor | None = None
         self.number: int | None = None
         self._loader = loader
-        self._num_classes = num_classes
+        self._first: Portion | None = None
         indices = _indices(loader)
         if indices is None:
             if not isinstance(loader, Iterable):
@@ -108,21 +112,22 @@ class Samples:
                 "blocks."
             )
 
-    def rounds(self) -> Iterator[int]:
+    def rounds(self, num_outputs: int) -> Iterator[int]:
         """How many samples each round has seen at its end, every time about twice as many, until all are seen."""
-        stop = max(_FIRST_ROUND, _PER_CLASS * (self._num_classes or 0))
+        stop = max(_FIRST_ROUND, _PER_CLASS * num_outputs if is_exclusive(self.task) else 0)
         while self.number is None or stop * 1.5 < self.number:  # no round for a few last samples
             yield stop
             stop *= 2
         yield self.number
 
     def first(self) -> Portion:
-        """The first batch.
+        """The first batch, of a few samples where they are drawn.
 
         Raises:
             ValueError: it has no labels where they were looked for, or there is no batch.
         """
-        for portion in self.portions(0, None):
+        for portion in self.portions(0, PROBE):
+            self._first = self._first or portion
             return portion
         raise ValueError("dataloader gave no batch.")
 
@@ -132,6 +137,7 @@ class Samples:
         Batches are the same however many processes there are, and dealt out in turn, so that features are too. A
         stream is given from its beginning, until the first batch that reaches ``stop``.
         """
+        seed_generators(self.seed)  # what is shuffled has the same order every time
         if self.number is None:
             yield from self._streamed(stop, rank, world)
         else:
@@ -155,8 +161,10 @@ class Samples:
         for index, batch in enumerate(self._loader):
             target = self._read(batch)
             first, position = position, position + len(target)
+            if index == 0 and self._first is not None and not torch.equal(target, self._first.target):
+                raise ValueError(f"the first batch has other labels than when it was read before; {SAME_SAMPLES}")
             if index % world == rank:
-                yield Portion(batch, target, torch.arange(first, position) % BLOCKS, first)
+                yield Portion(batch, target, _mixed(torch.arange(first, position)) % BLOCKS, first)
             if stop is not None and position >= stop:
                 return
 
@@ -165,24 +173,34 @@ class Samples:
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells this data set, order and loader from others without loading samples."""
-        labels = None if self.labels is None else hashlib.sha1(self.labels.contiguous().numpy().data).hexdigest()
-        return {"samples": self.number, "labels": labels, "seed": self.seed}
+        labels = None if self.labels is None else Portion(None, self.labels, self.labels, 0).digest()
+        target = getattr(self.target, "__qualname__", type(self.target)) if callable(self.target) else self.target
+        # A stream's rounds end with a batch.
+        batch = len(self._first.target) if self.number is None and self._first is not None else None
+        return {"samples": self.number, "labels": labels, "seed": self.seed, "target": target, "batch": batch}
 
 
 def _indices(loader: Any) -> Tensor | None:
     """The samples that a loader of a map-style data set draws, each once; None for a stream."""
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return None
-    if loader.batch_sampler is None:
-        return None  # the data set makes batches of its own
+    if loader.batch_sampler is None or type(loader).__iter__ is not DataLoader.__iter__:
+        return None  # the data set, or the loader, makes batches of its own
     if type(loader.batch_sampler) is not BatchSampler:
-        return torch.tensor(sorted({index for batch in loader.batch_sampler for index in batch}))
+        return _each_once(index for batch in loader.batch_sampler for index in batch)
     sampler: Any = loader.batch_sampler.sampler
     everything = type(sampler) is SequentialSampler or isinstance(sampler, DistributedSampler)
     everything = everything or (type(sampler) is RandomSampler and sampler.num_samples == len(sampler.data_source))
     if everything:
         return torch.arange(len(loader.dataset))  # type: ignore[arg-type]
-    return torch.tensor(sorted(set(sampler)))
+    return _each_once(sampler) if hasattr(sampler, "__len__") else None  # or it may never end
+
+
+def _each_once(indices: Iterable[Any]) -> Tensor | None:
+    try:
+        return torch.tensor(sorted({int(index) for index in indices}))
+    except (TypeError, ValueError):
+        return None  # keys of another kind
 
 
 def _labels(dataset: Any, target: TargetSpec) -> Tensor | None:
@@ -209,6 +227,25 @@ def _labels(dataset: Any, target: TargetSpec) -> Tensor | None:
         if labels.ndim and len(labels) == len(dataset):
             return labels
     return None
+
+
+def seed_generators(seed: int) -> None:
+    """Seed every generator that a factory or a data set may draw from."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    torch.manual_seed(seed)
+
+
+def total(digests: Iterable[int]) -> int:
+    """The digest of several parts together: they wrap around as int64 does."""
+    return sum(digests) % 2**64
+
+
+def _mixed(numbers: Tensor) -> Tensor:
+    """Integers that look random and are the same for the same int64: SplitMix64's finaliser (Steele et al. 2014)."""
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        numbers = (numbers ^ (numbers >> shift)) * factor
+    return numbers ^ (numbers >> 31)
 
 
 def _stratified(number: int, strata: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -68,10 +68,13 @@ def _end(race: Race, name: str, progress: Progress) -> tuple[Ended, str]:
         return "failed", race.failed[name]
     if name in race.dropped:
         return "dropped", race.dropped[name]
-    if race.interrupted and progress.num_samples != race.samples.number:
+    if race.interrupted and name not in race.complete:
         return "interrupted", ""
     if math.isnan(progress.rounds[-1].logme):
         return "finished", "there is no evidence in these samples; a warning says why"
     if progress.constant:
         return "finished", "its features are the same for every sample"
+    saturated = int(race.evidence[name].saturated.sum())
+    if saturated:
+        return "finished", f"a perfect fit of {saturated} outputs, whose evidence has no bound: are labels leaked?"
     return "finished", ""
