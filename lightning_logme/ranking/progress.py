@@ -46,7 +46,7 @@ class Progress:
 
     Attributes:
         rounds: finished ones.
-        blocks: the moments of the samples seen so far, on the CPU; none once the candidate is out of the race.
+        blocks: the moments of the samples seen so far, on the CPU; none once nothing will be added to them.
         num_features: D.
         constant: whether the features are the same for every sample.
         probe: the features and the labels of the first samples.

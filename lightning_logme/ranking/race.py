@@ -108,7 +108,7 @@ class Race:
         replicates = {name: round_.replicates for name, round_ in rounds.items()}
         behind = trailing(scores, replicates, quantile_to_drop(len(self._candidates), index + 1))
         for name, errors in behind.items():
-            self.progress[name] = replace(self.progress[name], blocks=[])  # 8 D² numbers that nobody will add to
+            self._give_up_moments(name)
             self.dropped[name] = f"{errors:.1f} standard errors behind at {rounds[name].num_samples} samples"
             self._report.line(f"{name} is dropped: {self.dropped[name]}.")
 
@@ -169,6 +169,7 @@ class Race:
         if not new:
             self._check_labels(name, bool(before.rounds))
             self.complete.add(name)  # the stream had ended with the round before
+            self._give_up_moments(name)
             return False
         evidence, replicates, blocks = together(fabric, lambda: self._evaluate(new, before.blocks))
         number = evidence.num_samples
@@ -193,7 +194,12 @@ class Race:
         self._report.point(name, finished)
         if number == samples.number or number < stop:
             self.complete.add(name)
+            self._give_up_moments(name)
         return number >= stop
+
+    def _give_up_moments(self, name: str) -> None:
+        """Of a candidate that nothing will be added to: they are 8 D² numbers."""
+        self.progress[name] = replace(self.progress[name], blocks=[])
 
     def _evaluate(self, new: list[Moments], before: list[Moments]) -> tuple[Evidence, list[float], list[Moments]]:
         device = new[0].gram.device

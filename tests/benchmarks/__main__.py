@@ -9,14 +9,22 @@ import lightning
 import numpy as np
 import torch
 
-from tests.benchmarks import memory, noise, speed, trainer
+from tests.benchmarks import memory, noise, ranking, ranking_quality, speed, trainer
 
-BENCHMARKS = {"speed": speed.report, "memory": memory.report, "trainer": trainer.report, "noise": noise.report}
+BENCHMARKS = {
+    "speed": speed.report,
+    "memory": memory.report,
+    "trainer": trainer.report,
+    "noise": noise.report,
+    "ranking": ranking.report,
+    "quality": ranking_quality.report,
+}
+_OF_THE_ZOO = ("ranking", "quality")  # take long, and packages of their own: only when they are asked for
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
-    parser.add_argument("--only", choices=BENCHMARKS, nargs="+", default=list(BENCHMARKS), help="leave out the others")
+    parser.add_argument("--only", choices=BENCHMARKS, nargs="+", help="leave out the others")
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds; every figure is their median")
     parser.add_argument("--quick", action="store_true", help="small sizes and two rounds: does it run at all?")
     options = parser.parse_args()
@@ -25,7 +33,7 @@ def main() -> None:
         f"Python {platform.python_version()}, torch {torch.__version__}, NumPy {np.__version__}, "
         f"Lightning {lightning.__version__}\n"
     )
-    for name in options.only:
+    for name in options.only or [name for name in BENCHMARKS if name not in _OF_THE_ZOO]:
         BENCHMARKS[name](2 if options.quick else options.repeats, options.quick)
 
 

@@ -1,15 +1,19 @@
-"""What the benchmarks share: data, a clock that lets threads come to rest, and Markdown."""
+"""What the benchmarks share: data, a clock that lets threads come to rest, peaks of memory, and Markdown."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 BATCH_SIZE = 256
+
+RESET = Path("/proc/self/clear_refs")
+_STATES = Path("/proc/self/status")
 
 T = TypeVar("T")
 
@@ -43,3 +47,18 @@ def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]
     for row in rows:
         print("| " + " | ".join(row) + " |", flush=True)
     print(flush=True)
+
+
+def reset_peak() -> float:
+    """Set the high-water mark back to what is resident now, and return that in MiB."""
+    RESET.write_text("5")
+    return _status("VmRSS")
+
+
+def peak() -> float:
+    return _status("VmHWM")
+
+
+def _status(field: str) -> float:
+    line = next(line for line in _STATES.read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 1024

@@ -15,14 +15,13 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from statistics import median
 
 import torch
 from torch import Tensor
 
 from lightning_logme import LogME
-from tests.benchmarks.common import BATCH_SIZE, class_features, print_table
+from tests.benchmarks.common import BATCH_SIZE, RESET, class_features, peak, print_table, reset_peak
 from tests.benchmarks.peers import papers_logme
 
 AIM = 6.0  # of D² float64 numbers
@@ -35,12 +34,10 @@ _QUICK = ((500, 256), (2_000, 256))
 _PAPERS = "papers"
 _METRIC = "metric"
 _MIB = 2**20
-_STATES = Path("/proc/self/status")
-_RESET = Path("/proc/self/clear_refs")
 
 
 def report(repeats: int, quick: bool) -> None:
-    if not _RESET.exists():
+    if not RESET.exists():
         print("Memory: not measured, there is no /proc here.\n")
         return
     repeats = min(repeats, 3)  # memory is far less noisy than time
@@ -89,12 +86,12 @@ def _batches(n: int, d: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _measure_metric(n: int, d: int) -> dict[str, float]:
     _run_metric(64, _batches(512, 64))
-    before = _reset_peak()
+    before = reset_peak()
     metric = LogME("multiclass", d, _CLASSES)
     _update(metric, _batches(n, d))
-    updates, kept = _peak() - before, _reset_peak() - before
+    updates, kept = peak() - before, reset_peak() - before
     metric.compute()
-    return {"kept": kept, "updates": updates, "compute": _peak() - before}
+    return {"kept": kept, "updates": updates, "compute": peak() - before}
 
 
 def _run_metric(d: int, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -112,24 +109,9 @@ def _measure_papers(n: int, d: int) -> dict[str, float]:
     small, labels = class_features(512, 64, _CLASSES)
     papers_logme(small.numpy(), labels.numpy(), _CLASSES)
     features, target = class_features(n, d, _CLASSES)
-    before = _reset_peak()
+    before = reset_peak()
     papers_logme(features.numpy(), target.numpy(), _CLASSES)
-    return {"compute": _peak() - before}
-
-
-def _reset_peak() -> float:
-    """Set the high-water mark back to what is resident now, and return that in MiB."""
-    _RESET.write_text("5")
-    return _status("VmRSS")
-
-
-def _peak() -> float:
-    return _status("VmHWM")
-
-
-def _status(field: str) -> float:
-    line = next(line for line in _STATES.read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) / 1024
+    return {"compute": peak() - before}
 
 
 if __name__ == "__main__":

