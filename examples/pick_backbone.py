@@ -1,7 +1,7 @@
 """Which backbone to fine-tune? Six on MNIST, seven on 20 Newsgroups, ranked without training any.
 
 Every candidate is pretrained (or, for comparison, not) and comes with a pip package. Those that trail are dropped
-after a few hundred samples; the table says who is left, how sure the order is, and who is tied. Three minutes on one
+after a few hundred samples; the table says who is left, how sure the order is, and who is tied. Four minutes on one
 core:
 
     pip install -e '.[zoo]'

@@ -109,6 +109,7 @@ def _parse(arguments: list[str]) -> Any:
     parser.add_argument("--pooling", type=str | dict[str, str], default="auto")
     parser.add_argument("--transforms", type=dict[str, Callable[[Any], Any]] | None, default=None)
     parser.add_argument("--fit_intercept", type=bool, default=False)
+    parser.add_argument("--normalize", type=bool, default=False, help="scale each sample's features to length 1")
     parser.add_argument("--race", type=bool, default=True, help="drop candidates early")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume_from", type=str | None, default=None, help="folder of finished moments")

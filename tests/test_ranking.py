@@ -112,6 +112,14 @@ class TestResult:
         expected = logme(x[:, :8], y, "regression", fit_intercept=fit_intercept)
         assert ranking.scores["good"] == pytest.approx(float(expected), abs=1e-6)
 
+    def test_normalize(self):
+        x, y = target_set().tensors
+        for precision in (None, "bf16-true"):
+            ranking = rank(normalize=True, race=False, precision=precision)
+            expected = float(logme(nn.functional.normalize(x[:, :8]), y))
+            assert ranking.scores["good"] == pytest.approx(expected, abs=1e-6 if precision is None else 2e-3)
+            assert ranking.scores["good"] != pytest.approx(rank(race=False).scores["good"], abs=1e-2)
+
     def test_binary_and_multilabel(self):
         x, y = target_set().tensors
         options = {"num_classes": None, "race": False}

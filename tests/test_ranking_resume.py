@@ -118,6 +118,7 @@ rank({{"good": Counted(0, 8), "also": Slow(0, 8), "bad": Counted(16, 24)}}, {str
     ("change", "warning"),
     [
         ({"seed": 1}, "seed was 0 and is 1|labels was"),
+        ({"normalize": True}, "normalize was False and is True"),
         ({"fit_intercept": True}, "fit_intercept was False and is True"),
         ({"pooling": {"good": "mean"}}, "pooling was auto and is mean"),
         ({"precision": "bf16-mixed"}, "precision was 32-true and is bf16-mixed"),

@@ -35,6 +35,7 @@ class Candidate:
         pooling: to one vector a sample.
         forward: (module, batch) -> features; None calls the module on the inputs of the batch.
         transform: of the loader's batches, on the CPU.
+        normalize: whether each sample's features are scaled to length 1.
         target: key of the labels, which are no input.
     """
 
@@ -44,6 +45,7 @@ class Candidate:
     pooling: Pooling
     forward: Forward | None
     transform: Transform | None
+    normalize: bool
     target: TargetSpec
 
     @contextmanager
@@ -123,7 +125,10 @@ class Backbone:
                 f"{by} returned {type(output).__name__} without a tensor in it; give forward=callable(model, batch) "
                 "that returns features as a torch.Tensor."
             )
-        return pool(seen, self._candidate.pooling, self._num_features, find_mask(_inputs(batch)))
+        pooled = pool(seen, self._candidate.pooling, self._num_features, find_mask(_inputs(batch)))
+        if self._candidate.normalize:
+            pooled = nn.functional.normalize(pooled.to(torch.promote_types(pooled.dtype, torch.float32)))
+        return pooled
 
     def _call(self, module: nn.Module, batch: Any) -> Any:
         inputs = _inputs(batch)

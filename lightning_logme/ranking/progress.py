@@ -121,7 +121,8 @@ class Store:
             warnings.warn(f"resume_from: {path} could not be written ({error}).", stacklevel=2)
 
     def _all_options(self, candidate: Candidate) -> dict[str, str]:
-        options = {**self._options, "head": candidate.head, "pooling": _named(candidate.pooling)}
+        options = {**self._options, "head": candidate.head, "normalize": candidate.normalize}
+        options |= {"pooling": _named(candidate.pooling)}
         options |= {"forward": _named(candidate.forward), "transform": _named(candidate.transform)}
         return {name: str(value) for name, value in options.items()}
 

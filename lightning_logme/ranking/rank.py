@@ -42,6 +42,7 @@ def rank_backbones(
     forward: Forward | Mapping[str, Forward | None] | None = None,
     transforms: Mapping[str, Transform] | None = None,
     fit_intercept: bool = False,
+    normalize: bool = False,
     race: bool = True,
     seed: int = 0,
     resume_from: str | os.PathLike[str] | None = None,
@@ -79,6 +80,7 @@ def rank_backbones(
         transforms: by candidate, callable(batch) -> batch: the preprocessing of its own, on the CPU. Labels are read
             before it.
         fit_intercept: centre features and targets first. The papers do not.
+        normalize: scale each sample's features to length 1 first. The papers do not; on real tasks it ranks better.
         race: drop candidates early. Among equally good ones, the chance that any is dropped in the whole race is at
             most 5 %. If False all see all samples.
         seed: of the order of the samples, and of factories.
@@ -133,7 +135,13 @@ def rank_backbones(
     if type(seed) is not int:
         raise ValueError(f"seed must be an integer, got {seed!r}.")
     entries = [
-        Candidate(name, source, target=target, **{option: values[name] for option, values in options.items()})
+        Candidate(
+            name,
+            source,
+            target=target,
+            normalize=normalize,
+            **{option: values[name] for option, values in options.items()},
+        )
         for name, source in pairs
     ]
     with isolate_rng():

@@ -15,7 +15,7 @@ def standing(race: Race) -> Ranking:
     comparable = _comparable(race)
     scores = {name: round_.logme for name, round_ in comparable.items()}
     replicates = {name: round_.replicates for name, round_ in comparable.items()}
-    behind = trailing(scores, replicates, quantile_of_ties(len(comparable)))
+    behind = trailing(scores, replicates, quantile_of_ties(len(race.progress)))
     tied = {name for name, score in scores.items() if not math.isnan(score)} - set(behind)
 
     def place(name: str) -> tuple[int, int, float]:
