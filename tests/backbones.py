@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_logme import Ranking, rank_backbones
+
 CLASSES = 4
 WIDTH = 24
 
@@ -40,3 +42,7 @@ def good_to_bad() -> dict[str, nn.Module]:
 
 
 QUIET = {"num_classes": CLASSES, "accelerator": "cpu", "progress": False}
+
+
+def rank(candidates=None, loader=None, **options) -> Ranking:
+    return rank_backbones(candidates or good_to_bad(), loader or target_loader(), **{**QUIET, **options})

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
 if TYPE_CHECKING:
     from lightning_logme.ranking.result import Ranking, RankingRow
@@ -53,13 +53,27 @@ def curves(ranking: Ranking, axes: Axes | None = None) -> Figure:
     return _figure(axes)
 
 
+def page(ranking: Ranking) -> Figure:
+    """Everything on one page: scores, curves, and the table."""
+    lines = str(ranking).splitlines()
+    figure = Figure(figsize=(2 * _WIDTH, 4.2 + 0.2 * len(lines)), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=(4.2, 0.2 * len(lines)))
+    above, below = parts
+    left, right = above.subplots(1, 2)
+    bars(ranking, left)
+    curves(ranking, right)
+    below.text(0.01, 0.98, "\n".join(lines), family="monospace", fontsize=8, verticalalignment="top")
+    return figure
+
+
 def _axes(height: float) -> Axes:
     return Figure(figsize=(_WIDTH, height), layout="constrained").subplots()
 
 
 def _figure(axes: Axes) -> Figure:
-    figure = axes.get_figure()
-    assert isinstance(figure, Figure)
+    figure = axes.figure
+    while isinstance(figure, SubFigure):
+        figure = figure.figure
     return figure
 
 

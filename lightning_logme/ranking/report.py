@@ -69,8 +69,9 @@ def _show(ranking: Ranking, logger: Logger) -> None:
     if hasattr(writer, "add_text"):
         writer.add_text("ranking", ranking.to_markdown())
     if hasattr(writer, "add_figure"):
-        writer.add_figure("ranking/scores", ranking.plot())
-        writer.add_figure("ranking/curves", ranking.plot_curves())
+        from lightning_logme.ranking.figures import page
+
+        writer.add_figure("ranking", page(ranking))
     if hasattr(writer, "flush"):
         writer.flush()
     logger.save()

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_logme import rank_backbones
+from lightning_logme import Ranking, rank_backbones
 from lightning_logme.ranking.candidate import Backbone, Candidate
 from lightning_logme.ranking.samples import Samples
 from tests.benchmarks.common import class_features, peak, print_table, reset_peak
@@ -86,7 +86,6 @@ def _timed_ranking(task: Any, side: int | None, race: bool) -> dict[str, float]:
             yield portion
 
     original = Samples.portions
-    backbones = task.backbones
     with ExitStack() as stack:
         for patch in (
             mock.patch.object(Samples, "portions", timed_portions),
@@ -97,20 +96,26 @@ def _timed_ranking(task: Any, side: int | None, race: bool) -> dict[str, float]:
         ):
             stack.enter_context(patch)
         start = time.perf_counter()
-        rank_backbones(
-            {name: backbone.load for name, backbone in backbones.items()},
-            task.loader,
-            task=task.task,
-            num_classes=task.num_classes,
-            transforms={name: backbone.transform for name, backbone in backbones.items()},
-            head={name: backbone.head for name, backbone in backbones.items()},
-            pooling={name: backbone.pooling for name, backbone in backbones.items()},
-            race=race,
-            accelerator="cpu",
-            progress=False,
-        )
+        rank_zoo(task, race)
         wall = time.perf_counter() - start
     return {"wall": wall, **clock, "rest": wall - sum(clock.values())}
+
+
+def rank_zoo(task: Any, race: bool) -> Ranking:
+    """A task of the zoo with all its candidates."""
+    backbones = task.backbones
+    return rank_backbones(
+        {name: backbone.load for name, backbone in backbones.items()},
+        task.loader,
+        task=task.task,
+        num_classes=task.num_classes,
+        transforms={name: backbone.transform for name, backbone in backbones.items()},
+        head={name: backbone.head for name, backbone in backbones.items()},
+        pooling={name: backbone.pooling for name, backbone in backbones.items()},
+        race=race,
+        accelerator="cpu",
+        progress=False,
+    )
 
 
 class _Rows(Dataset[tuple[Tensor, Tensor]]):

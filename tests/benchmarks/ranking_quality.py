@@ -21,10 +21,10 @@ from statistics import fmean, stdev
 import numpy as np
 import torch
 
-from lightning_logme import rank_backbones
 from tests.benchmarks.common import peak, print_table, reset_peak
 from tests.benchmarks.finetuning import Recipe, Tuned, finetune_all, in_process
 from tests.benchmarks.frozen import CACHE, Frozen, frozen, target
+from tests.benchmarks.ranking import rank_zoo
 from tests.benchmarks.scores import SCORES, VARIANTS, Score, gain, logme, probe, task_of
 
 TASKS: dict[str, int | None] = {  # samples; None: all there are
@@ -203,18 +203,7 @@ def rank(name: str, samples: int, race: bool) -> tuple[float, float]:
         backbone.load()
     before = reset_peak()
     start = time.perf_counter()
-    rank_backbones(
-        {key: backbone.load for key, backbone in task.backbones.items()},
-        task.loader,
-        task=task.task,
-        num_classes=task.num_classes,
-        head={key: backbone.head for key, backbone in task.backbones.items()},
-        pooling={key: backbone.pooling for key, backbone in task.backbones.items()},
-        transforms={key: backbone.transform for key, backbone in task.backbones.items()},
-        race=race,
-        accelerator="cpu",
-        progress=False,
-    )
+    rank_zoo(task, race)
     return time.perf_counter() - start, peak() - before
 
 
