@@ -125,6 +125,34 @@ class TestMapStyle:
             assert torch.equal(it.labels, expected[order])
             assert sorted(order.tolist()) == chosen.tolist()
 
+    def test_labels_at_hand_that_are_not_those_of_the_samples(self):
+        """As of a data set with a target_transform."""
+
+        class Folder(Dataset):
+            x, y = target_set().tensors
+            targets = (y + 10).tolist()
+
+            def __len__(self):
+                return 600
+
+            def __getitem__(self, index):
+                return self.x[index], self.targets[index] - 10
+
+        ranking = rank_backbones(good_to_bad(), DataLoader(Folder(), 50), race=False, **QUIET)
+        assert ranking.scores["good"] == pytest.approx(TestStreams().expected(), abs=1e-9)
+        with pytest.raises(ValueError, match="num_classes is needed"):
+            rank_backbones(good_to_bad(), DataLoader(Folder(), 50), **{**QUIET, "num_classes": None})
+
+    def test_labels_of_odd_kinds(self):
+        x, y = target_set().tensors
+        wide = torch.stack([y.double(), -y.double()], 1).T.contiguous().T.requires_grad_()
+        for target in (wide, wide.bfloat16()):
+            options = {**QUIET, "num_classes": None, "task": "regression"}
+            ranking = rank_backbones(good_to_bad(), list(DataLoader(TensorDataset(x, target.detach()), 50)), **options)
+            assert ranking.rows[-1].ended in ("finished", "dropped")
+        loader = [(x[i : i + 60], wide[i : i + 60]) for i in range(0, 600, 60)]
+        assert rank_backbones(good_to_bad(), loader, **options).best == "good"
+
     @pytest.mark.parametrize(
         "sampler",
         [

@@ -51,7 +51,7 @@ class Portion:
 
     def digest(self) -> int:
         """Of the labels and their places; those of several batches add up, however the samples are dealt out."""
-        labels = self.target.double().view(len(self.target), -1).view(torch.int64)
+        labels = self.target.double().reshape(len(self.target), -1).contiguous().view(torch.int64)
         place = torch.arange(self.start, self.start + len(labels))
         column = torch.arange(labels.shape[1])
         return int(_mixed(_mixed(labels + column) + place[:, None]).sum())
@@ -97,7 +97,7 @@ class Samples:
         self.check_number(self.number)
         labels = _labels(loader.dataset, target)
         if labels is not None:
-            labels = conform_target(labels[indices], task)
+            labels = conform_target(labels[indices], task).cpu()
         strata = labels if labels is not None and is_exclusive(task) and labels.ndim == 1 else None
         order, block = _stratified(self.number, strata, torch.Generator().manual_seed(seed))
         self.labels = None if labels is None else labels[order]
@@ -128,6 +128,8 @@ class Samples:
         """
         for portion in self.portions(0, PROBE):
             self._first = self._first or portion
+            if self.labels is not None and not _equal(self.labels[: len(portion.target)], portion.target):
+                self.labels = None  # the data set gives others than it has at hand, as with a target_transform
             return portion
         raise ValueError("dataloader gave no batch.")
 
@@ -161,7 +163,7 @@ class Samples:
         for index, batch in enumerate(self._loader):
             target = self._read(batch)
             first, position = position, position + len(target)
-            if index == 0 and self._first is not None and not torch.equal(target, self._first.target):
+            if index == 0 and self._first is not None and not _equal(target, self._first.target):
                 raise ValueError(f"the first batch has other labels than when it was read before; {SAME_SAMPLES}")
             if index % world == rank:
                 yield Portion(batch, target, _mixed(torch.arange(first, position)) % BLOCKS, first)
@@ -169,7 +171,7 @@ class Samples:
                 return
 
     def _read(self, batch: Any) -> Tensor:
-        return conform_target(find_target(batch, self.target), self.task).cpu()
+        return conform_target(find_target(batch, self.target), self.task).detach().cpu()
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells this data set, order and loader from others without loading samples."""
@@ -239,6 +241,10 @@ def seed_generators(seed: int) -> None:
 def total(digests: Iterable[int]) -> int:
     """The digest of several parts together: they wrap around as int64 does."""
     return sum(digests) % 2**64
+
+
+def _equal(labels: Tensor, others: Tensor) -> bool:
+    return labels.shape == others.shape and bool((labels == others).all())
 
 
 def _mixed(numbers: Tensor) -> Tensor:
