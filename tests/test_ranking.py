@@ -48,6 +48,22 @@ class TestResult:
         assert set(ranking.tied) == {"good", "good too", "good, scaled"}
         assert all(row.ended == "finished" for row in ranking.rows if row.tied_with_best)
 
+    @pytest.mark.parametrize("race", [False, True])
+    def test_what_is_within_chance_is_tied(self, race):
+        """Two that differ in a column that tells nothing; those that were dropped count as compared too."""
+
+        class With(nn.Module):
+            def __init__(self, column):
+                super().__init__()
+                self.column = column
+
+            def forward(self, x):
+                return x[:, [*range(8), self.column]]
+
+        ranking = rank({"23": With(23), "22": With(22), "bad": Columns(16, 24)}, target_loader(2000), race=race)
+        assert ranking.rows[0].logme > ranking.rows[1].logme
+        assert set(ranking.tied) == {"22", "23"}
+
     def test_curves_follow_the_samples(self):
         ranking = rank(loader=target_loader(2000), race=False)
         assert [point.num_samples for point in ranking.curves["good"]] == [256, 512, 1024, 2000]
