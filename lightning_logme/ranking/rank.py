@@ -55,10 +55,11 @@ def rank_backbones(
 ) -> Ranking:
     """Rank backbones by the log of maximum evidence (LogME) of their features for a target, without fine-tuning.
 
-    All candidates see the same samples in the same order. After 256 samples, and every time their number has doubled,
-    those that trail the leader by more than chance allows are dropped: see ``race``. Nothing is computed twice, for
-    moments add up. LogME is that of You et al., ICML 2021, see :func:`lightning_logme.functional.logme`; the standard
-    errors are a block jackknife's over 8 random blocks of the samples, paired between candidates.
+    All candidates see the same samples in the same order. After 256 samples (four a class, where that is more), and
+    every time their number has doubled, those that trail the leader by more than chance allows are dropped: see
+    ``race``. Nothing is computed twice, for moments add up. LogME is that of You et al., ICML 2021, see
+    :func:`lightning_logme.functional.logme`; the standard errors are a block jackknife's over 8 random blocks of the
+    samples, paired between candidates.
 
     Args:
         candidates: by name, a module, or a factory that makes one: then one at a time is in memory, made anew every

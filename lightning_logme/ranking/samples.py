@@ -51,10 +51,7 @@ class Portion:
 
     def digest(self) -> int:
         """Of the labels and their places; those of several batches add up, however the samples are dealt out."""
-        labels = self.target.double().reshape(len(self.target), -1).contiguous().view(torch.int64)
-        place = torch.arange(self.start, self.start + len(labels))
-        column = torch.arange(labels.shape[1])
-        return int(_mixed(_mixed(labels + column) + place[:, None]).sum())
+        return _digest(self.target, self.start)
 
 
 class Samples:
@@ -175,7 +172,7 @@ class Samples:
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells this data set, order and loader from others without loading samples."""
-        labels = None if self.labels is None else Portion(None, self.labels, self.labels, 0).digest()
+        labels = None if self.labels is None else _digest(self.labels, 0)
         target = getattr(self.target, "__qualname__", type(self.target)) if callable(self.target) else self.target
         # A stream's rounds end with a batch.
         batch = len(self._first.target) if self.number is None and self._first is not None else None
@@ -236,6 +233,13 @@ def seed_generators(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002
     torch.manual_seed(seed)
+
+
+def _digest(target: Tensor, start: int) -> int:
+    labels = target.double().reshape(len(target), -1).contiguous().view(torch.int64)
+    place = torch.arange(start, start + len(labels))
+    column = torch.arange(labels.shape[1])
+    return int(_mixed(_mixed(labels + column) + place[:, None]).sum())
 
 
 def total(digests: Iterable[int]) -> int:
