@@ -22,6 +22,11 @@ def is_exclusive(task: Task) -> bool:
     return task in ("binary", "multiclass")
 
 
+def is_token_level(features: Tensor, target: Tensor, task: Task) -> bool:
+    """Whether there is a class label (N, T) for each of the tokens (N, T, D)."""
+    return is_exclusive(task) and target.ndim == 2 and features.ndim == 3 and features.shape[:2] == target.shape
+
+
 def check_task(task: str) -> None:
     """Raise ``ValueError`` unless ``task`` is one of the four tasks."""
     if task not in get_args(Task):
@@ -209,9 +214,9 @@ class Batch:
         """Check a batch for a task.
 
         Args:
-            features: (n, D) floating point.
+            features: (n, D) floating point; or tokens (n, T, D).
             target: (n,) integers for "binary" and "multiclass", (n, L) of 0 and 1 for "multilabel", (n,) or (n, M) for
-                "regression".
+                "regression"; (n, T) integers for the classes of tokens, each of which is then a sample.
             task: one of the four tasks.
             num_outputs: K; None leaves labels unbounded above and takes the number of columns as it comes.
             num_features: D; None takes it as it comes.
@@ -226,6 +231,8 @@ class Batch:
                 raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}.")
         if not features.is_floating_point():
             raise ValueError(f"features must be floating point, got {features.dtype}; convert with features.float().")
+        if is_token_level(features, target, task):
+            features, target = features.flatten(0, 1), target.flatten()
         if features.ndim != 2:
             raise ValueError(
                 f"features must have shape (N, D), got {tuple(features.shape)}; pool or flatten each sample to one "

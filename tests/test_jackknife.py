@@ -12,7 +12,6 @@ from scipy import stats
 from lightning_logme.functional import logme
 from lightning_logme.moments import Batch, Moments
 from lightning_logme.ranking.jackknife import (
-    BLOCKS,
     ERROR_RATE,
     leave_one_out,
     quantile_of_ties,
@@ -21,6 +20,7 @@ from lightning_logme.ranking.jackknife import (
     student_quantile,
     trailing,
 )
+from lightning_logme.samples import BLOCKS
 
 
 def blocks_of(features, labels, classes, task="multiclass"):

@@ -21,8 +21,7 @@ from torch.utils.data import (
 
 from lightning_logme import rank_backbones
 from lightning_logme.functional import logme
-from lightning_logme.ranking.jackknife import BLOCKS
-from lightning_logme.ranking.samples import Samples
+from lightning_logme.samples import BLOCKS, Samples
 
 
 def samples(loader, task="multiclass", target=None, seed=0):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +13,12 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
-from lightning_logme.batch import LABEL_KEYS, TargetSpec, find_mask
+from lightning_logme.batch import TargetSpec, find_mask
+from lightning_logme.forward import Forward, call, inputs_of
 from lightning_logme.heads import find_head, get_module
-from lightning_logme.ranking.samples import seed_generators
+from lightning_logme.samples import seed_generators
 from lightning_logme.taps import Pooling, Tap, first_tensor, pool
 
-Forward = Callable[[nn.Module, Any], Any]
 Transform = Callable[[Any], Any]
 
 
@@ -117,7 +116,7 @@ class Backbone:
         if self._tap is not None:
             self._tap.start()
         with fabric.autocast():
-            output = (self._candidate.forward or self._call)(self._module, batch)
+            output = self._output(batch)
         seen = first_tensor(output) if self._tap is None else self._tap.take()
         if seen is None:
             by = "the module" if self._candidate.forward is None else "forward"
@@ -125,35 +124,15 @@ class Backbone:
                 f"{by} returned {type(output).__name__} without a tensor in it; give forward=callable(model, batch) "
                 "that returns features as a torch.Tensor."
             )
-        pooled = pool(seen, self._candidate.pooling, self._num_features, find_mask(_inputs(batch)))
+        pooled = pool(seen, self._candidate.pooling, self._num_features, find_mask(inputs_of(batch)))
         if self._candidate.normalize:
             pooled = nn.functional.normalize(pooled.to(torch.promote_types(pooled.dtype, torch.float32)))
         return pooled
 
-    def _call(self, module: nn.Module, batch: Any) -> Any:
-        inputs = _inputs(batch)
-        if not isinstance(inputs, Mapping):
-            return module(*inputs) if isinstance(inputs, (tuple, list)) else module(inputs)
-        labels = {*LABEL_KEYS, self._candidate.target}
-        named = {key: value for key, value in inputs.items() if key not in labels}
-        plain = getattr(module, "_orig_mod", module)  # of a compiled one
-        parameters = inspect.signature(plain.forward).parameters
-        if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
-            return module(**named)
-        accepted = {key: value for key, value in named.items() if key in parameters}
-        if not accepted and len(named) == 1:  # {"image": …} for forward(x)
-            return module(*named.values())
-        if not accepted:
-            raise ValueError(
-                f"the batch has {', '.join(map(repr, named))}, and {type(module).__name__}.forward takes "
-                f"{', '.join(map(repr, parameters))}; give forward=callable(model, batch)."
-            )
-        return module(**accepted)
-
-
-def _inputs(batch: Any) -> Any:
-    """What a module is called with: the first item of (inputs, labels), or the batch itself."""
-    return batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
+    def _output(self, batch: Any) -> Any:
+        if self._candidate.forward is not None:
+            return self._candidate.forward(self._module, batch)
+        return call(self._module, batch, self._candidate.target)
 
 
 def _copied(batch: Any) -> Any:

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from lightning_logme.moments import Batch, Moments, Task, moments_device
 from lightning_logme.ranking.candidate import Backbone
-from lightning_logme.ranking.jackknife import BLOCKS
-from lightning_logme.ranking.samples import PROBE, Portion
+from lightning_logme.samples import BLOCKS, PROBE, Portion
 
 # Rows that wait until they are added: a Gram matrix is read and written once for each block that gets some.
 _PENDING = 2048

@@ -12,7 +12,6 @@ from torch import Tensor
 from lightning_logme.evidence import Evidence, maximise_moments
 from lightning_logme.moments import Moments, Task
 
-BLOCKS = 8
 # Of a race in which several candidates are equally good: the chance that any of them is dropped. Also of the report of
 # ties: the chance that a candidate as good as the best is not called tied.
 ERROR_RATE = 0.05

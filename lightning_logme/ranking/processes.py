@@ -9,7 +9,7 @@ import torch.distributed as dist
 from lightning.fabric import Fabric
 
 from lightning_logme.moments import Moments, moments_device
-from lightning_logme.ranking.jackknife import BLOCKS
+from lightning_logme.samples import BLOCKS
 
 T = TypeVar("T")
 Info = TypeVar("Info")

@@ -19,7 +19,7 @@ from lightning_logme.ranking.jackknife import leave_one_out, quantile_to_drop, t
 from lightning_logme.ranking.processes import Failure, everyone, summed, together
 from lightning_logme.ranking.progress import Progress, Round, Store, is_same
 from lightning_logme.ranking.report import Report
-from lightning_logme.ranking.samples import SAME_SAMPLES, Samples, total
+from lightning_logme.samples import SAME_SAMPLES, Samples, total
 
 # Of the features' mean square: a spread that is nothing but rounding.
 _CONSTANT = 1e-10

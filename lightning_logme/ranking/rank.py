@@ -10,21 +10,21 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-import torch
 from lightning.fabric import Fabric
 from lightning.fabric.loggers import Logger
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from lightning_logme.batch import TargetSpec
-from lightning_logme.moments import Batch, Task, check_task
-from lightning_logme.ranking.candidate import Candidate, Forward, Transform
+from lightning_logme.forward import Forward
+from lightning_logme.moments import Task, check_task
+from lightning_logme.ranking.candidate import Candidate, Transform
 from lightning_logme.ranking.progress import Store
 from lightning_logme.ranking.race import Race, Rules
 from lightning_logme.ranking.report import Report
 from lightning_logme.ranking.result import Ranking
-from lightning_logme.ranking.samples import Samples
 from lightning_logme.ranking.standing import standing
+from lightning_logme.samples import Samples
 from lightning_logme.taps import Pooling, check_pooling
 
 Source = nn.Module | Callable[[], nn.Module]
@@ -147,7 +147,9 @@ def rank_backbones(
     ]
     with isolate_rng():
         samples = Samples(dataloader, task, target, seed)
-        num_outputs = _num_outputs(samples, task, num_classes)
+        if samples.number is not None:
+            samples.check_number(samples.number)
+        num_outputs = samples.num_outputs(num_classes)
     fabric = Fabric(accelerator=accelerator, devices=devices, strategy=strategy, precision=precision)
     rules = Rules(num_outputs, fit_intercept, race and len(entries) > 1, seed)
     if logger is not None and not isinstance(logger, (Logger, Iterable)):
@@ -252,25 +254,3 @@ def _by_candidate(argument: str, value: Any, names: list[str], default: Any) -> 
             f"{', '.join(map(repr, names))}."
         )
     return {name: value.get(name, default) for name in names}
-
-
-def _num_outputs(samples: Samples, task: Task, num_classes: int | None) -> int:
-    """K, where the first batch's labels are right for it."""
-    if num_classes is not None and (type(num_classes) is not int or num_classes < 1):
-        raise ValueError(f"num_classes must be a positive integer, got {num_classes!r}.")
-    if num_classes not in {"binary": (None, 2), "regression": (None,)}.get(task, (num_classes,)):
-        raise ValueError(f"num_classes={num_classes} has no meaning for task={task!r}; leave it out.")
-    first = samples.first().target
-    labels = first if samples.labels is None else samples.labels
-    outputs = 2 if task == "binary" else num_classes
-    batch = Batch.checked(torch.zeros(len(labels), 1), labels, task, outputs)
-    if task != "multiclass":
-        return outputs or batch.target.shape[1]
-    if outputs is None:
-        if samples.labels is None:
-            raise ValueError(
-                "num_classes is needed for task='multiclass': pass the number of classes. It is counted only where the "
-                "data set has all labels at hand, as `targets`, `labels` or in a TensorDataset."
-            )
-        outputs = int(samples.labels.max()) + 1
-    return outputs

@@ -6,10 +6,11 @@ import csv
 import math
 import os
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from lightning_logme.curve import CurvePoint, order_settled_at
 from lightning_logme.evidence import Evidence
 
 if TYPE_CHECKING:
@@ -17,14 +18,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Ended = Literal["finished", "dropped", "failed", "interrupted"]
-
-
-class CurvePoint(NamedTuple):
-    """The score of a candidate after so many samples."""
-
-    num_samples: int
-    logme: float
-    gain: float
 
 
 @dataclass(frozen=True)
@@ -89,6 +82,14 @@ class Ranking:
     def scores(self) -> dict[str, float]:
         """The LogME of each candidate that has one, the best first. See ``rows`` for the samples behind each."""
         return {row.name: row.logme for row in self.rows if not math.isnan(row.logme)}
+
+    @property
+    def settled_at(self) -> int | None:
+        """The number of samples from which on the order of those that finished was the final one; None if it never was.
+
+        More samples than these have changed no place: see :func:`lightning_logme.curve.order_settled_at`.
+        """
+        return order_settled_at({row.name: self.curves[row.name] for row in self.rows if row.ended == "finished"})
 
     def head(self, name: str | None = None, dtype: torch.dtype | None = None) -> torch.nn.Linear:
         """The posterior mean as a linear layer on a candidate's features, see :meth:`Evidence.head`.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
+from lightning_logme.curve import CurvePoint
 from lightning_logme.ranking.jackknife import quantile_of_ties, standard_error, trailing
 from lightning_logme.ranking.progress import Progress, Round
 from lightning_logme.ranking.race import Race
-from lightning_logme.ranking.result import CurvePoint, Ended, Ranking, RankingRow
+from lightning_logme.ranking.result import Ended, Ranking, RankingRow
 
 
 def standing(race: Race) -> Ranking:

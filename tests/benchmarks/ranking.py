@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_logme import Ranking, rank_backbones
 from lightning_logme.ranking.candidate import Backbone, Candidate
-from lightning_logme.ranking.samples import Samples
+from lightning_logme.samples import Samples
 from tests.benchmarks.common import class_features, peak, print_table, reset_peak
 
 AIM = 0.10  # of the wall time

@@ -22,12 +22,13 @@ from torch.utils.data import (
 )
 
 from lightning_logme.batch import LABEL_KEYS, TargetSpec, conform_target, find_target
-from lightning_logme.moments import Task, is_exclusive
-from lightning_logme.ranking.jackknife import BLOCKS
+from lightning_logme.moments import Batch, Task, is_exclusive
 
 # Of the first round: fewer tell little, and every round costs evidence and, with factories, loading.
 _FIRST_ROUND = 256
 _PER_CLASS = 4
+# Random parts of the samples, for the jackknife.
+BLOCKS = 8
 # Samples by which a later run tells whether it has the same ones, and the same features of them.
 PROBE = 16
 SAME_SAMPLES = "dataloader must give the same samples in the same order every time it is iterated over."
@@ -91,7 +92,6 @@ class Samples:
                 )
             return
         self.number = len(indices)
-        self.check_number(self.number)
         labels = _labels(loader.dataset, target)
         if labels is not None:
             labels = conform_target(labels[indices], task).cpu()
@@ -108,6 +108,38 @@ class Samples:
                 f"dataloader has {number} samples, and error bars need at least {2 * BLOCKS}: two for each of {BLOCKS} "
                 "blocks."
             )
+
+    def num_outputs(self, num_classes: int | None, ignore_index: int | None = None, tokens: bool = False) -> int:
+        """K, where the first batch's labels are right for it.
+
+        Args:
+            num_classes: K of "multiclass" and "multilabel", if it was given; else it is counted.
+            ignore_index: a label that is none.
+            tokens: whether labels (N, T) may be those of tokens.
+
+        Raises:
+            ValueError: the labels do not fit the task, or K cannot be known.
+        """
+        if num_classes is not None and (type(num_classes) is not int or num_classes < 1):
+            raise ValueError(f"num_classes must be a positive integer, got {num_classes!r}.")
+        if num_classes not in {"binary": (None, 2), "regression": (None,)}.get(self.task, (num_classes,)):
+            raise ValueError(f"num_classes={num_classes} has no meaning for task={self.task!r}; leave it out.")
+        first = self.first().target
+        labels = first if self.labels is None else self.labels
+        outputs = 2 if self.task == "binary" else num_classes
+        tokens = tokens and is_exclusive(self.task)
+        features = torch.zeros(*labels.shape[: 2 if tokens else 1], 1)
+        batch = Batch.checked(features, labels, self.task, outputs, ignore_index=ignore_index).kept()
+        if self.task != "multiclass":
+            return outputs or batch.target.shape[1]
+        if outputs is None:
+            if self.labels is None or len(batch.target) == 0:
+                raise ValueError(
+                    "num_classes is needed for task='multiclass': pass the number of classes. It is counted only where "
+                    "the data set has all labels at hand, as `targets`, `labels` or in a TensorDataset."
+                )
+            outputs = int(batch.target.max()) + 1
+        return outputs
 
     def rounds(self, num_outputs: int) -> Iterator[int]:
         """How many samples each round has seen at its end, every time about twice as many, until all are seen."""

@@ -1,0 +1,49 @@
+"""How a module is called with a batch that holds its inputs, and labels that are none."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from lightning_logme.batch import LABEL_KEYS, TargetSpec
+
+Forward = Callable[[Any, Any], Any]
+
+
+def call(module: nn.Module, batch: Any, target: TargetSpec = None) -> Any:
+    """What the module makes of the inputs of a batch.
+
+    Args:
+        module: called as ``module(inputs)``, with the first item of (inputs, labels), or, for mappings, as
+            ``module(**inputs)`` with what its ``forward`` accepts.
+        batch: as a loader makes it.
+        target: key of the labels, which are not passed on, nor is anything with one of their usual names.
+
+    Raises:
+        ValueError: a mapping has nothing that ``forward`` takes.
+    """
+    inputs = inputs_of(batch)
+    if not isinstance(inputs, Mapping):
+        return module(*inputs) if isinstance(inputs, (tuple, list)) else module(inputs)
+    named = {key: value for key, value in inputs.items() if key not in LABEL_KEYS and key != target}
+    plain = getattr(module, "_orig_mod", module)  # of a compiled one
+    parameters = inspect.signature(plain.forward).parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return module(**named)
+    accepted = {key: value for key, value in named.items() if key in parameters}
+    if not accepted and len(named) == 1:  # {"image": …} for forward(x)
+        return module(*named.values())
+    if not accepted:
+        raise ValueError(
+            f"the batch has {', '.join(map(repr, named))}, and {type(module).__name__}.forward takes "
+            f"{', '.join(map(repr, parameters))}; give forward=callable(model, batch)."
+        )
+    return module(**accepted)
+
+
+def inputs_of(batch: Any) -> Any:
+    """What a module is called with: the first item of (inputs, labels), or the batch itself."""
+    return batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
