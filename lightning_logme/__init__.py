@@ -4,12 +4,14 @@ from lightning_logme.callback import LogMECallback
 from lightning_logme.evidence import Evidence
 from lightning_logme.history import read_evidence, read_history
 from lightning_logme.metric import LogME
+from lightning_logme.probe import Probe
 from lightning_logme.ranking import Ranking, RankingRow, rank_backbones
 
 __all__ = [
     "Evidence",
     "LogME",
     "LogMECallback",
+    "Probe",
     "Ranking",
     "RankingRow",
     "rank_backbones",

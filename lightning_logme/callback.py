@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -13,13 +13,16 @@ from torch import Tensor
 
 from lightning_logme.batch import TargetSpec, conform_target, describe_target, find_mask, find_target
 from lightning_logme.collector import Collector
+from lightning_logme.curve import CurvePoint
 from lightning_logme.distributed import number_of_loaders, rows_without_padding, validation_loader
 from lightning_logme.evidence import Evidence
-from lightning_logme.history import Row, figures, merge
+from lightning_logme.history import Row
+from lightning_logme.journal import Journal
 from lightning_logme.moments import Task, check_task
-from lightning_logme.plots import log_plots
-from lightning_logme.sources import Sources, attach
-from lightning_logme.taps import Pooling, check_pooling, pool
+from lightning_logme.probe import Probe
+from lightning_logme.probes import Every, Probes
+from lightning_logme.sources import Features, Sources, attach
+from lightning_logme.taps import Pooling, check_pooling
 
 if TYPE_CHECKING:
     _AnyCallback = Callback
@@ -44,15 +47,23 @@ class LogMECallback(_AnyCallback):
     the same epoch:
 
     - ``logme`` and ``logme_gain``: the score, and what it exceeds the score of useless features by, in nats per sample;
-    - ``logme/<layer>`` and ``logme_gain/<layer>`` for each of ``layers``;
+    - ``logme/<layer>`` and ``logme_gain/<layer>`` for each of ``layers``, and for ``layer_mean``;
+    - ``logme/<probe>`` and ``logme_gain/<probe>`` for each of ``probes``, and ``logme/<probe>/<layer>``;
     - with Lightning's suffix ``/dataloader_idx_<i>`` where there are several validation loaders.
+
+    A source of D features takes a D × D matrix of float64 on the device while a pass lasts: L layers take L × D² × 8
+    bytes, for every validation loader, and with ``curve`` for every doubling of the samples.
 
     Checkpoints carry the history: see :func:`lightning_logme.read_history`.
 
     Args:
         head: dotted name of the module whose **input** is the feature; None finds the classifier head and says which
             it took.
-        layers: dotted names of modules whose **output** is scored as well.
+        layers: dotted names of modules whose **output** is scored as well, or glob patterns such as
+            "encoder.layer.*", in which * stands for one part of the name.
+        layer_mean: score the mean of the layers' pooled features, too.
+        features: callable(module, batch) -> features, in place of ``head``, for modules without one; costs a forward
+            pass of its own.
         task: "binary", "multiclass", "multilabel" or "regression".
         num_classes: the number of classes or labels; None takes what the head puts out.
         target: where the labels are in a batch: a key, an index, or a callable(batch) -> Tensor; None finds them in
@@ -65,16 +76,25 @@ class LogMECallback(_AnyCallback):
         ignore_index: rows with this label are left out, as in ``torch.nn.functional.cross_entropy``; has no part in
             regression.
         class_names: names of the outputs for the figure.
-        plots: whether loggers that can show them get histograms and a figure at every validation.
+        plots: whether loggers that can show them get histograms and figures at every validation.
+        curve: record the score at 32, 64, 128, … samples and at all (see ``curves``), in the order in which they come:
+            of the validation set its loader's, of a probe a random one.
+        probes: by name, labelled loaders of other tasks, or :class:`~lightning_logme.Probe`: at each validation, or at
+            the end of each epoch in a run without one, the module's forward runs on them in eval mode, and leaves no
+            trace. The feature is that of ``head``; without one, of ``features`` or the last of ``layers``.
+        probe_every: run the probes at the first of every so many validations, or "checkpoint" for those only whose
+            weights a ModelCheckpoint will save. Between them monitors see the values of the last time.
+        validation: whether the validation set itself is scored; False leaves the probes alone.
 
     Raises:
         ValueError: an argument does not fit; when the run starts, a module is not found or the head cannot be told; on
             the first batch, features or labels do not fit. After the first batch nothing raises: the validation is
-            logged as NaN with a warning.
+            logged as NaN with a warning. So is a probe whose forward pass fails, even the first one.
 
     Attributes:
         history: one dict a validation and key, oldest first, as :func:`lightning_logme.read_history` returns it.
         evidence: by key, the last :class:`~lightning_logme.Evidence`, on the CPU.
+        curves: by key, the last list of :class:`~lightning_logme.curve.CurvePoint`, where ``curve`` is on.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -92,6 +112,8 @@ class LogMECallback(_AnyCallback):
         head: str | None = None,
         *,
         layers: Sequence[str] = (),
+        layer_mean: bool = False,
+        features: Features | None = None,
         task: Task = "multiclass",
         num_classes: int | None = None,
         target: TargetSpec = None,
@@ -101,6 +123,10 @@ class LogMECallback(_AnyCallback):
         ignore_index: int | None = -100,
         class_names: Sequence[str] | None = None,
         plots: bool = True,
+        curve: bool = False,
+        probes: Mapping[str, Probe | Iterable[Any]] | None = None,
+        probe_every: Every = 1,
+        validation: bool = True,
     ) -> None:
         check_task(task)
         check_pooling(pooling)
@@ -116,8 +142,19 @@ class LogMECallback(_AnyCallback):
             raise ValueError(f"num_classes must be a positive integer, got {num_classes!r}.")
         if not name:
             raise ValueError("name must not be empty: it is the key that is logged.")
+        if layer_mean and not layers:
+            raise ValueError("layer_mean is the mean of layers: name them, as in layers=['encoder.layer.*'].")
+        if features is not None and (head is not None or not callable(features)):
+            raise ValueError(
+                f"features must be callable(module, batch), and takes the place of head; got features={features!r} and "
+                f"head={head!r}."
+            )
+        if not (validation or probes):
+            raise ValueError("validation=False leaves nothing to score without probes.")
         self.head = head
         self.layers = tuple(layers)
+        self.layer_mean = layer_mean
+        self.features = features
         self.task: Task = task
         self.num_classes = num_classes
         self.target = target
@@ -126,12 +163,11 @@ class LogMECallback(_AnyCallback):
         self.fit_intercept = fit_intercept
         self.ignore_index = None if task == "regression" else ignore_index
         self.class_names = class_names
-        self.plots = plots
+        self.curve = curve
+        self.probes = Probes(probes, probe_every)
+        self.validation = validation
 
-        self.history: list[Row] = []
-        self.evidence: dict[str, Evidence] = {}
-        self._figures: dict[str, dict[str, Any]] = {}
-
+        self._journal = Journal(name, plots)
         # Of a run
         self._sources = Sources()
         self._announced = False
@@ -146,6 +182,18 @@ class LogMECallback(_AnyCallback):
         self._labels: tuple[Tensor, Tensor | None] | None = None
 
     @property
+    def history(self) -> list[Row]:
+        return self._journal.history
+
+    @property
+    def evidence(self) -> dict[str, Evidence]:
+        return self._journal.evidence
+
+    @property
+    def curves(self) -> dict[str, list[CurvePoint]]:
+        return self._journal.curves
+
+    @property
     def state_key(self) -> str:
         return self._generate_state_key(name=self.name)
 
@@ -154,19 +202,19 @@ class LogMECallback(_AnyCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._proven = False
         self._checkpoint_position = None
+        if stage in ("fit", "validate"):
+            self.probes.prepare()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != TrainerFn.FITTING:  # which restores its own position
             self._checkpoint_position = int(checkpoint.get("epoch", 0)), int(checkpoint.get("global_step", 0))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self._checkpoint_position is None:  # the run goes on from the checkpoint, and what came later is undone
-            self.history, self._figures = [], {}
-        self.history = merge(list(state_dict["history"]), self.history)
-        self._figures = {**state_dict["evidence"], **self._figures}
+        # Of a run that goes on from the checkpoint, what came later is undone.
+        self._journal.load_state_dict(state_dict, keep=self._checkpoint_position is not None)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.enable_validation:
+        if trainer.enable_validation or self.probes:
             self._attach(pl_module)
         else:
             rank_zero_warn(
@@ -175,13 +223,15 @@ class LogMECallback(_AnyCallback):
             )
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._sources.taps:
+        if not self._sources.names:
             self._attach(pl_module)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._collector = Collector(
-            self.task, self._sources.num_outputs, ignore_index=self.ignore_index, fit_intercept=self.fit_intercept
-        )
+        if self.validation:
+            outputs, intercept = self._sources.num_outputs, self.fit_intercept
+            self._collector = Collector(
+                self.task, outputs, self.curve, ignore_index=self.ignore_index, fit_intercept=intercept
+            )
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -197,23 +247,31 @@ class LogMECallback(_AnyCallback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._attempt(batch_idx, self._end_batch, trainer, batch, dataloader_idx)
+        self._attempt(batch_idx, self._end_batch, trainer, pl_module, batch, dataloader_idx)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         collector, self._collector = self._collector, None
-        if trainer.sanity_checking or collector is None:
+        if trainer.sanity_checking:
+            self.probes.rehearse(trainer, pl_module, self._sources, self.pooling, self.name)
             return
-        results = dict(collector.evidence(pl_module.device))
-        loaders = number_of_loaders(trainer)
-        for source in self._sources.taps:
-            for index in range(loaders):
-                suffix = (f"/{source}" if source else "") + (f"/dataloader_idx_{index}" if loaders > 1 else "")
-                if (source, index) not in results and collector.broken is None:
-                    warnings.warn(f"{self.name}{suffix} is NaN: the validation loader gave no batch.", stacklevel=2)
-                self._publish(trainer, pl_module, suffix, results.get((source, index)))
+        if collector is not None:
+            self._journal.enter(
+                trainer,
+                pl_module,
+                collector,
+                self._sources.names,
+                loaders=number_of_loaders(trainer),
+                class_names=self.class_names,
+                position=self._checkpoint_position,
+            )
+        self._run_probes(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.enable_validation:
+            self._run_probes(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"history": list(self.history), "evidence": dict(self._figures)}
+        return self._journal.state_dict()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._detach()
@@ -226,15 +284,36 @@ class LogMECallback(_AnyCallback):
     def _attach(self, pl_module: LightningModule) -> None:
         """Find the modules, and listen to them for the whole run."""
         self._detach()
-        self._sources = attach(pl_module, self.head, self.layers, self.task, self.num_classes)
+        self._sources = attach(
+            pl_module,
+            self.head,
+            self.layers,
+            self.task,
+            self.num_classes,
+            features=self.features,
+            layer_mean=self.layer_mean,
+            validation=self.validation,
+        )
+        self.probes.check_names(self._sources)
         if self._sources.announcement and not self._announced:
             self._announced = True
             rank_zero_info(f"LogMECallback: {self._sources.announcement}.")
 
     def _detach(self) -> None:
-        for tap in self._sources.taps.values():
-            tap.remove()
+        self._sources.remove()
         self._sources, self._collector, self._batch, self._labels = Sources(), None, None, None
+
+    def _run_probes(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.probes.run(
+            trainer,
+            pl_module,
+            self._sources,
+            self.pooling,
+            self._journal,
+            self._checkpoint_position,
+            curve=self.curve,
+            fit_intercept=self.fit_intercept,
+        )
 
     def _attempt(self, batch_idx: int, step: Callable[..., None], *args: Any) -> None:
         """Errors of a run's first batch are the user's to know at once; a later one must not end the run."""
@@ -244,8 +323,7 @@ class LogMECallback(_AnyCallback):
         try:
             step(collector, *args)
         except Exception as error:
-            for tap in self._sources.taps.values():
-                tap.stop()
+            self._sources.stop()
             if not self._proven:
                 raise
             collector.broken = f"{type(error).__name__}: {error}"
@@ -257,32 +335,26 @@ class LogMECallback(_AnyCallback):
     def _start_batch(self, collector: Collector, batch: Any) -> None:
         # Labels are read before validation_step, which may take them out of the batch.
         self._batch, self._labels = batch, None if batch is None else self._read(batch)
-        for tap in self._sources.taps.values():
-            tap.start()
+        self._sources.start()
 
-    def _end_batch(self, collector: Collector, trainer: Trainer, batch: Any, dataloader_idx: int) -> None:
+    def _end_batch(
+        self, collector: Collector, trainer: Trainer, pl_module: LightningModule, batch: Any, dataloader_idx: int
+    ) -> None:
         # A validation_step that fetches its own batches (dataloader_iter) has had another one by now.
         target, mask = self._labels if self._labels and batch is self._batch else self._read(batch)
         first = collector.rows.get(dataloader_idx, 0)
         collector.rows[dataloader_idx] = first + len(target)
         real = rows_without_padding(validation_loader(trainer, dataloader_idx), first, len(target))
-        pooled: list[str] = []
-        for source, tap in self._sources.taps.items():
-            seen = tap.take()
-            if seen.ndim == 1 and len(target) == 1:  # a squeezed batch of one
-                seen = seen[None]
-            pooled += [f"{tap.name}: {tuple(seen.shape)}"] if seen.ndim > 2 else []
-            features = pool(seen, self.pooling, None if source else self._sources.num_features, mask)
-            if len(features) != len(target):
-                raise ValueError(
-                    f"{tap.name} gave {len(features)} features for {len(target)} labels, "
-                    f"shapes {tuple(seen.shape)} and {tuple(target.shape)}; name a module that gives one feature a "
-                    "label, or let pooling=callable make it one."
-                )
-            collector.add((source, dataloader_idx), features[:real], target[:real])
+        with trainer.precision_plugin.forward_context():
+            seen = self._sources.seen(pl_module, batch)
+        rank, world = trainer.global_rank, trainer.world_size  # as DistributedSampler deals samples out
+        places = range(first * world + rank, (first + real) * world + rank, world)
+        for source, features in self._sources.pooled(seen, target, mask, self.pooling, self.task).items():
+            collector.add((source, dataloader_idx), features[:real], target[:real], places)
         self._check_class_names(self._sources.num_outputs or (target.shape[1] if target.ndim > 1 else 1))
         if not self._explained:
-            self._explain(pooled, mask)
+            pooled = {self._sources.describe(source): tensor for source, tensor in seen.items() if tensor.ndim > 2}
+            self._explain([f"{what}: {tuple(tensor.shape)}" for what, tensor in pooled.items()], mask)
         self._batch, self._labels, self._proven = None, None, True
 
     def _explain(self, pooled: list[str], mask: Tensor | None) -> None:
@@ -308,31 +380,3 @@ class LogMECallback(_AnyCallback):
         if not self._explained:  # while the labels are still in the batch
             self._origin = describe_target(batch, self.target)
         return labels, find_mask(batch)
-
-    def _publish(self, trainer: Trainer, pl_module: LightningModule, suffix: str, evidence: Evidence | None) -> None:
-        """Log, remember and draw one result; None stands for NaN."""
-        key = self.name + suffix
-        nan = float("nan")
-        numbers = {"logme": nan, "gain": nan, "num_samples": 0} if evidence is None else figures(evidence)
-        for logged, value, in_bar in (
-            (key, numbers["logme"], not suffix),
-            (f"{self.name}_gain{suffix}", numbers["gain"], False),
-        ):
-            # The values are equal on all ranks; sync_dist tells Lightning so.
-            pl_module.log(logged, value, prog_bar=in_bar, sync_dist=trainer.world_size > 1, add_dataloader_idx=False)
-        epoch, global_step = self._checkpoint_position or (trainer.current_epoch, trainer.global_step)
-        shared = {name: numbers[name] for name in ("logme", "gain", "num_samples")}
-        fn = str(trainer.state.fn.value) if trainer.state.fn is not None else ""
-        self.history.append({"epoch": epoch, "global_step": global_step, "key": key, **shared, "stage": fn})
-        if evidence is None:
-            return
-        self._figures[key], self.evidence[key] = numbers, evidence
-        if self.plots and trainer.is_global_zero:
-            try:
-                step = trainer.fit_loop.epoch_loop._batches_that_stepped  # as pl_module.log counts
-                log_plots(trainer.loggers, key, evidence, self.class_names, step)
-            except Exception as error:
-                self.plots = False
-                warnings.warn(
-                    f"LogMECallback draws no more plots, after an error: {type(error).__name__}: {error}", stacklevel=2
-                )

@@ -1,14 +1,17 @@
-"""The metrics of one validation."""
+"""The metrics of one pass over the samples of a task."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_logme.curve import CurvePoint
 from lightning_logme.distributed import agree
 from lightning_logme.evidence import Evidence
 from lightning_logme.metric import LogME
@@ -16,36 +19,92 @@ from lightning_logme.moments import Task, is_exclusive, moments_device
 
 Key = tuple[str, int]  # source of features, index of the loader
 
+# Samples behind the first point of a curve, or twice as many as there are classes.
+_FIRST_POINT = 32
+_MUCH_MEMORY = 2**30  # bytes
+
+
+class Result(NamedTuple):
+    """What a pass has shown of one source of features.
+
+    Attributes:
+        evidence: of all samples, on the CPU.
+        curve: the score after the first 32, 64, 128, … samples and after all, where it was asked for.
+    """
+
+    evidence: Evidence
+    curve: list[CurvePoint]
+
 
 class Collector:
     """One metric for every source of features and every loader, made when their first batch tells the shapes.
 
+    For a curve there is a metric for each doubling of the samples: the score of the first 64 is that of the sums of the
+    first 32 and of the next 32, in however many processes.
+
     Args:
         task: of all metrics.
         num_outputs: K; None reads it off the first target.
+        curve: whether the score is followed from few samples to all.
         options: of all metrics.
 
     Attributes:
-        broken: why this validation can have no result, if so. What breaks in one process breaks in all of them.
+        broken: why this pass can have no result, if so. What breaks in one process breaks in all of them.
         rows: by loader, the rows this process has had from it.
     """
 
-    def __init__(self, task: Task, num_outputs: int | None, **options: Any) -> None:
+    def __init__(self, task: Task, num_outputs: int | None, curve: bool = False, **options: Any) -> None:
         self.task: Task = task
         self.num_outputs = num_outputs
+        self.curve = curve
         self.options = options
         self.broken: str | None = None
         self.rows: dict[int, int] = {}
-        self._metrics: dict[Key, LogME] = {}
+        self._metrics: dict[tuple[str, int, int], LogME] = {}
+        self._warned = False
 
-    def add(self, key: Key, features: Tensor, target: Tensor) -> None:
-        if key not in self._metrics:
-            outputs = self.num_outputs or (target.shape[1] if target.ndim > 1 else 1)
-            self._metrics[key] = self._metric(features.shape[1], outputs, features.device)
-        self._metrics[key].update(features, target)
+    def add(self, key: Key, features: Tensor, target: Tensor, places: range) -> None:
+        """Add samples.
 
-    def evidence(self, device: torch.device) -> Iterator[tuple[Key, Evidence | None]]:
-        """The evidence of every key that any process has met, summed over processes; None after an error.
+        Args:
+            key: source and loader.
+            features: (n, D), or tokens (n, T, D).
+            target: of the task.
+            places: of these samples among those of all processes.
+        """
+        outputs = self.num_outputs or (target.shape[1] if target.ndim > 1 else 1)
+        for part, rows in self._parts(places, outputs):
+            place = (*key, part)
+            if place not in self._metrics:
+                self._metrics[place] = self._metric(features.shape[-1], outputs, features.device)
+                self._check_memory()
+            self._metrics[place].update(features[rows], target[rows])
+
+    def _check_memory(self) -> None:
+        memory = sum(metric.gram.nbytes for metric in self._metrics.values())
+        if memory > _MUCH_MEMORY and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"LogME holds {memory / 2**30:.1f} GiB of D × D matrices by now, for {len(self._metrics)} sources of "
+                "features, loaders and points of curves; score fewer layers if that is too much."
+            )
+
+    def _parts(self, places: range, num_outputs: int) -> Iterator[tuple[int, slice]]:
+        """The parts of the curve that rows belong to: the i-th ends where the samples have doubled i times."""
+        if not self.curve:
+            yield 0, slice(None)
+            return
+        start, part = 0, 0
+        end = max(_FIRST_POINT, 2 * num_outputs if is_exclusive(self.task) else 0)
+        while start < len(places):
+            stop = len(range(places.start, min(end, places.stop), places.step))
+            if stop > start:
+                yield part, slice(start, stop)
+                start = stop
+            part, end = part + 1, 2 * end
+
+    def results(self, device: torch.device) -> Iterator[tuple[Key, Result | None]]:
+        """What there is for every key that any process has met, summed over processes; None after an error.
 
         To be run through by all processes, for their metrics are summed in step.
 
@@ -54,22 +113,35 @@ class Collector:
         """
         shapes = {key: (metric.num_features, metric.num_outputs) for key, metric in self._metrics.items()}
         shapes, self.broken = agree(shapes, self.broken)
-        for key in sorted(shapes):
+        for (source, loader), parts in groupby(sorted(shapes), lambda key: key[:2]):
             if self.broken is None:
-                yield key, self._evidence(key, *shapes[key], device)
+                yield (source, loader), self._result({part: shapes[part] for part in parts}, device)
 
-    def _evidence(self, key: Key, num_features: int, num_outputs: int, device: torch.device) -> Evidence | None:
-        metric = self._metrics.pop(key, None)
+    def _result(self, shapes: dict[tuple[str, int, int], tuple[int, int]], device: torch.device) -> Result | None:
+        total, curve, last = None, [], max(shapes)
         try:
-            if metric is None:
-                metric = self._metric(num_features, num_outputs, device)
-                nothing = metric.gram.new_empty(0, num_outputs)
-                target = nothing[:, 0].long() if is_exclusive(self.task) else nothing
-                metric.update(metric.gram.new_empty(0, num_features), target)
-            return metric.evidence().to("cpu")
+            for part, shape in shapes.items():
+                metric = self._metrics.pop(part) if part in self._metrics else self._empty(*shape, device)
+                if total is None:
+                    total = metric
+                else:
+                    total.merge_state(metric)
+                with warnings.catch_warnings():
+                    if part != last:
+                        warnings.simplefilter("ignore")  # few samples may lack evidence
+                    evidence = total.evidence()
+                curve.append(CurvePoint(evidence.num_samples, float(evidence.score), float(evidence.gain)))
+            return Result(evidence.to("cpu"), curve if self.curve else [])
         except Exception as error:
             warnings.warn(f"LogME is NaN, after an error: {type(error).__name__}: {error}", stacklevel=2)
             return None
+
+    def _empty(self, num_features: int, num_outputs: int, device: torch.device) -> LogME:
+        metric = self._metric(num_features, num_outputs, device)
+        nothing = metric.gram.new_empty(0, num_outputs)
+        target = nothing[:, 0].long() if is_exclusive(self.task) else nothing
+        metric.update(metric.gram.new_empty(0, num_features), target)
+        return metric
 
     def _metric(self, num_features: int, num_outputs: int, device: torch.device) -> LogME:
         metric = LogME(

@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DistributedSampler
 
-Shapes = dict[tuple[str, int], tuple[int, int]]
+Shapes = dict[tuple[str, int, int], tuple[int, int]]
 
 
 def agree(shapes: Shapes, broken: str | None) -> tuple[Shapes, str | None]:
@@ -20,7 +20,7 @@ def agree(shapes: Shapes, broken: str | None) -> tuple[Shapes, str | None]:
     failed.
 
     Args:
-        shapes: by source and loader, (num_features, num_outputs) met by this process.
+        shapes: by source, loader and part of the curve, (num_features, num_outputs) met by this process.
         broken: what went wrong in this process, if anything.
     """
     if not (dist.is_available() and dist.is_initialized()):

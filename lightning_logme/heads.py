@@ -57,7 +57,7 @@ def find_head(root: nn.Module, num_outputs: int | None = None) -> str:
             f"head: {model} has no torch.nn.Linear that could be its classifier head. Name the module whose input is "
             "the feature, as in "
             f"head='{_last_name(root)}', or modules whose output is to be scored, as in "
-            "LogMECallback(layers=['…'])."
+            "LogMECallback(layers=['…']), or give features=callable(module, batch)."
         )
     listed = ", ".join(f"'{name}' ({linear.in_features} → {linear.out_features})" for name, linear in candidates)
     raise ValueError(

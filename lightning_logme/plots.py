@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from lightning_logme.curve import CurvePoint, gain_settled_at, order_settled_at
 from lightning_logme.evidence import Evidence
+from lightning_logme.history import Row
 
 _MAX_LABELLED = 40  # bars that can carry a name
 _STRAIGHT_CHARACTERS = 50  # that fit below the axis in one line
+_MAX_NAMES = 12  # below the axis of a line figure
+_MAX_LINES = 50
+_COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860")
 
 
 def log_plots(
-    loggers: Iterable[Any], key: str, evidence: Evidence, class_names: Sequence[str] | None, step: int
+    loggers: Iterable[Any], step: int, key: str, evidence: Evidence, class_names: Sequence[str] | None
 ) -> None:
     """Histograms of the gain and the spectrum, and a figure of the gain by output, for every logger that can show them.
 
@@ -32,12 +38,19 @@ def log_plots(
             for tag, values in histograms.items():
                 if len(values):
                     experiment.add_histogram(tag, values, step)
+    log_figure(loggers, step, f"{key}/gain_by_output", lambda: gain_figure(evidence, class_names))
+
+
+def log_figure(loggers: Iterable[Any], step: int, tag: str, draw: Callable[[], Any]) -> None:
+    """Show a figure in every logger that can, unless matplotlib is not installed."""
+    for logger in loggers:
+        experiment: Any = getattr(logger, "experiment", None)
         if hasattr(experiment, "add_figure"):
             try:
-                figure = gain_figure(evidence, class_names)
+                figure = draw()
             except ImportError:
-                continue
-            experiment.add_figure(f"{key}/gain_by_output", figure, step)
+                return
+            experiment.add_figure(tag, figure, step)
 
 
 def gain_figure(evidence: Evidence, class_names: Sequence[str] | None = None) -> Any:
@@ -83,3 +96,90 @@ def gain_figure(evidence: Evidence, class_names: Sequence[str] | None = None) ->
     title = f"gain in nats per sample: mean {mean:.3f}, largest {largest:.3f}  (n = {evidence.num_samples})"
     figure.text(left, 0.9, title, fontsize=10)
     return figure
+
+
+def layers_figure(history: Sequence[Row], keys: Mapping[str, str]) -> Any:
+    """The gain of each layer, one line a validation, the later the darker.
+
+    Args:
+        history: rows of :attr:`~lightning_logme.LogMECallback.history`.
+        keys: by layer, the key it is logged under.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    validations: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in history:
+        if row["key"] in keys.values():
+            moment = row["stage"], row["epoch"], row["global_step"]
+            validations.setdefault(moment, {})[row["key"]] = row["gain"]
+    gains = [[numbers.get(key, math.nan) for key in keys.values()] for numbers in validations.values()]
+    gains = gains[-_MAX_LINES:]
+    x = [index / max(len(keys) - 1, 1) for index in range(len(keys))]
+    every = math.ceil(len(keys) / _MAX_NAMES)
+    names = {x[index]: name for index, name in enumerate(_short(list(keys))) if index % every == 0}
+    shades = [str(0.85 * (1 - (index + 1) / len(gains))) for index in range(len(gains))]
+    lines = [(list(zip(x, line, strict=True)), shade) for line, shade in zip(gains, shades, strict=True)]
+    title = f"gain by layer, {len(gains)} validations, the last one black"
+    return _line_figure(title, lines, names, {})
+
+
+def curves_figure(curves: Mapping[str, Sequence[CurvePoint]]) -> Any:
+    """The gain against the number of samples, one line a source of features.
+
+    Args:
+        curves: by name; at least one of them has two points.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    numbers = sorted({point.num_samples for curve in curves.values() for point in curve if point.num_samples})
+    span = math.log2(numbers[-1] / numbers[0]) or 1.0
+    x = {number: math.log2(number / numbers[0]) / span for number in numbers}
+    lines, legend = [], {}
+    for index, (name, curve) in enumerate(curves.items()):
+        colour = _COLOURS[index % len(_COLOURS)]
+        lines.append(([(x[point.num_samples], point.gain) for point in curve if point.num_samples], colour))
+        legend[name] = colour
+    settled = gain_settled_at(next(iter(curves.values()))) if len(curves) == 1 else order_settled_at(curves)
+    what = "gain" if len(curves) == 1 else "order"
+    hint = f"{what} settled at n = {settled}" if settled else f"{what} not settled"
+    every = math.ceil(len(numbers) / _MAX_NAMES)
+    names = {x[number]: str(number) for number in numbers[::-1][::every]}
+    return _line_figure(f"gain against samples: {hint}", lines, names, legend)
+
+
+def _line_figure(
+    title: str,
+    lines: Sequence[tuple[Sequence[tuple[float, float]], str]],
+    names: Mapping[float, str],
+    legend: Mapping[str, str],
+) -> Any:
+    """Lines of (x in 0 … 1, gain ≥ 0) with their colours; without axes, as :func:`gain_figure`."""
+    from matplotlib.collections import LineCollection
+    from matplotlib.figure import Figure
+
+    left, right, bottom, top = 0.06, 0.94, 0.16, 0.8
+    largest = max((gain for points, _ in lines for _, gain in points if gain == gain), default=0.0)
+    scale = (top - bottom) / largest if largest > 0 else 0.0
+    segments = [
+        [(left + x * (right - left), bottom + gain * scale) for x, gain in points if gain == gain]
+        for points, _ in lines
+    ]
+    figure = Figure(figsize=(5, 3), dpi=100)
+    drawn = [[(left, bottom), (right, bottom)], *segments]
+    figure.add_artist(LineCollection(drawn, colors=["0.2", *(colour for _, colour in lines)], linewidths=1.5))
+    for x, name in names.items():
+        figure.text(left + x * (right - left), bottom - 0.03, name, ha="center", va="top", fontsize=8)
+    for index, (name, colour) in enumerate(list(legend.items())[:_MAX_NAMES]):
+        figure.text(left, top - 0.06 * index, name, color=colour, va="top", fontsize=8)
+    figure.text(left, 0.9, f"{title}; largest {largest:.3f} nats", fontsize=9)
+    return figure
+
+
+def _short(names: Sequence[str]) -> list[str]:
+    """Dotted names without the parts that all of them begin with."""
+    parts = [name.split(".") for name in names]
+    while all(len(part) > 1 for part in parts) and len({part[0] for part in parts}) == 1:
+        parts = [part[1:] for part in parts]
+    return [".".join(part) for part in parts]

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-import lightning_logme.callback
+import lightning_logme.journal
 from lightning_logme import LogMECallback
 from tests.benchmarks.common import print_table, timed
 
@@ -190,8 +190,8 @@ def _clocks(callbacks: list[LogMECallback], parts: dict[str, float]) -> Iterator
     for callback in callbacks:
         for hook, part in _HOOKS.items():
             setattr(callback, hook, _clocked(getattr(callback, hook), part, parts))
-    pictures = _clocked(lightning_logme.callback.log_plots, "pictures", parts)
-    with mock.patch.object(lightning_logme.callback, "log_plots", pictures):
+    pictures = _clocked(lightning_logme.journal.log_plots, "pictures", parts)
+    with mock.patch.object(lightning_logme.journal, "log_plots", pictures):
         yield
 
 

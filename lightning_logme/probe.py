@@ -1,0 +1,151 @@
+"""Labelled samples of another task, on which a module that is trained on its own is run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
+
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+from tqdm.auto import tqdm
+
+from lightning_logme.batch import TargetSpec, find_mask
+from lightning_logme.collector import Collector
+from lightning_logme.forward import Forward, call
+from lightning_logme.moments import Task, check_task
+from lightning_logme.samples import Portion, Samples
+from lightning_logme.sources import HEAD, Sources
+from lightning_logme.taps import Pooling
+from lightning_logme.undisturbed import undisturbed
+
+# Seconds of a pass after which there is a bar.
+_PATIENCE = 2.0
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A labelled loader of a target task, for :class:`~lightning_logme.LogMECallback`.
+
+    The samples are those of :func:`~lightning_logme.rank_backbones`: of a map-style data set all that its sampler would
+    give, each once, in a fixed random order stratified by class; anything else is taken as it comes.
+
+    Args:
+        dataloader: gives batches with labels; can be iterated over again and again.
+        task: "binary", "multiclass", "multilabel" or "regression".
+        num_classes: K of "multiclass", or labels of "multilabel"; None counts the labels of data sets that have them at
+            hand (``targets``, ``labels``, the tensors of a TensorDataset, also through Subset).
+        target: where the labels are in a batch: a key, an index, or a callable(batch) -> Tensor; None finds them in
+            the usual forms.
+        forward: callable(module, batch) that runs the module, where it is not to be called as module(inputs) or
+            module(**batch).
+        limit_batches: how many batches to take; None takes all.
+        ignore_index: rows with this label are left out; has no part in regression.
+
+    Raises:
+        ValueError: an argument does not fit.
+
+    Example:
+        >>> import torch
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> from lightning_logme import LogMECallback, Probe
+        >>> data = TensorDataset(torch.randn(40, 8), torch.randn(40))
+        >>> callback = LogMECallback(probes={"ratings": Probe(DataLoader(data), task="regression")})
+    """
+
+    dataloader: Any
+    _: KW_ONLY
+    task: Task = "multiclass"
+    num_classes: int | None = None
+    target: TargetSpec = None
+    forward: Forward | None = None
+    limit_batches: int | None = None
+    ignore_index: int | None = -100
+
+    def __post_init__(self) -> None:
+        check_task(self.task)
+        if self.forward is not None and not callable(self.forward):
+            raise ValueError(f"forward must be callable(module, batch) or None, got {self.forward!r}.")
+        if self.limit_batches is not None and (type(self.limit_batches) is not int or self.limit_batches < 1):
+            raise ValueError(f"limit_batches must be a positive integer or None, got {self.limit_batches!r}.")
+
+
+class PreparedProbe:
+    """A probe whose first batch has been read, so that what is wrong with its labels is known before training starts.
+
+    Raises:
+        ValueError: there are no labels, or they do not fit the task, or the number of classes is not known; the message
+            names the probe.
+    """
+
+    def __init__(self, name: str, probe: Probe) -> None:
+        self._name = name
+        self._probe = probe
+        self._ignore_index = None if probe.task == "regression" else probe.ignore_index
+        try:
+            with isolate_rng():
+                self._samples = Samples(probe.dataloader, probe.task, probe.target, seed=0)
+                self._num_outputs = self._samples.num_outputs(probe.num_classes, self._ignore_index, tokens=True)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"probes[{name!r}]: {error}") from error
+
+    def collect(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        sources: Sources,
+        pooling: Pooling,
+        limit_batches: int | None = None,
+        **options: Any,
+    ) -> Collector:
+        """Run the module on this process's share of the samples.
+
+        Args:
+            trainer: whose device, precision and number of processes it is.
+            module: is left as it was.
+            sources: attached to the module.
+            pooling: to one vector a sample.
+            limit_batches: fewer than the probe's own.
+            options: of the :class:`~lightning_logme.collector.Collector`.
+
+        Returns:
+            The metrics; an exception on the way makes them broken.
+        """
+        probe = self._probe
+        collector = Collector(probe.task, self._num_outputs, ignore_index=self._ignore_index, **options)
+        try:
+            with undisturbed(module):
+                for portion in self._portions(trainer, limit_batches or probe.limit_batches):
+                    batch = move_data_to_device(portion.batch, module.device)
+                    batch = trainer.precision_plugin.convert_input(batch)
+                    sources.start()
+                    with trainer.precision_plugin.forward_context():
+                        if sources.taps:
+                            (probe.forward or self._call)(module, batch)
+                        seen = sources.seen(module, batch)
+                    rows = sources.pooled(seen, portion.target, find_mask(batch), pooling, probe.task)
+                    if HEAD not in rows:  # a module without a head is told by the last of its layers
+                        rows[HEAD] = rows[sources.layers[-1]]
+                    places = range(portion.start, portion.start + len(portion.target))
+                    for source, features in rows.items():
+                        collector.add((source, 0), features, portion.target, places)
+        except Exception as error:
+            collector.broken = f"{type(error).__name__}: {error}"
+        finally:
+            sources.stop()
+        return collector
+
+    def _call(self, module: LightningModule, batch: Any) -> Any:
+        return call(module, batch, self._probe.target)
+
+    def _portions(self, trainer: Trainer, limit_batches: int | None) -> Iterator[Portion]:
+        """This process's batches, with a bar if they take their time."""
+        rank, world = trainer.global_rank, trainer.world_size
+        shown = rank == 0 and getattr(trainer.progress_bar_callback, "is_enabled", False)
+        with tqdm(desc=f"probe {self._name}", delay=_PATIENCE, leave=False, disable=not shown, unit=" batches") as bar:
+            for index, portion in enumerate(self._samples.portions(0, None, rank, world)):
+                if limit_batches is not None and rank + index * world >= limit_batches:  # batches are dealt out in turn
+                    return
+                yield portion
+                bar.update()
