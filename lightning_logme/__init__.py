@@ -5,7 +5,7 @@ from lightning_logme.evidence import Evidence
 from lightning_logme.history import read_evidence, read_history
 from lightning_logme.metric import LogME
 from lightning_logme.probe import Probe
-from lightning_logme.ranking import Ranking, RankingRow, rank_backbones
+from lightning_logme.ranking import Ranking, RankingRow, rank_backbones, score_checkpoints
 
 __all__ = [
     "Evidence",
@@ -17,5 +17,6 @@ __all__ = [
     "rank_backbones",
     "read_evidence",
     "read_history",
+    "score_checkpoints",
 ]
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Ranking from the shell: ``python -m lightning_logme rank config.yaml``."""
+"""From the shell: ``python -m lightning_logme rank config.yaml``, or ``score_checkpoints``."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
 from lightning_logme.moments import Task
-from lightning_logme.ranking import Ranking, rank_backbones
+from lightning_logme.ranking import Ranking, rank_backbones, score_checkpoints
 
 _USAGE = """\
-Rank backbones by how well their features suit a target, without fine-tuning.
+Rank backbones, or checkpoints of one network, by how well their features suit a target, without fine-tuning.
 
     python -m lightning_logme rank config.yaml [--option value ...]
+    python -m lightning_logme score_checkpoints config.yaml [--option value ...]
 
 config.yaml holds candidates and a LightningDataModule, in the form of LightningCLI:
 
@@ -47,6 +48,13 @@ Every option may be given in the file or after it:
     python -m lightning_logme rank config.yaml --race false --devices 2
     python -m lightning_logme rank config.yaml --resume_from moments --output again
     python -m lightning_logme rank --help        # this, and all options
+
+For score_checkpoints, config.yaml holds a module and paths in place of candidates; the rest is the same:
+
+    module:
+      class_path: my_project.MyLightningModule
+      init_args: {width: 64}
+    paths: runs/version_0/checkpoints            # a folder of .ckpt files, or a list of files
 """
 
 
@@ -70,36 +78,44 @@ class Made:
         return self._call(**self._arguments)
 
 
+_Makes = Callable[[], nn.Module] | Made
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments[:1] != ["rank"]:
-        asked = arguments[:1] in (["-h"], ["--help"])
+    command = arguments[0] if arguments else ""
+    if command not in _COMMANDS:
+        asked = command in ("-h", "--help")
         print(_USAGE, file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
     try:
         from jsonargparse import ArgumentError
     except ImportError:
-        return _fail("jsonargparse is not installed; run: pip install 'lightning-logme[cli]'", 2)
+        return _fail(command, "jsonargparse is not installed; run: pip install 'lightning-logme[cli]'", 2)
     try:
-        options = _parse(arguments[1:])
+        options = _parse(command, arguments[1:])
     except (ArgumentError, OSError, yaml.YAMLError, ValueError) as error:
-        return _fail(_in_one_line(str(error)), 2)
+        return _fail(command, _in_one_line(str(error)), 2)
     try:
         if options.output is not None:
             options.output.mkdir(parents=True, exist_ok=True)
-        _publish(_rank(options), options.output)
+        _publish(_COMMANDS[command](options), options.output)
     except Exception as error:  # the command line's last word is one line, not a traceback
-        return _fail(f"{type(error).__name__}: {error}", 1)
+        return _fail(command, f"{type(error).__name__}: {error}", 1)
     return 0
 
 
-def _parse(arguments: list[str]) -> Any:
+def _parse(command: str, arguments: list[str]) -> Any:
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(prog="python -m lightning_logme rank CONFIG", exit_on_error=False)
-    parser.add_argument("--config", action="config", help="a YAML file; the word after rank is one")
-    parser.add_argument("--candidates", type=dict[str, Callable[[], nn.Module] | Made], required=True, help="by name")
+    parser = ArgumentParser(prog=f"python -m lightning_logme {command} CONFIG", exit_on_error=False)
+    parser.add_argument("--config", action="config", help=f"a YAML file; the word after {command} is one")
+    if command == "rank":
+        parser.add_argument("--candidates", type=dict[str, _Makes], required=True, help="by name")
+    else:
+        parser.add_argument("--module", type=_Makes, required=True, help="that the checkpoints belong to")
+        parser.add_argument("--paths", type=str | list[str], required=True, help="checkpoints, or a folder of them")
     parser.add_subclass_arguments(LightningDataModule, "data", required=True, help="gives the target's samples")
     parser.add_argument("--split", type=Literal["train", "val", "test"], default="train", help="of the data module")
     parser.add_argument("--task", type=Task, default="multiclass")
@@ -130,15 +146,27 @@ def _parse(arguments: list[str]) -> Any:
 
 
 def _rank(options: Any) -> Ranking:
+    return rank_backbones(options.candidates, _loader(options), **_passed(options))
+
+
+def _score_checkpoints(options: Any) -> Ranking:
+    return score_checkpoints(options.module(), options.paths, _loader(options), **_passed(options))
+
+
+_COMMANDS = {"rank": _rank, "score_checkpoints": _score_checkpoints}
+
+
+def _loader(options: Any) -> Any:
     data = options.data
     data.prepare_data()
     data.setup("test" if options.split == "test" else "fit")
-    loader = getattr(data, f"{options.split}_dataloader")()
-    passed = {name: value for name, value in vars(options).items() if name not in _OWN}
-    return rank_backbones(options.candidates, loader, **passed)
+    return getattr(data, f"{options.split}_dataloader")()
 
 
-_OWN = ("config", "candidates", "data", "split", "output")
+def _passed(options: Any) -> dict[str, Any]:
+    """What the function takes by name."""
+    own = ("config", "candidates", "module", "paths", "data", "split", "output")
+    return {name: value for name, value in vars(options).items() if name not in own}
 
 
 @rank_zero_only
@@ -155,8 +183,8 @@ def _publish(ranking: Ranking, folder: Path | None) -> None:
     print(f"written to {folder}")
 
 
-def _fail(message: str, status: int) -> int:
-    print(f"lightning_logme rank: {message}", file=sys.stderr)
+def _fail(command: str, message: str, status: int) -> int:
+    print(f"lightning_logme {command}: {message}", file=sys.stderr)
     return status
 
 

@@ -49,6 +49,11 @@ class Tap:
         self._seen = []
         self.open = True
 
+    @property
+    def called(self) -> bool:
+        """Whether the module was called since the start."""
+        return bool(self._seen)
+
     def take(self) -> Tensor:
         """What the module was called with, or returned, since the start; listen no more.
 

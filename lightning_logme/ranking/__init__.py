@@ -1,6 +1,7 @@
-"""Many backbones, one target: which one to fine-tune."""
+"""Many backbones, or checkpoints of one, and one target: which one to fine-tune."""
 
+from lightning_logme.ranking.checkpoints import score_checkpoints
 from lightning_logme.ranking.rank import rank_backbones
-from lightning_logme.ranking.result import CurvePoint, Ranking, RankingRow
+from lightning_logme.ranking.result import Ranking, RankingRow
 
-__all__ = ["CurvePoint", "Ranking", "RankingRow", "rank_backbones"]
+__all__ = ["Ranking", "RankingRow", "rank_backbones", "score_checkpoints"]

@@ -30,7 +30,7 @@ class Candidate:
         name: of the row.
         source: the module, or a factory that makes it.
         head: dotted name of the module whose input is the feature, "auto" to find the classifier head, None for the
-            output.
+            output; with ``forward``, "auto" is the output where no such head is called.
         pooling: to one vector a sample.
         forward: (module, batch) -> features; None calls the module on the inputs of the batch.
         transform: of the loader's batches, on the CPU.
@@ -93,8 +93,9 @@ class Backbone:
         self.fingerprint = _digest(module)
         self._tap: Tap | None = None
         self._num_features: int | None = None
-        if candidate.head is not None:
-            name = find_head(module, num_outputs) if candidate.head == "auto" else candidate.head
+        self._optional = candidate.head == "auto" and candidate.forward is not None
+        name = self._name_of_head(num_outputs)
+        if name is not None:
             head = get_module(module, name, "head")
             self._num_features = getattr(head, "in_features", None)
             self._tap = Tap(head, "input", f"the head '{name}'")
@@ -117,7 +118,10 @@ class Backbone:
             self._tap.start()
         with fabric.autocast():
             output = self._output(batch)
-        seen = first_tensor(output) if self._tap is None else self._tap.take()
+        if self._tap is None or (self._optional and not self._tap.called):
+            seen = first_tensor(output)
+        else:
+            seen = self._tap.take()
         if seen is None:
             by = "the module" if self._candidate.forward is None else "forward"
             raise ValueError(
@@ -128,6 +132,16 @@ class Backbone:
         if self._candidate.normalize:
             pooled = nn.functional.normalize(pooled.to(torch.promote_types(pooled.dtype, torch.float32)))
         return pooled
+
+    def _name_of_head(self, num_outputs: int | None) -> str | None:
+        if self._candidate.head != "auto":
+            return self._candidate.head
+        try:
+            return find_head(self._module, num_outputs)
+        except ValueError:
+            if not self._optional:
+                raise
+            return None
 
     def _output(self, batch: Any) -> Any:
         if self._candidate.forward is not None:

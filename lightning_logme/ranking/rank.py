@@ -70,8 +70,9 @@ def rank_backbones(
             the same batches every time it is iterated over.
         task: "binary", "multiclass", "multilabel" or "regression".
         num_classes: K of "multiclass", or labels of "multilabel"; None takes it from labels at hand.
-        head: where the feature is: None for the module's output, "auto" for the input of its classifier head, or the
-            dotted name of the module whose input it is; one for all, or a mapping by candidate.
+        head: where the feature is: None for the module's output, "auto" for the input of its classifier head (with
+            ``forward``, if it goes through one), or the dotted name of the module whose input it is; one for all, or a
+            mapping by candidate.
         target: where the labels are in a batch: a key, an index, or a callable(batch) -> Tensor; None finds them in
             the usual forms.
         pooling: how tokens (N, T, D) and maps (N, C, H, W) become (N, D), as in

@@ -1,0 +1,109 @@
+"""Checkpoints of one network as candidates."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_logme.ranking.rank import rank_backbones
+from lightning_logme.ranking.result import Ranking
+
+PathLike = str | os.PathLike[str]
+
+
+def score_checkpoints(
+    module: nn.Module,
+    paths: PathLike | Iterable[PathLike],
+    dataloader: Any,
+    *,
+    head: str | Mapping[str, str | None] | None = None,
+    **options: Any,
+) -> Ranking:
+    """Rank the checkpoints of one network by how well their features suit a target task, without training any.
+
+    One checkpoint at a time is loaded, into a copy of the module. Samples, error bars, the race and what happens to a
+    candidate that fails are those of :func:`~lightning_logme.rank_backbones`; a file that cannot be read, or does not
+    fit the module, is such a failure.
+
+    Args:
+        module: the LightningModule, or any other module, that the checkpoints belong to; is left as it was.
+        paths: of checkpoints of Lightning, or of state dicts saved by ``torch.save``; or of one folder, for its
+            ``.ckpt`` files. They are read with ``weights_only=True``: nothing in them is executed.
+        dataloader: of the target task, as in :func:`~lightning_logme.rank_backbones`.
+        head: dotted name of the module whose **input** is the feature; None finds the classifier head, as
+            :class:`~lightning_logme.LogMECallback` does. With ``forward=`` and no such head in its way, the feature is
+            what ``forward`` returns.
+        options: all others of :func:`~lightning_logme.rank_backbones`.
+
+    Returns:
+        A :class:`~lightning_logme.Ranking` whose rows are named by the paths as they were given.
+
+    Raises:
+        ValueError: an argument does not fit, or a folder holds no checkpoint.
+        RuntimeError: every checkpoint failed.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import torch
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> from lightning_logme import score_checkpoints
+        >>> labels = torch.arange(300) % 3
+        >>> inputs = torch.nn.functional.one_hot(labels, 12).float() + 0.5 * torch.randn(300, 12)
+        >>> loader = DataLoader(TensorDataset(inputs, labels), batch_size=64)
+        >>> network = torch.nn.Sequential(torch.nn.Linear(12, 8), torch.nn.ReLU(), torch.nn.Linear(8, 5))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save(network.state_dict(), Path(folder, "first.ckpt"))
+        ...     torch.save({"state_dict": "broken"}, Path(folder, "second.ckpt"))
+        ...     ranking = score_checkpoints(network, folder, loader, accelerator="cpu", progress=False)
+        >>> [(Path(row.name).name, row.ended) for row in ranking.rows]
+        [('first.ckpt', 'finished'), ('second.ckpt', 'failed')]
+    """
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"module must be the torch.nn.Module that the checkpoints belong to, got {module!r:.60}.")
+    names = _names(paths)
+    if isinstance(head, Mapping):
+        head = {name: value or "auto" for name, value in head.items()}
+        head = {**dict.fromkeys(names, "auto"), **head}
+    candidates = [(name, partial(_loaded, module, name)) for name in names]
+    return rank_backbones(candidates, dataloader, head=head or "auto", **options)
+
+
+def _names(paths: PathLike | Iterable[PathLike]) -> list[str]:
+    if isinstance(paths, (str, os.PathLike)):
+        folder = Path(paths)
+        if not folder.is_dir():
+            return [os.fspath(paths)]
+        found = sorted(str(path) for path in folder.glob("*.ckpt"))
+        if not found:
+            raise ValueError(f"paths: the folder {str(folder)!r} holds no .ckpt file.")
+        return found
+    names = [os.fspath(path) for path in paths]
+    if not names:
+        raise ValueError("paths is empty: pass the checkpoints to score, or a folder of .ckpt files.")
+    return names
+
+
+def _loaded(module: nn.Module, path: str) -> nn.Module:
+    """A copy of the module with the weights of a checkpoint.
+
+    Raises:
+        ValueError: the file holds no weights.
+    """
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    weights = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else None
+    if not isinstance(weights, dict) or not any(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise ValueError(f"{path!r} holds neither a checkpoint of Lightning nor a state dict.")
+    loaded = copy.deepcopy(module)
+    prepare: Any = getattr(loaded, "on_load_checkpoint", None)  # as load_from_checkpoint does
+    if prepare is not None and "state_dict" in checkpoint:
+        prepare(checkpoint)
+    loaded.load_state_dict(weights)
+    return loaded
