@@ -8,7 +8,6 @@ from typing import Any
 
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
 from tqdm.auto import tqdm
 
 from lightning_logme.batch import TargetSpec, find_mask
@@ -18,7 +17,7 @@ from lightning_logme.moments import Task, check_task
 from lightning_logme.samples import Portion, Samples
 from lightning_logme.sources import HEAD, Sources
 from lightning_logme.taps import Pooling
-from lightning_logme.undisturbed import undisturbed
+from lightning_logme.undisturbed import same_generators, undisturbed
 
 # Seconds of a pass after which there is a bar.
 _PATIENCE = 2.0
@@ -84,7 +83,7 @@ class PreparedProbe:
         self._probe = probe
         self._ignore_index = None if probe.task == "regression" else probe.ignore_index
         try:
-            with isolate_rng():
+            with same_generators():
                 self._samples = Samples(probe.dataloader, probe.task, probe.target, seed=0)
                 self._num_outputs = self._samples.num_outputs(probe.num_classes, self._ignore_index, tokens=True)
         except (ValueError, TypeError) as error:

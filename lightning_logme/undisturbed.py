@@ -14,6 +14,17 @@ from torchmetrics import Metric
 
 
 @contextmanager
+def same_generators() -> Iterator[None]:
+    """The random generators as they were, afterwards."""
+    isolated = isolate_rng()
+    isolated.__enter__()
+    try:
+        yield
+    finally:
+        isolated.__exit__(None, None, None)  # which forgets them where it is told of an exception
+
+
+@contextmanager
 def undisturbed(module: nn.Module) -> Iterator[None]:
     """A module in eval mode and without gradients; afterwards all is as it was.
 
@@ -29,7 +40,7 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
     log = {"log": attributes["log"]} if "log" in attributes else {}
     attributes["log"] = _drop  # a forward that logs would log these batches as the user's
     try:
-        with isolate_rng(), torch.no_grad():
+        with same_generators(), torch.no_grad():
             yield
     finally:
         del attributes["log"]

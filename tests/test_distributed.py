@@ -14,11 +14,12 @@ import torch.multiprocessing as mp
 from lightning.pytorch.strategies import DDPStrategy
 from models import CLASSES, Classifier, loader, penultimate, trainer, vectors
 from oracles import problem
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 from lightning_logme import LogME, LogMECallback
 from lightning_logme.distributed import rows_without_padding
 from lightning_logme.functional import evidence
+from lightning_logme.samples import Samples
 
 # Processes are forked off a server that has imported everything and started no thread: a fork of this process could
 # inherit a lock that nobody will release, and a spawned one takes seconds to import torch.
@@ -162,6 +163,87 @@ def test_what_breaks_on_one_rank_is_nan_on_all_and_ends_nothing(tmp_path):
     )
     run.fit(Failing(), loader(vectors(40)), loader(vectors(40), batch_size=10))
     assert math.isnan(run.callback_metrics["logme"])
+
+
+class ProbesOfOneProcess(pl.Callback):
+    """Compares in each process, where the callback's curves are, with a run that is not distributed."""
+
+    def __init__(self, callback, datasets):
+        self.callback, self.datasets = callback, datasets
+
+    def on_validation_end(self, trainer, pl_module):
+        if trainer.sanity_checking:
+            return
+        for name, data in self.datasets.items():
+            portions = list(Samples(loader(data, 9), "multiclass", None, 0).portions(0, None))
+            tensors = torch.cat([p.batch[0] for p in portions]), torch.cat([p.target for p in portions])
+            features, labels = penultimate(pl_module, "model.2", TensorDataset(*tensors))
+            curve = self.callback.curves[name]
+            assert curve[-1].num_samples == len(data)
+            for point in curve:
+                number = point.num_samples
+                expected = evidence(features[:number], labels[:number], num_classes=CLASSES)
+                assert point.logme == pytest.approx(float(expected.score), rel=1e-9)
+            assert float(trainer.callback_metrics[name]) == pytest.approx(curve[-1].logme, rel=1e-6)
+
+
+def fit_with_probes(path, probes, checked=(), module=None, **options):
+    callback = LogMECallback(probes=probes, curve=True, validation=False)
+    run = trainer(
+        path,
+        callback,
+        ProbesOfOneProcess(callback, dict(checked)),
+        devices=2,
+        strategy=DDPStrategy(start_method="forkserver"),
+        max_epochs=1,
+        precision="64-true",
+        **options,
+    )
+    run.fit(module or Quiet(), loader(vectors(40)), loader(vectors(40)))
+    return run
+
+
+def test_probes_are_shared_out(tmp_path):
+    large, small = vectors(150, seed=1), vectors(7, seed=2)  # the small one is one batch: a process has none of it
+    probes = {"large": loader(large, 9), "small": loader(small, 9)}
+    fit_with_probes(tmp_path, probes, {"logme/large": large, "logme/small": small})
+
+
+class FailingProbe(Quiet):
+    def forward(self, x):
+        if len(x) == 9 and not self.trainer.sanity_checking and self.global_rank == 1:
+            raise RuntimeError("on purpose")
+        return super().forward(x)
+
+
+@pytest.mark.filterwarnings("ignore:logme/broken is NaN")
+def test_a_probe_that_breaks_on_one_rank_is_nan_on_all(tmp_path):
+    probes = {"broken": loader(vectors(60), 9), "whole": loader(vectors(60), 10)}
+    run = fit_with_probes(tmp_path, probes, module=FailingProbe())
+    assert math.isnan(run.callback_metrics["logme/broken"])
+    assert math.isfinite(run.callback_metrics["logme/whole"])
+
+
+class CurveOfOneProcess(pl.Callback):
+    def __init__(self, callback, data):
+        self.callback, self.data = callback, data
+
+    def on_validation_end(self, trainer, pl_module):
+        if trainer.sanity_checking:
+            return
+        features, labels = penultimate(pl_module, "model.2", self.data)
+        assert [point.num_samples for point in self.callback.curves["logme"]] == [32, 64, 75]
+        for point in self.callback.curves["logme"]:
+            expected = evidence(features[: point.num_samples], labels[: point.num_samples], num_classes=CLASSES)
+            assert point.logme == pytest.approx(float(expected.score), rel=1e-9)
+
+
+def test_curve_of_the_validation_set(tmp_path):
+    data, callback = vectors(75), LogMECallback(curve=True)
+    strategy = DDPStrategy(start_method="forkserver")
+    options = {"devices": 2, "strategy": strategy, "max_epochs": 1, "precision": "64-true"}
+    run = trainer(tmp_path, callback, CurveOfOneProcess(callback, data), **options)
+    run.fit(Quiet(), loader(vectors(40)), loader(data, 6))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])

@@ -221,8 +221,10 @@ class TestFailures:
                 return super().forward(x)
 
         candidates = {"good": Columns(0, 8), "patient": Patient(0, 8), "last": Columns(0, 8), "bad": Columns(16, 24)}
+        state = torch.get_rng_state()
         with pytest.warns(UserWarning, match="the ranking was interrupted"):
             ranking = rank(candidates, target_loader(4000))
+        assert torch.equal(torch.get_rng_state(), state)
         assert {row.name: row.num_samples for row in ranking.rows} == {
             "good": 1024,
             "patient": 512,

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from lightning.fabric import Fabric
-from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_logme.evidence import Evidence
 from lightning_logme.moments import Moments
@@ -20,6 +19,7 @@ from lightning_logme.ranking.processes import Failure, everyone, summed, togethe
 from lightning_logme.ranking.progress import Progress, Round, Store, is_same
 from lightning_logme.ranking.report import Report
 from lightning_logme.samples import SAME_SAMPLES, Samples, total
+from lightning_logme.undisturbed import same_generators
 
 # Of the features' mean square: a spread that is nothing but rounding.
 _CONSTANT = 1e-10
@@ -79,7 +79,7 @@ class Race:
     def run(self) -> None:
         """Go on until one candidate is left, or the samples are used up, or Ctrl-C."""
         try:
-            with isolate_rng():
+            with same_generators():
                 self._resume()
                 if self._rules.race:
                     self._run_by_rounds()

@@ -12,7 +12,6 @@ from typing import Any
 
 from lightning.fabric import Fabric
 from lightning.fabric.loggers import Logger
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from lightning_logme.batch import TargetSpec
@@ -26,6 +25,7 @@ from lightning_logme.ranking.result import Ranking
 from lightning_logme.ranking.standing import standing
 from lightning_logme.samples import Samples
 from lightning_logme.taps import Pooling, check_pooling
+from lightning_logme.undisturbed import same_generators
 
 Source = nn.Module | Callable[[], nn.Module]
 
@@ -146,7 +146,7 @@ def rank_backbones(
         )
         for name, source in pairs
     ]
-    with isolate_rng():
+    with same_generators():
         samples = Samples(dataloader, task, target, seed)
         if samples.number is not None:
             samples.check_number(samples.number)

@@ -1,0 +1,147 @@
+"""Evidence against the number of samples."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import CLASSES, Classifier, loader, penultimate, trainer, vectors
+from torch.utils.data import TensorDataset
+
+from lightning_logme import LogMECallback, Probe, rank_backbones, read_history
+from lightning_logme.collector import Collector
+from lightning_logme.curve import CurvePoint, gain_settled_at, order_settled_at
+from lightning_logme.functional import evidence
+from lightning_logme.samples import Samples
+
+
+def test_of_the_validation_set_is_that_of_its_first_samples(tmp_path):
+    data, module, callback = vectors(150), Classifier(), LogMECallback(curve=True)
+    trainer(tmp_path, callback).validate(module, loader(data, 23), verbose=False)
+    features, labels = penultimate(module, "model.2", data)
+    assert [point.num_samples for point in callback.curves["logme"]] == [32, 64, 128, 150]
+    for point in callback.curves["logme"]:
+        expected = evidence(features[: point.num_samples], labels[: point.num_samples], num_classes=CLASSES)
+        assert point.logme == pytest.approx(float(expected.score), rel=1e-6)
+        assert point.gain == pytest.approx(float(expected.gain), rel=1e-6)
+    assert callback.history[-1]["curve"] == [list(point) for point in callback.curves["logme"]]
+    assert callback.history[-1]["logme"] == callback.curves["logme"][-1].logme
+
+
+def test_of_a_probe_is_that_of_random_samples(tmp_path):
+    """Of a set that is sorted by class, the first 32 hold all of them."""
+    data = vectors(200)
+    order = data.tensors[1].argsort()
+    data = TensorDataset(*(tensor[order] for tensor in data.tensors))
+    module, callback = Classifier(), LogMECallback(curve=True, probes={"news": loader(data)}, validation=False)
+    trainer(tmp_path, callback).validate(module, loader(), verbose=False)
+    portions = list(Samples(loader(data), "multiclass", None, 0).portions(0, None))
+    shuffled = TensorDataset(torch.cat([p.batch[0] for p in portions]), torch.cat([p.target for p in portions]))
+    features, labels = penultimate(module, "model.2", shuffled)
+    assert len(labels[:32].unique()) == CLASSES
+    for point, number in zip(callback.curves["logme/news"], [32, 64, 128, 200], strict=True):
+        expected = evidence(features[:number], labels[:number], num_classes=CLASSES)
+        assert point == pytest.approx((number, float(expected.score), float(expected.gain)), rel=1e-6)
+
+
+def test_of_every_layer_in_checkpoints(tmp_path):
+    callback = LogMECallback(curve=True, layers=["model.0"], probes={"news": loader(vectors(70))})
+    run = trainer(tmp_path, callback, max_epochs=1)
+    run.fit(Classifier(), loader(), loader())
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    rows = {row["key"]: row for row in read_history(tmp_path / "last.ckpt")}
+    assert set(rows) == {"logme", "logme/model.0", "logme/news", "logme/news/model.0"}
+    assert {key: [n for n, *_ in row["curve"]] for key, row in rows.items()} == {
+        "logme": [32, 64, 96],
+        "logme/model.0": [32, 64, 96],
+        "logme/news": [32, 64, 70],
+        "logme/news/model.0": [32, 64, 70],
+    }
+
+
+def test_points_without_evidence_are_nan_and_say_nothing(tmp_path):
+    labels = torch.arange(96) // 48
+    data = TensorDataset(torch.randn(96, 16), labels)
+    callback = LogMECallback(curve=True, num_classes=CLASSES)
+    trainer(tmp_path, callback).validate(Classifier(), loader(data), verbose=False)
+    first, second, last = callback.curves["logme"]
+    assert math.isnan(first.logme)
+    assert second.num_samples == 64
+    assert math.isfinite(second.logme)
+    assert math.isfinite(last.logme)
+
+
+def test_ignored_rows_do_not_count(tmp_path):
+    x, y = vectors(100).tensors
+    data = TensorDataset(x, torch.where(torch.arange(100) % 2 == 0, y, -100))
+    callback = LogMECallback(curve=True)
+    trainer(tmp_path, callback).validate(Classifier(), loader(data), verbose=False)
+    assert [point.num_samples for point in callback.curves["logme"]] == [16, 32, 50]
+
+
+def test_many_classes_start_later(tmp_path):
+    data = TensorDataset(torch.randn(300, 16), torch.arange(300) % 50)
+    callback = LogMECallback(curve=True, probes={"many": Probe(loader(data))}, validation=False)
+    trainer(tmp_path, callback).validate(Classifier(), loader(), verbose=False)
+    assert [point.num_samples for point in callback.curves["logme/many"]] == [100, 200, 300]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 90), min_size=1, max_size=6),
+    world=st.integers(1, 3),
+    rank=st.integers(0, 2),
+)
+def test_rows_fall_into_parts_by_their_place(lengths, world, rank):
+    collector, first, found = Collector("multiclass", 4, curve=True), 0, {}
+    for length in lengths:
+        places = range(first * world + rank, (first + length) * world + rank, world)
+        rows = list(places)
+        for part, some in collector._parts(places, 4):
+            found.setdefault(part, []).extend(rows[some])
+        first += length
+    assert sorted(place for part in found.values() for place in part) == [i * world + rank for i in range(first)]
+    for part, members in found.items():
+        assert all((32 * 2 ** (part - 1) if part else 0) <= place < 32 * 2**part for place in members)
+
+
+def points(*gains, start=32):
+    return [CurvePoint(start * 2**index, gain - 1, gain) for index, gain in enumerate(gains)]
+
+
+class TestSettled:
+    @pytest.mark.parametrize(
+        ("gains", "expected"),
+        [
+            ([0.1, 0.2, 0.4], None),
+            ([0.1, 0.39, 0.4], 64),
+            ([0.4, 0.2, 0.39, 0.4], 128),  # what it left in between does not count
+            ([0.4, 0.4, 0.4], 32),
+            ([math.nan, 0.4, 0.4], 64),
+            ([0.4], None),
+            ([], None),
+            ([0.0, 0.0], 32),
+        ],
+    )
+    def test_gain(self, gains, expected):
+        assert gain_settled_at(points(*gains)) == expected
+
+    def test_tolerance(self):
+        assert gain_settled_at(points(0.3, 0.4), tolerance=0.3) == 32
+
+    def test_order(self):
+        curves = {"a": points(0.3, 0.1, 0.2, 0.3), "b": points(0.2, 0.2, 0.4, 0.5)}
+        assert order_settled_at(curves) == 64
+        assert order_settled_at({**curves, "c": points(0.0, 0.0, 0.3, 0.1)}) is None
+        assert order_settled_at({**curves, "c": points(0.0, start=4096)}) is None  # nothing in common
+        assert order_settled_at({"a": curves["a"]}) is None
+
+    def test_ranking(self):
+        x, y = vectors(600).tensors
+        candidates = {
+            "all": torch.nn.Identity(),
+            "few": torch.nn.Sequential(torch.nn.Linear(16, 1, bias=False)),
+        }
+        ranking = rank_backbones(candidates, loader(TensorDataset(x, y)), race=False, accelerator="cpu", progress=False)
+        assert ranking.settled_at == 256
+        assert ranking.settled_at == order_settled_at(ranking.curves)

@@ -1,0 +1,464 @@
+"""Other tasks, scored while a module is trained on its own."""
+
+import copy
+import math
+import random
+import warnings
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from models import CLASSES, Classifier, ConvNet, images, loader, mlp, penultimate, trainer, vectors
+from oracles import problem
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_logme import LogMECallback, Probe, read_history
+from lightning_logme.functional import evidence, logme
+
+
+def other(n=150, classes=3, seed=7):
+    return vectors(n, seed=seed, classes=classes)
+
+
+def rows_of(callback, key):
+    return [row for row in callback.history if row["key"] == key]
+
+
+class Scores(pl.Callback):
+    """What an ordinary loop over the probe's data gives, at each validation."""
+
+    def __init__(self, data, task="multiclass"):
+        self.data, self.task, self.expected = data, task, []
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        if not trainer.sanity_checking:
+            self.expected.append(float(logme(*penultimate(pl_module, "model.2", self.data), self.task)))
+
+
+def test_scores_are_those_of_the_features_of_the_other_task(tmp_path):
+    ratings = TensorDataset(torch.randn(80, 16), torch.randn(80))
+    callback = LogMECallback(
+        probes={"news": loader(other(), 32), "mood": Probe(loader(ratings, 30), task="regression")}
+    )
+    news, mood = Scores(other()), Scores(ratings, "regression")
+    run = trainer(tmp_path, callback, news, mood, max_epochs=3)
+    run.fit(Classifier(), loader(shuffle=True), loader())
+    for key, witness, number in (("logme/news", news, 150), ("logme/mood", mood, 80)):
+        rows = rows_of(callback, key)
+        assert [row["logme"] for row in rows] == pytest.approx(witness.expected, rel=1e-5)
+        assert [row["num_samples"] for row in rows] == [number] * 3
+        assert [row["epoch"] for row in rows] == [0, 1, 2]
+        assert float(run.callback_metrics[key]) == pytest.approx(rows[-1]["logme"], rel=1e-6)
+        gain_key = key.replace("logme", "logme_gain")
+        assert float(run.callback_metrics[gain_key]) == pytest.approx(rows[-1]["gain"], rel=1e-6)
+    assert len(rows_of(callback, "logme")) == 3
+    assert callback.evidence["logme/news"].weight.shape == (3, 32)
+
+
+def test_trainer_validate_runs_them(tmp_path):
+    module, callback = Classifier(), LogMECallback(probes={"news": loader(other())})
+    (metrics,) = trainer(tmp_path, callback).validate(module, loader(), verbose=False)
+    assert metrics["logme/news"] == pytest.approx(float(logme(*penultimate(module, "model.2", other()))), rel=1e-6)
+
+
+def test_they_can_be_monitored(tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path, "best", monitor="logme/news", mode="max")
+    stopping = EarlyStopping("logme_gain/news", mode="max", patience=1, min_delta=10.0)
+    callback = LogMECallback(probes={"news": loader(other())})
+    run = trainer(tmp_path, callback, checkpoint, stopping, max_epochs=5)
+    run.fit(Classifier(), loader(shuffle=True), loader())
+    rows = rows_of(callback, "logme/news")
+    assert len(rows) == 2  # stopped
+    assert float(checkpoint.best_model_score) == pytest.approx(max(row["logme"] for row in rows), rel=1e-6)
+    saved = [row for row in read_history(checkpoint.best_model_path) if row["key"] == "logme/news"]
+    assert saved[-1]["logme"] == pytest.approx(float(checkpoint.best_model_score), rel=1e-6)
+
+
+class Noisy(Classifier):
+    """Leaves every trace that a forward pass can."""
+
+    def __init__(self, model=None):
+        super().__init__(model or ConvNet())
+        self.dropout = nn.Dropout(0.3)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        self.register_buffer("replaced", torch.zeros(2))
+        self.accuracy = MulticlassAccuracy(CLASSES)
+        self.model.avgpool.eval()  # one part in another mode than the rest
+
+    def forward(self, x):
+        self.calls += 1
+        self.replaced = self.replaced + 1
+        torch.rand(3), random.random(), np.random.rand()  # noqa: NPY002
+        logits = self.model(self.dropout(x))
+        if self._trainer is not None and self.trainer.validating:
+            self.log("norm", logits.norm())
+        self.accuracy.update(logits, torch.zeros(len(x), dtype=torch.long))
+        return logits
+
+
+def run_of(tmp_path, probes, **options):
+    pl.seed_everything(3, verbose=False)
+    module = Noisy()
+    seen = []
+
+    class Witness(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            modes = [part.training for part in pl_module.modules()]
+            seen.append((torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist(), modes))  # noqa: NPY002
+
+        def on_validation_end(self, trainer, pl_module):
+            seen.append({name: value.clone() for name, value in pl_module.state_dict().items()})
+            seen.append({name: value.clone() for name, value in pl_module.accuracy.metric_state.items()})
+            seen.append(pl_module.accuracy._update_count)
+            seen.append({key: float(value) for key, value in trainer.callback_metrics.items() if "logme" not in key})
+
+    run = trainer(tmp_path, LogMECallback(probes=probes), Witness(), max_epochs=2, **options)
+    run.fit(module, loader(images(), 16, shuffle=True), loader(images(), 16))
+    seen.append({name: value.clone() for name, value in module.state_dict().items()})
+    return seen
+
+
+in_eval_mode = pytest.mark.filterwarnings("ignore:Found 1 module.s. in eval mode")  # on purpose
+
+
+@in_eval_mode
+def test_the_run_is_what_it_is_without_them(tmp_path):
+    data = TensorDataset(torch.randn(40, 3, 12, 12), torch.arange(40) % 3)
+    without, with_probes = run_of(tmp_path, {}), run_of(tmp_path, {"news": loader(data, 16, shuffle=True)})
+    assert len(without) == len(with_probes) > 10
+    for before, after in zip(without, with_probes, strict=True):
+        torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+@in_eval_mode
+def test_modes_buffers_and_metrics_after_an_error_too(tmp_path):
+    def fails(module, batch):
+        module(batch[0])
+        raise RuntimeError("on purpose")
+
+    without = run_of(tmp_path, {}, num_sanity_val_steps=0)
+    data = TensorDataset(torch.randn(40, 3, 12, 12), torch.arange(40) % 3)
+    with pytest.warns(UserWarning, match="logme/news is NaN, after an error: RuntimeError: on purpose"):
+        after = run_of(tmp_path, {"news": Probe(loader(data, 16), forward=fails)}, num_sanity_val_steps=0)
+    torch.testing.assert_close(after[-1], without[-1], rtol=0, atol=0)
+
+
+class TestForward:
+    def test_batches_of_another_form(self, tmp_path):
+        class Rows(Dataset):
+            def __len__(self):
+                return 60
+
+            def __getitem__(self, index):
+                return {"text": other()[index][0], "score": float(index % 7), "extra": index}
+
+        probe = Probe(
+            DataLoader(Rows(), 20),
+            task="regression",
+            target="score",
+            forward=lambda module, batch: module(batch["text"]),
+        )
+        callback, module = LogMECallback(probes={"mood": probe}), Classifier()
+        trainer(tmp_path, callback).validate(module, loader(), verbose=False)
+        data = TensorDataset(other(150)[:60][0], torch.arange(60) % 7 * 1.0)
+        expected = logme(*penultimate(module, "model.2", data), "regression")
+        assert callback.history[-1]["logme"] == pytest.approx(float(expected), rel=1e-5)
+
+    def test_mappings_go_to_the_arguments_of_forward(self, tmp_path):
+        class Module(Classifier):
+            def forward(self, x, scale=1.0):
+                return self.model(x * scale)
+
+        class Rows(Dataset):
+            def __len__(self):
+                return 60
+
+            def __getitem__(self, index):
+                return {"x": other()[index][0], "labels": index % 3, "id": index}
+
+        callback = LogMECallback(probes={"news": Probe(DataLoader(Rows(), 20), num_classes=3)})
+        trainer(tmp_path, callback).validate(Module(), loader(), verbose=False)
+        assert callback.history[-1]["num_samples"] == 60
+        assert math.isfinite(callback.history[-1]["logme"])
+
+    def test_limit_batches(self, tmp_path):
+        callback = LogMECallback(probes={"news": Probe(loader(other(), 20), limit_batches=2)})
+        trainer(tmp_path, callback).validate(Classifier(), loader(), verbose=False)
+        assert callback.history[-1]["num_samples"] == 40
+
+    def test_a_stream_and_its_limit(self, tmp_path):
+        class Stream(IterableDataset):
+            def __iter__(self):
+                return iter(other())
+
+        probes = {
+            "all": Probe(DataLoader(Stream(), 40), num_classes=3),
+            "few": Probe(DataLoader(Stream(), 40), num_classes=3, limit_batches=3),
+        }
+        callback, module = LogMECallback(probes=probes), Classifier()
+        trainer(tmp_path, callback).validate(module, loader(), verbose=False)
+        assert [row["num_samples"] for row in callback.history[1:]] == [150, 120]
+        expected = logme(*penultimate(module, "model.2", other()))
+        assert callback.history[1]["logme"] == pytest.approx(float(expected), rel=1e-5)
+
+    def test_precision(self, tmp_path):
+        module, callback = Classifier(), LogMECallback(probes={"news": loader(other())})
+        trainer(tmp_path, callback, precision="64-true").validate(module, loader(), verbose=False)
+        expected = logme(*penultimate(module, "model.2", TensorDataset(other()[:][0].double(), other()[:][1])))
+        assert callback.history[-1]["logme"] == pytest.approx(float(expected), rel=1e-9)
+
+    @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+    def test_low_precision(self, tmp_path, precision):
+        module, callback = Classifier(), LogMECallback(probes={"news": loader(other())})
+        expected = logme(*penultimate(module, "model.2", other()))
+        trainer(tmp_path, callback, precision=precision).validate(module, loader(), verbose=False)
+        assert callback.history[-1]["logme"] == pytest.approx(float(expected), abs=0.02)
+        assert callback.history[-1]["logme"] != pytest.approx(float(expected), rel=1e-7)
+
+    def test_labels_keep_their_precision(self, tmp_path):
+        """bf16 would round them to three digits."""
+        data = TensorDataset(torch.randn(64, 16), torch.linspace(100, 101, 64))
+        callback = LogMECallback(probes={"mood": Probe(loader(data, 16), task="regression")}, fit_intercept=True)
+        trainer(tmp_path, callback, precision="bf16-true").validate(Classifier(), loader(), verbose=False)
+        assert len(callback.evidence["logme/mood"].null) == 1
+        variance = data.tensors[1].double().var(correction=0) * 64 / 63
+        null = -0.5 * (math.log(2 * math.pi * variance) + 1)
+        assert float(callback.evidence["logme/mood"].null) == pytest.approx(null, rel=1e-3)
+
+
+class SelfSupervised(pl.LightningModule):
+    """An encoder that is trained to tell its input from its code, without labels."""
+
+    def __init__(self, convolutional=False):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Conv1d(1, 8, 16), nn.Flatten()) if convolutional else mlp(16, 8)
+        self.decoder = nn.ConvTranspose1d(8, 1, 16)
+
+    def forward(self, x):
+        return self.encoder(x[:, None] if isinstance(self.encoder[0], nn.Conv1d) else x)
+
+    def training_step(self, batch, batch_idx):
+        x = batch[0] if isinstance(batch, (list, tuple)) else batch
+        return (self.decoder(self(x)[:, :, None])[:, 0] - x).square().mean()
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.training_step(batch, batch_idx))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+
+UNLABELLED = TensorDataset(torch.randn(40, 16))
+
+
+class TestWithoutAHead:
+    def test_asks_for_layers_or_features(self, tmp_path):
+        callback = LogMECallback(probes={"news": loader(other())}, validation=False)
+        with pytest.raises(ValueError, match=r"(?s)no torch.nn.Linear.*layers=.*features=callable"):
+            trainer(tmp_path, callback).fit(SelfSupervised(convolutional=True), loader(UNLABELLED), loader(UNLABELLED))
+
+    @pytest.mark.parametrize("way", ["layers", "features"])
+    def test_an_encoder(self, tmp_path, way):
+        options = {
+            "layers": {"layers": ["encoder"]},
+            "features": {"features": lambda module, batch: module.encoder(batch[0])},
+        }[way]
+        module = SelfSupervised()
+        callback = LogMECallback(probes={"news": loader(other())}, validation=False, **options)
+        run = trainer(tmp_path, callback, max_epochs=1)
+        if way == "layers":
+            module.encoder[0], module.encoder[2] = nn.Bilinear(16, 16, 32), nn.Bilinear(32, 32, 8)
+            module.encoder.forward = lambda x: module.encoder[2](*2 * (module.encoder[0](x, x).relu(),))
+        run.fit(module, loader(UNLABELLED), loader(UNLABELLED))
+        with torch.no_grad():
+            expected = logme(module.eval().encoder(other()[:][0]), other()[:][1])
+        assert callback.history[-1]["key"] in ("logme/news", "logme/news/encoder")
+        assert float(run.callback_metrics["logme/news"]) == pytest.approx(float(expected), rel=1e-5)
+        assert "logme" not in run.callback_metrics
+
+    def test_features_score_the_validation_set_too(self, tmp_path):
+        module = SelfSupervised()
+        callback = LogMECallback(features=lambda module, batch: module(batch[0]), num_classes=CLASSES)
+        run = trainer(tmp_path, callback, max_epochs=1)
+        run.fit(module, loader(), loader())
+        with torch.no_grad():
+            expected = logme(module.eval()(vectors()[:][0]), vectors()[:][1])
+        assert callback.history[-1]["logme"] == pytest.approx(float(expected), rel=1e-5)
+
+    def test_features_that_are_none(self, tmp_path):
+        callback = LogMECallback(features=lambda module, batch: None, num_classes=CLASSES)
+        with pytest.raises(ValueError, match="features=callable.* returned no tensor"):
+            trainer(tmp_path, callback).validate(SelfSupervised(), loader(), verbose=False)
+
+    @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+    def test_no_validation_at_all(self, tmp_path):
+        """Probes are run when an epoch ends, in time for whoever monitors them."""
+        checkpoint = ModelCheckpoint(tmp_path, "best", monitor="logme/news", mode="max", save_top_k=-1)
+        callback = LogMECallback(
+            probes={"news": loader(other())}, validation=False, features=lambda module, batch: module(batch[0])
+        )
+        module = SelfSupervised()
+        trainer(tmp_path, callback, checkpoint, max_epochs=2).fit(module, loader(UNLABELLED))
+        assert [row["epoch"] for row in callback.history] == [0, 1]
+        assert float(checkpoint.current_score) == pytest.approx(callback.history[-1]["logme"], rel=1e-6)
+        assert all(part.training for part in module.modules())
+
+
+class TestWhen:
+    def test_every_second_validation(self, tmp_path):
+        callback = LogMECallback(probes={"news": loader(other())}, probe_every=2)
+        trainer(tmp_path, callback, max_epochs=5).fit(Classifier(), loader(), loader())
+        assert [row["epoch"] for row in rows_of(callback, "logme/news")] == [0, 2, 4]
+        assert len(rows_of(callback, "logme")) == 5
+
+    @pytest.mark.parametrize(
+        ("checkpoint", "epochs"),
+        [
+            ({"every_n_epochs": 2}, [1, 3]),
+            ({"every_n_epochs": 2, "save_on_train_epoch_end": True}, [1, 3]),
+            ({"monitor": "falling", "mode": "max"}, [0]),
+            ({"monitor": "falling", "mode": "min"}, [0, 1, 2, 3]),
+            ({"monitor": "falling", "mode": "max", "save_top_k": 2}, [0, 1]),
+            ({"monitor": "logme/news", "mode": "max"}, [0, 1, 2, 3]),
+            ({"every_n_train_steps": 10}, [1, 3]),
+            ({"monitor": "falling", "every_n_train_steps": 10}, [1, 3]),
+            ({"save_top_k": 0}, []),
+        ],
+    )
+    def test_with_a_checkpoint(self, tmp_path, checkpoint, epochs):
+        class Falling(Classifier):
+            def validation_step(self, batch, batch_idx):
+                super().validation_step(batch, batch_idx)
+                self.log("falling", -float(self.current_epoch))
+
+        callback = LogMECallback(probes={"news": loader(other())}, probe_every="checkpoint")
+        saving = ModelCheckpoint(tmp_path, "{epoch}-{step}", **checkpoint)
+        run = trainer(tmp_path, callback, saving, max_epochs=4, num_sanity_val_steps=0)
+        run.fit(Falling(), loader(), loader())
+        assert [row["epoch"] for row in rows_of(callback, "logme/news")] == epochs
+        files = {int(path.name.split("epoch=")[1].split("-")[0]) for path in tmp_path.glob("*.ckpt")}
+        if "news" not in checkpoint.get("monitor", ""):
+            assert files <= set(epochs)
+
+    def test_validate_runs_them_without_a_checkpoint(self, tmp_path):
+        callback = LogMECallback(probes={"news": loader(other())}, probe_every="checkpoint")
+        trainer(tmp_path, callback).validate(Classifier(), loader(), verbose=False)
+        assert len(rows_of(callback, "logme/news")) == 1
+
+
+class TestFailures:
+    def test_training_goes_on(self, tmp_path):
+        calls = []
+
+        def forward(module, batch):
+            calls.append(1)
+            if len(calls) == 3:  # one batch in the sanity check, one that is well
+                raise RuntimeError("on purpose")
+            return module(batch[0])
+
+        callback = LogMECallback(probes={"news": Probe(loader(other(40), 40), forward=forward)})
+        with pytest.warns(UserWarning, match="logme/news is NaN, after an error: RuntimeError: on purpose"):
+            run = trainer(tmp_path, callback, max_epochs=3)
+            run.fit(Classifier(), loader(), loader())
+        scores = [row["logme"] for row in rows_of(callback, "logme/news")]
+        assert [math.isnan(score) for score in scores] == [False, True, False]
+        assert not any(math.isnan(row["logme"]) for row in rows_of(callback, "logme"))
+
+    def test_what_always_fails_is_announced_before_training(self, tmp_path):
+        probes = {"news": Probe(loader(TensorDataset(torch.randn(20, 5), torch.arange(20) % 3)))}
+        callback, module = LogMECallback(probes=probes), Classifier()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run = trainer(tmp_path, callback)
+            run.fit(module, loader(), loader())
+        messages = [str(warning.message) for warning in caught]
+        assert any(m.startswith("logme/news will be NaN unless this changes: RuntimeError: mat1 and") for m in messages)
+        assert math.isnan(run.callback_metrics["logme/news"])
+        assert math.isnan(run.callback_metrics["logme_gain/news"])
+        assert run.current_epoch == 2
+
+    def test_nan_features(self, tmp_path):
+        callback = LogMECallback(probes={"news": Probe(loader(other()), forward=lambda m, b: m(b[0] * math.nan))})
+        with pytest.warns(UserWarning, match="features contain NaN"):
+            trainer(tmp_path, callback).validate(Classifier(), loader(), verbose=False)
+        assert math.isnan(callback.history[-1]["logme"])
+
+    def test_hooks_are_gone_and_the_module_pickles(self, tmp_path):
+        module, callback = Classifier(), LogMECallback(probes={"news": loader(other())}, layers=["model.0"])
+        trainer(tmp_path, callback, max_epochs=1).fit(module, loader(), loader())
+        assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+        assert "log" not in vars(module)
+        copy.deepcopy(module)
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("probe", "message"),
+        [
+            (lambda: loader(UNLABELLED), r"probes\['news'\]: no labels found in a batch"),
+            (
+                lambda: loader(TensorDataset(torch.randn(9, 16), torch.randn(9))),
+                r"probes\['news'\].*integer class labels",
+            ),
+            (lambda: Probe(loader(other()), num_classes=2), r"probes\['news'\].*labels from 0 to 2"),
+            (lambda: Probe(loader(other()), target="score"), r"probes\['news'\].*target='score' does not lead"),
+            (lambda: 3, r"probes\['news'\].*must be a DataLoader"),
+            (lambda: iter(loader(other())), r"probes\['news'\].*read only once"),
+            (lambda: Probe([list(other()[:20])]), r"probes\['news'\].*num_classes is needed"),
+        ],
+    )
+    def test_labels_are_checked_before_training(self, tmp_path, probe, message):
+        callback = LogMECallback(probes={"news": probe()})
+        with pytest.raises(ValueError, match=message):
+            trainer(tmp_path, callback).fit(Classifier(), loader(), loader())
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"probes": [loader()]}, "probes must be a mapping"),
+            ({"probes": {"": loader()}}, "probes has the name ''"),
+            ({"probes": {"layer_mean": loader()}}, "probes has the name 'layer_mean'"),
+            ({"probes": {"dataloader_idx_0": loader()}}, "probes has the name 'dataloader_idx_0'"),
+            ({"probes": {"a": loader()}, "probe_every": 0}, "probe_every must be a positive integer or 'checkpoint'"),
+            ({"probes": {"a": loader()}, "probe_every": "epoch"}, "probe_every must be"),
+            ({"validation": False}, "nothing to score without probes"),
+            ({"layer_mean": True}, "layer_mean is the mean of layers"),
+            ({"features": 3}, "features must be callable"),
+            ({"features": len, "head": "fc"}, "takes the place of head"),
+        ],
+    )
+    def test_options(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            LogMECallback(**options)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"task": "classes"}, "task must be one of"),
+            ({"limit_batches": 0}, "limit_batches must be a positive integer"),
+            ({"forward": "forward"}, "forward must be callable"),
+        ],
+    )
+    def test_probe(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            Probe(loader(), **options)
+
+    def test_a_probe_named_as_a_layer(self, tmp_path):
+        callback = LogMECallback(layers=["model"], probes={"model": loader(other())})
+        with pytest.raises(ValueError, match="probes has the name 'model', under which a layer is logged"):
+            trainer(tmp_path, callback).fit(Classifier(), loader(), loader())
+
+
+def test_ignored_labels(tmp_path):
+    features, labels = map(torch.as_tensor, problem(90, 16, 3, 5))
+    labels[::4] = -100
+    data = TensorDataset(features.float(), labels)
+    module, callback = Classifier(), LogMECallback(probes={"news": loader(data)})
+    trainer(tmp_path, callback).validate(module, loader(), verbose=False)
+    expected = evidence(*penultimate(module, "model.2", data), ignore_index=-100)
+    assert callback.history[-1]["num_samples"] == expected.num_samples == 67
+    assert callback.history[-1]["logme"] == pytest.approx(float(expected.score), rel=1e-5)

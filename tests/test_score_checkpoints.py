@@ -1,0 +1,189 @@
+"""Checkpoints of one network, ranked on a target task."""
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
+from models import CLASSES, Classifier, loader, mlp, penultimate, trainer, vectors
+from torch import nn
+
+from lightning_logme import LogMECallback, score_checkpoints
+from lightning_logme.cli import main
+from lightning_logme.functional import logme
+
+QUIET = {"accelerator": "cpu", "progress": False}
+
+
+def target():
+    return vectors(300, seed=4)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A real training with a checkpoint an epoch; its folder."""
+    saving = ModelCheckpoint(tmp_path / "saved", "{epoch}", save_top_k=-1)
+    fitting = trainer(tmp_path, saving, LogMECallback(probes={"target": loader(target())}), max_epochs=3)
+    fitting.fit(Classifier(), loader(shuffle=True), loader())
+    return tmp_path / "saved"
+
+
+def expected(path):
+    module = Classifier()
+    module.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+    return float(logme(*penultimate(module, "model.2", target())))
+
+
+def test_scores_of_every_checkpoint_by_its_path(run):
+    paths = [run / "epoch=2.ckpt", str(run / "epoch=0.ckpt")]
+    ranking = score_checkpoints(Classifier(), paths, loader(target()), race=False, **QUIET)
+    assert ranking.scores == pytest.approx({str(path): expected(path) for path in paths}, rel=1e-6)
+    assert all(row.num_samples == 300 and row.stderr > 0 for row in ranking.rows)
+
+
+def test_a_folder_and_the_same_as_the_probe(run):
+    ranking = score_checkpoints(Classifier(), run, loader(target()), race=False, **QUIET)
+    assert set(ranking.scores) == {str(run / f"epoch={epoch}.ckpt") for epoch in range(3)}
+    history = torch.load(run / "epoch=2.ckpt", weights_only=True)["callbacks"]["LogMECallback{'name': 'logme'}"][
+        "history"
+    ]
+    probed = {row["epoch"]: row["logme"] for row in history if row["key"] == "logme/target"}
+    for epoch, score in probed.items():
+        assert ranking.scores[str(run / f"epoch={epoch}.ckpt")] == pytest.approx(score, rel=1e-6)
+
+
+def test_the_module_is_left_as_it_was(run):
+    module = Classifier()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    score_checkpoints(module, run, loader(target()), **QUIET)
+    torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
+    assert module.training
+
+
+def test_broken_files_are_rows(run, tmp_path):
+    (run / "broken.ckpt").write_bytes(b"no checkpoint")
+    torch.save({"state_dict": {"other": torch.ones(3)}}, run / "other.ckpt")
+    torch.save([1, 2], run / "list.ckpt")
+    torch.save({"state_dict": Classifier(mlp(16, 7)).state_dict()}, run / "wider.ckpt")
+    torch.save({"state_dict": Classifier().state_dict(), "when": Path("x")}, run / "unsafe.ckpt")
+    paths = [*sorted(run.glob("*.ckpt")), run / "missing.ckpt"]
+    ranking = score_checkpoints(Classifier(), paths, loader(target()), **QUIET)
+    failed = {Path(row.name).name: row.message for row in ranking.rows if row.ended == "failed"}
+    assert set(failed) == {f"{name}.ckpt" for name in ("broken", "other", "list", "wider", "unsafe", "missing")}
+    assert "Missing key" in failed["other.ckpt"]
+    assert "neither a checkpoint of Lightning nor a state dict" in failed["list.ckpt"]
+    assert "size mismatch" in failed["wider.ckpt"]
+    assert "Weights only load failed" in failed["unsafe.ckpt"]
+    assert "FileNotFoundError" in failed["missing.ckpt"]
+    assert len(ranking.scores) == 3
+
+
+def test_all_broken(tmp_path):
+    (tmp_path / "a.ckpt").write_bytes(b"")
+    with pytest.raises(RuntimeError, match="every candidate failed.*a.ckpt"):
+        score_checkpoints(Classifier(), tmp_path, loader(target()), **QUIET)
+
+
+def test_a_plain_module_and_state_dict(tmp_path):
+    module = mlp()
+    torch.save(module.state_dict(), tmp_path / "weights.pt")
+    ranking = score_checkpoints(mlp(), tmp_path / "weights.pt", loader(target()), **QUIET)
+    expected = logme(*penultimate(module, "2", target()))
+    assert ranking.scores[str(tmp_path / "weights.pt")] == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_on_load_checkpoint_is_called(run):
+    class Growing(Classifier):
+        def __init__(self):
+            super().__init__(nn.Sequential(nn.LazyLinear(32), nn.ReLU(), nn.Linear(32, CLASSES)))
+
+        def on_load_checkpoint(self, checkpoint):
+            self.model(torch.zeros(1, 16))
+
+    path = run / "epoch=1.ckpt"
+    ranking = score_checkpoints(Growing(), path, loader(target()), **QUIET)
+    assert ranking.scores == pytest.approx({str(path): expected(path)}, rel=1e-6)
+
+
+class TestWhichFeature:
+    def test_a_named_head(self, run):
+        path = str(run / "epoch=1.ckpt")
+        module = Classifier()
+        module.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+        for head in ("model.0", {path: "model.0"}):
+            ranking = score_checkpoints(Classifier(), path, loader(target()), head=head, **QUIET)
+            expected = logme(*target().tensors)
+            assert ranking.scores[path] == pytest.approx(float(expected), rel=1e-6)
+
+    @pytest.mark.parametrize("through_the_head", [False, True])
+    def test_forward(self, run, through_the_head):
+        def forward(module, batch):
+            return module.model(batch[0]) if through_the_head else module.model[0](batch[0])
+
+        path = str(run / "epoch=1.ckpt")
+        ranking = score_checkpoints(Classifier(), path, loader(target()), forward=forward, **QUIET)
+        module = Classifier()
+        module.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+        if through_the_head:
+            features = penultimate(module, "model.2", target())[0]
+        else:
+            features = module.model[0](target().tensors[0]).detach()
+        assert ranking.scores[path] == pytest.approx(float(logme(features, target().tensors[1])), rel=1e-6)
+
+    def test_no_head(self, tmp_path):
+        class Headless(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.conv = nn.Conv1d(1, 6, 8)
+
+            def forward(self, x):
+                return self.conv(x[:, None]).mean(2)
+
+        module = Headless()
+        torch.save(module.state_dict(), tmp_path / "a.ckpt")
+        with pytest.raises(RuntimeError, match="has no torch.nn.Linear"):
+            score_checkpoints(module, tmp_path, loader(target()), **QUIET)
+        ranking = score_checkpoints(
+            module, tmp_path, loader(target()), forward=lambda module, batch: module(batch[0]), **QUIET
+        )
+        assert ranking.rows[0].num_features == 6
+
+
+@pytest.mark.parametrize(
+    ("module", "paths", "message"),
+    [
+        (Classifier, "x.ckpt", "module must be the torch.nn.Module"),
+        (Classifier(), [], "paths is empty"),
+        (Classifier(), ".", "holds no .ckpt file"),
+        (Classifier(), ["x.ckpt", "x.ckpt"], "two entries named 'x.ckpt'"),
+    ],
+)
+def test_bad_input(module, paths, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        score_checkpoints(module, paths, loader(target()), **QUIET)
+
+
+class Data(pl.LightningDataModule):
+    def train_dataloader(self):
+        return loader(target())
+
+
+def test_from_the_shell(run, tmp_path, capsys):
+    config = {
+        "module": {"class_path": "models.Classifier", "init_args": {"lr": 0.2}},
+        "paths": str(run),
+        "data": {"class_path": "test_score_checkpoints.Data"},
+        "accelerator": "cpu",
+        "progress": False,
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    assert main(["score_checkpoints", str(path), "--race", "false", "--output", str(tmp_path / "out")]) == 0
+    scores = score_checkpoints(Classifier(), run, loader(target()), race=False, **QUIET).scores
+    lines = (tmp_path / "out" / "ranking.csv").read_text().splitlines()
+    assert {line.split(",")[0]: float(line.split(",")[1]) for line in lines[1:]} == scores
+    assert main(["score_checkpoints", str(path), "--paths", str(tmp_path)]) == 1
+    assert "lightning_logme score_checkpoints: ValueError: paths: the folder" in capsys.readouterr().err
