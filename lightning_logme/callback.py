@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from torch.utils.data import DataLoader
 
-from lightning_logme.batch import TargetSpec, conform_target, describe_target, find_mask, find_target
-from lightning_logme.collector import Collector
+from lightning_logme.batch import TargetSpec
 from lightning_logme.curve import CurvePoint
-from lightning_logme.distributed import number_of_loaders, rows_without_padding, validation_loader
+from lightning_logme.distributed import number_of_loaders
 from lightning_logme.evidence import Evidence
 from lightning_logme.history import Row
 from lightning_logme.journal import Journal
@@ -23,6 +21,7 @@ from lightning_logme.probe import Probe
 from lightning_logme.probes import Every, Probes
 from lightning_logme.sources import Features, Sources, attach
 from lightning_logme.taps import Pooling, check_pooling
+from lightning_logme.validation import Validation
 
 if TYPE_CHECKING:
     _AnyCallback = Callback
@@ -124,7 +123,7 @@ class LogMECallback(_AnyCallback):
         class_names: Sequence[str] | None = None,
         plots: bool = True,
         curve: bool = False,
-        probes: Mapping[str, Probe | Iterable[Any]] | None = None,
+        probes: Mapping[str, Probe | DataLoader | Iterable[Any]] | None = None,
         probe_every: Every = 1,
         validation: bool = True,
     ) -> None:
@@ -168,18 +167,20 @@ class LogMECallback(_AnyCallback):
         self.validation = validation
 
         self._journal = Journal(name, plots)
+        self._validation = Validation(
+            name,
+            task,
+            target,
+            pooling,
+            class_names,
+            curve=curve,
+            ignore_index=self.ignore_index,
+            fit_intercept=fit_intercept,
+        )
         # Of a run
         self._sources = Sources()
         self._announced = False
-        self._explained = False
-        self._origin: tuple[str, str | None] = "", None
-        self._proven = False  # whether a batch has gone through: errors raise before, and warn after
         self._checkpoint_position: tuple[int, int] | None = None
-        # Of a validation
-        self._collector: Collector | None = None
-        # Of a batch
-        self._batch: Any = None
-        self._labels: tuple[Tensor, Tensor | None] | None = None
 
     @property
     def history(self) -> list[Row]:
@@ -200,7 +201,7 @@ class LogMECallback(_AnyCallback):
     # Hooks of Lightning, in the order in which they come
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._proven = False
+        self._validation.prepare()
         self._checkpoint_position = None
         if stage in ("fit", "validate"):
             self.probes.prepare()
@@ -228,15 +229,12 @@ class LogMECallback(_AnyCallback):
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.validation:
-            outputs, intercept = self._sources.num_outputs, self.fit_intercept
-            self._collector = Collector(
-                self.task, outputs, self.curve, ignore_index=self.ignore_index, fit_intercept=intercept
-            )
+            self._validation.open(self._sources)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._attempt(batch_idx, self._start_batch, batch)
+        self._validation.start_batch(batch, batch_idx)
 
     def on_validation_batch_end(
         self,
@@ -247,10 +245,10 @@ class LogMECallback(_AnyCallback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._attempt(batch_idx, self._end_batch, trainer, pl_module, batch, dataloader_idx)
+        self._validation.end_batch(trainer, pl_module, batch, batch_idx, dataloader_idx)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        collector, self._collector = self._collector, None
+        collector = self._validation.close()
         if trainer.sanity_checking:
             self.probes.rehearse(trainer, pl_module, self._sources, self.pooling, self.name)
             return
@@ -301,7 +299,8 @@ class LogMECallback(_AnyCallback):
 
     def _detach(self) -> None:
         self._sources.remove()
-        self._sources, self._collector, self._batch, self._labels = Sources(), None, None, None
+        self._validation.close()
+        self._sources = Sources()
 
     def _run_probes(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.probes.run(
@@ -314,69 +313,3 @@ class LogMECallback(_AnyCallback):
             curve=self.curve,
             fit_intercept=self.fit_intercept,
         )
-
-    def _attempt(self, batch_idx: int, step: Callable[..., None], *args: Any) -> None:
-        """Errors of a run's first batch are the user's to know at once; a later one must not end the run."""
-        collector = self._collector
-        if collector is None or collector.broken is not None:
-            return
-        try:
-            step(collector, *args)
-        except Exception as error:
-            self._sources.stop()
-            if not self._proven:
-                raise
-            collector.broken = f"{type(error).__name__}: {error}"
-            warnings.warn(
-                f"{self.name} is NaN for this validation, after an error in batch {batch_idx}: {collector.broken}",
-                stacklevel=2,
-            )
-
-    def _start_batch(self, collector: Collector, batch: Any) -> None:
-        # Labels are read before validation_step, which may take them out of the batch.
-        self._batch, self._labels = batch, None if batch is None else self._read(batch)
-        self._sources.start()
-
-    def _end_batch(
-        self, collector: Collector, trainer: Trainer, pl_module: LightningModule, batch: Any, dataloader_idx: int
-    ) -> None:
-        # A validation_step that fetches its own batches (dataloader_iter) has had another one by now.
-        target, mask = self._labels if self._labels and batch is self._batch else self._read(batch)
-        first = collector.rows.get(dataloader_idx, 0)
-        collector.rows[dataloader_idx] = first + len(target)
-        real = rows_without_padding(validation_loader(trainer, dataloader_idx), first, len(target))
-        with trainer.precision_plugin.forward_context():
-            seen = self._sources.seen(pl_module, batch)
-        rank, world = trainer.global_rank, trainer.world_size  # as DistributedSampler deals samples out
-        places = range(first * world + rank, (first + real) * world + rank, world)
-        for source, features in self._sources.pooled(seen, target, mask, self.pooling, self.task).items():
-            collector.add((source, dataloader_idx), features[:real], target[:real], places)
-        self._check_class_names(self._sources.num_outputs or (target.shape[1] if target.ndim > 1 else 1))
-        if not self._explained:
-            pooled = {self._sources.describe(source): tensor for source, tensor in seen.items() if tensor.ndim > 2}
-            self._explain([f"{what}: {tuple(tensor.shape)}" for what, tensor in pooled.items()], mask)
-        self._batch, self._labels, self._proven = None, None, True
-
-    def _explain(self, pooled: list[str], mask: Tensor | None) -> None:
-        """Say once what was taken without being told, for a wrong guess would give a plausible number."""
-        self._explained = True
-        labels, rivals = self._origin
-        how = "the callable" if callable(self.pooling) else repr(self.pooling)
-        shapes = f"; pooled by {how}{' under attention_mask' if mask is not None else ''}: {', '.join(pooled)}"
-        rank_zero_info(f"LogMECallback: the labels are {labels}{shapes if pooled else ''}.")
-        if rivals:
-            rank_zero_warn(
-                f"LogMECallback took {labels} for the labels, and {rivals} could be as well; say which with target=."
-            )
-
-    def _check_class_names(self, num_outputs: int) -> None:
-        if self.class_names is not None and len(self.class_names) != num_outputs:
-            raise ValueError(
-                f"class_names must hold one name for each of {num_outputs} outputs, got {len(self.class_names)}."
-            )
-
-    def _read(self, batch: Any) -> tuple[Tensor, Tensor | None]:
-        labels = conform_target(find_target(batch, self.target), self.task)
-        if not self._explained:  # while the labels are still in the batch
-            self._origin = describe_target(batch, self.target)
-        return labels, find_mask(batch)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from lightning_logme.batch import TargetSpec, find_mask
@@ -53,7 +54,7 @@ class Probe:
         >>> callback = LogMECallback(probes={"ratings": Probe(DataLoader(data), task="regression")})
     """
 
-    dataloader: Any
+    dataloader: DataLoader | Iterable[Any]
     _: KW_ONLY
     task: Task = "multiclass"
     num_classes: int | None = None

@@ -5,7 +5,10 @@ import sys
 import lightning.pytorch as pl
 import pytest
 from lightning.pytorch.cli import LightningCLI
-from models import Classifier, loader
+from models import Classifier, loader, vectors
+from torch.utils.data import DataLoader
+
+from lightning_logme import LogMECallback
 
 # Lightning uses what jsonargparse will drop
 pytestmark = pytest.mark.filterwarnings("ignore:(?s).*(was deprecated in v|JSONARGPARSE_DEPRECATION_WARNINGS)")
@@ -52,3 +55,40 @@ def test_numbers_on_the_command_line_are_indices(tmp_path):
     args += ["--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false"]
     cli = LightningCLI(Model, Data, args=args, save_config_callback=None, seed_everything_default=1)
     assert "logme" in cli.trainer.callback_metrics
+
+
+class Loader(DataLoader):
+    def __init__(self, n: int = 60) -> None:
+        super().__init__(vectors(n), batch_size=20)
+
+
+def test_probes_in_a_configuration(tmp_path):
+    probe = {"dataloader": {"class_path": "test_cli.Loader", "init_args": {"n": 50}}, "limit_batches": 2}
+    options = {
+        "layers": ["model.*"],
+        "layer_mean": False,
+        "curve": True,
+        "probe_every": 2,
+        "probes": {
+            "few": {"class_path": "lightning_logme.Probe", "init_args": probe},
+            "all": {"class_path": "test_cli.Loader"},
+        },
+    }
+    callback = {"class_path": "lightning_logme.LogMECallback", "init_args": options}
+    trainer = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    trainer |= {"enable_progress_bar": False, "callbacks": [callback], "default_root_dir": str(tmp_path)}
+    cli = LightningCLI(
+        Model,
+        Data,
+        args={"fit": {"trainer": trainer}, "subcommand": "fit"},
+        save_config_callback=None,
+        seed_everything_default=1,
+    )
+    (logme,) = (one for one in cli.trainer.callbacks if isinstance(one, LogMECallback))
+    assert {key: evidence.num_samples for key, evidence in logme.evidence.items() if key.count("/") == 1} == {
+        "logme/model.0": 96,
+        "logme/model.1": 96,
+        "logme/model.2": 96,
+        "logme/few": 40,
+        "logme/all": 60,
+    }

@@ -44,7 +44,7 @@ def test_precisions(tmp_path, precision, tolerance):
 
     class Witness(pl.Callback):
         def on_validation_batch_end(self, trainer, pl_module, *args):
-            seen.append(callback._collector._metrics["", 0, 0].gram.dtype)
+            seen.append(callback._validation._collector._metrics["", 0, 0].gram.dtype)
 
     trainer(tmp_path, callback, Witness(), precision=precision, max_epochs=1).fit(module, loader(data), loader(data))
     assert set(seen) == {torch.float64}

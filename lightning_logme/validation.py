@@ -1,0 +1,147 @@
+"""The batches of ``validation_step``, as they go by."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from lightning_logme.batch import TargetSpec, conform_target, describe_target, find_mask, find_target
+from lightning_logme.collector import Collector
+from lightning_logme.distributed import rows_without_padding, validation_loader
+from lightning_logme.moments import Task
+from lightning_logme.sources import Sources
+from lightning_logme.taps import Pooling
+
+
+class Validation:
+    """Pairs the features of each batch with its labels, and adds them up.
+
+    Args:
+        name: of the score, for messages.
+        task: of the labels.
+        target: where they are in a batch.
+        pooling: to one vector a sample.
+        class_names: are checked against the labels.
+        options: of :class:`~lightning_logme.collector.Collector`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        task: Task,
+        target: TargetSpec,
+        pooling: Pooling,
+        class_names: Sequence[str] | None,
+        **options: Any,
+    ) -> None:
+        self._name = name
+        self._task: Task = task
+        self._target = target
+        self._pooling: Pooling = pooling
+        self._class_names = class_names
+        self._options = options
+        self._explained = False
+        self._origin: tuple[str, str | None] = "", None
+        # Of a run
+        self._proven = False  # whether a batch has gone through: errors raise before, and warn after
+        # Of a validation
+        self._sources = Sources()
+        self._collector: Collector | None = None
+        # Of a batch
+        self._batch: Any = None
+        self._labels: tuple[Tensor, Tensor | None] | None = None
+
+    def prepare(self) -> None:
+        """For a new run."""
+        self._proven = False
+
+    def open(self, sources: Sources) -> None:
+        """For a new validation."""
+        self._sources = sources
+        self._collector = Collector(self._task, sources.num_outputs, **self._options)
+
+    def close(self) -> Collector | None:
+        """What has been added up; None if it was never opened."""
+        collector = self._collector
+        self._sources, self._collector, self._batch, self._labels = Sources(), None, None, None
+        return collector
+
+    def start_batch(self, batch: Any, batch_idx: int) -> None:
+        self._attempt(batch_idx, self._start, batch)
+
+    def end_batch(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int
+    ) -> None:
+        self._attempt(batch_idx, self._end, trainer, pl_module, batch, dataloader_idx)
+
+    def _attempt(self, batch_idx: int, step: Callable[..., None], *args: Any) -> None:
+        """Errors of a run's first batch are the user's to know at once; a later one must not end the run."""
+        collector = self._collector
+        if collector is None or collector.broken is not None:
+            return
+        try:
+            step(collector, *args)
+        except Exception as error:
+            self._sources.stop()
+            if not self._proven:
+                raise
+            collector.broken = f"{type(error).__name__}: {error}"
+            warnings.warn(
+                f"{self._name} is NaN for this validation, after an error in batch {batch_idx}: {collector.broken}",
+                stacklevel=2,
+            )
+
+    def _start(self, collector: Collector, batch: Any) -> None:
+        # Labels are read before validation_step, which may take them out of the batch.
+        self._batch, self._labels = batch, None if batch is None else self._read(batch)
+        self._sources.start()
+
+    def _end(
+        self, collector: Collector, trainer: Trainer, pl_module: LightningModule, batch: Any, dataloader_idx: int
+    ) -> None:
+        # A validation_step that fetches its own batches (dataloader_iter) has had another one by now.
+        target, mask = self._labels if self._labels and batch is self._batch else self._read(batch)
+        first = collector.rows.get(dataloader_idx, 0)
+        collector.rows[dataloader_idx] = first + len(target)
+        real = rows_without_padding(validation_loader(trainer, dataloader_idx), first, len(target))
+        with trainer.precision_plugin.forward_context():
+            seen = self._sources.seen(pl_module, batch)
+        rank, world = trainer.global_rank, trainer.world_size  # as DistributedSampler deals samples out
+        places = range(first * world + rank, (first + real) * world + rank, world)
+        rows = self._sources.pooled(seen, target, mask, self._pooling, self._task)
+        for source, features in rows.items():
+            collector.add((source, dataloader_idx), features[:real], target[:real], places)
+        self._check_class_names(self._sources.num_outputs or (target.shape[1] if target.ndim > 1 else 1))
+        if not self._explained:
+            pooled = [source for source, tensor in seen.items() if tensor.ndim > 2 == rows[source].ndim]
+            self._explain([f"{self._sources.describe(source)}: {tuple(seen[source].shape)}" for source in pooled], mask)
+        self._batch, self._labels, self._proven = None, None, True
+
+    def _explain(self, pooled: list[str], mask: Tensor | None) -> None:
+        """Say once what was taken without being told, for a wrong guess would give a plausible number."""
+        self._explained = True
+        labels, rivals = self._origin
+        how = "the callable" if callable(self._pooling) else repr(self._pooling)
+        shapes = f"; pooled by {how}{' under attention_mask' if mask is not None else ''}: {', '.join(pooled)}"
+        rank_zero_info(f"LogMECallback: the labels are {labels}{shapes if pooled else ''}.")
+        if rivals:
+            rank_zero_warn(
+                f"LogMECallback took {labels} for the labels, and {rivals} could be as well; say which with target=."
+            )
+
+    def _check_class_names(self, num_outputs: int) -> None:
+        if self._class_names is not None and len(self._class_names) != num_outputs:
+            raise ValueError(
+                f"class_names must hold one name for each of {num_outputs} outputs, got {len(self._class_names)}."
+            )
+
+    def _read(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+        labels = conform_target(find_target(batch, self._target), self._task)
+        if not self._explained:  # while the labels are still in the batch
+            self._origin = describe_target(batch, self._target)
+        return labels, find_mask(batch)
