@@ -83,7 +83,8 @@ class LogMECallback(_AnyCallback):
             trace. The feature is that of ``head``; without one, of ``features`` or the last of ``layers``.
         probe_every: run the probes at the first of every so many validations, or "checkpoint" for those only whose
             weights a ModelCheckpoint will save. Between them monitors see the values of the last time.
-        validation: whether the validation set itself is scored; False leaves the probes alone.
+        validation: whether the validation set itself is scored. Where there are probes, one that cannot be (it has no
+            labels, for instance) is left out with a warning, which False spares.
 
     Raises:
         ValueError: an argument does not fit; when the run starts, a module is not found or the head cannot be told; on
@@ -173,6 +174,7 @@ class LogMECallback(_AnyCallback):
             target,
             pooling,
             class_names,
+            optional=bool(self.probes),
             curve=curve,
             ignore_index=self.ignore_index,
             fit_intercept=fit_intercept,
@@ -290,7 +292,7 @@ class LogMECallback(_AnyCallback):
             self.num_classes,
             features=self.features,
             layer_mean=self.layer_mean,
-            validation=self.validation,
+            optional=bool(self.probes),
         )
         self.probes.check_names(self._sources)
         if self._sources.announcement and not self._announced:
@@ -299,7 +301,7 @@ class LogMECallback(_AnyCallback):
 
     def _detach(self) -> None:
         self._sources.remove()
-        self._validation.close()
+        self._validation.drop()
         self._sources = Sources()
 
     def _run_probes(self, trainer: Trainer, pl_module: LightningModule) -> None:

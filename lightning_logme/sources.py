@@ -34,6 +34,7 @@ class Sources:
         num_features: D of the head's input, where the head tells.
         num_outputs: K, where it is known before the first batch.
         announcement: which module was taken for the head, if any.
+        obstacle: why the network's own validation set cannot be scored, if so.
     """
 
     taps: dict[str, Tap] = field(default_factory=dict)
@@ -42,6 +43,7 @@ class Sources:
     num_features: int | None = None
     num_outputs: int | None = None
     announcement: str | None = None
+    obstacle: str | None = None
 
     @property
     def names(self) -> list[str]:
@@ -123,7 +125,7 @@ def attach(
     *,
     features: Features | None = None,
     layer_mean: bool = False,
-    validation: bool = True,
+    optional: bool = False,
 ) -> Sources:
     """Find the modules and listen to them.
 
@@ -136,7 +138,7 @@ def attach(
         num_classes: K of "multiclass" and "multilabel"; None reads it off the head.
         features: in place of a head.
         layer_mean: whether the mean of the layers is wanted.
-        validation: whether K is needed.
+        optional: whether K may stay unknown, as there are probes.
 
     Raises:
         ValueError: a module is not found, the head cannot be told, or the number of classes is not known.
@@ -150,7 +152,8 @@ def attach(
     module = None if head is None else get_module(root, head, "head")
     outputs = getattr(module, "out_features", getattr(module, "out_channels", None))
     num_outputs = 2 if task == "binary" else num_classes
-    if task == "multiclass" and num_outputs is None and validation:
+    obstacle = None
+    if task == "multiclass" and num_outputs is None:
         if outputs is None or outputs < 2:
             says = (
                 "there is none"
@@ -159,12 +162,14 @@ def attach(
                 if outputs
                 else f"'{head}' does not tell"
             )
-            raise ValueError(
+            obstacle = (
                 f"num_classes: the number of classes is read off the head, but {says}; give "
-                "LogMECallback(num_classes=…), or task='binary' or task='regression' if that is what the network does, "
-                "or validation=False to score probes alone."
+                "LogMECallback(num_classes=…), "
+                "or task='binary' or task='regression' if that is what the network does."
             )
-        num_outputs = outputs
+            if not optional:
+                raise ValueError(obstacle)
+        num_outputs = outputs if obstacle is None else None
     num_features = getattr(module, "in_features", getattr(module, "in_channels", None))
 
     names = _matching(root, layers)
@@ -177,7 +182,7 @@ def attach(
     if module is not None:
         sizes = f"D = {num_features or '?'}, K = {num_outputs or outputs or '?'}"
         announcement = f"the feature is the input of '{head}' ({type(module).__name__}), {sizes}"
-    return Sources(taps, features, layer_mean, num_features, num_outputs, announcement)
+    return Sources(taps, features, layer_mean, num_features, num_outputs, announcement, obstacle)
 
 
 def _matching(root: nn.Module, patterns: Sequence[str]) -> list[str]:

@@ -34,7 +34,14 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
     parts = list(module.modules())
     modes = [part.training for part in parts]
     buffers = [(part, dict(part._buffers), _copies(part._buffers)) for part in parts if part._buffers]
-    metrics = [(part, part._update_count, _copies(part.metric_state)) for part in parts if isinstance(part, Metric)]
+    metrics = [
+        (part, {"_update_count": part._update_count, "_computed": part._computed, **part.metric_state})
+        for part in parts
+        if isinstance(part, Metric)
+    ]
+    for metric, states in metrics:
+        for name, copied in _copies(states).items():
+            setattr(metric, name, copied)
     module.eval()
     attributes = vars(module)
     log = {"log": attributes["log"]} if "log" in attributes else {}
@@ -53,11 +60,10 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
                     if tensor is not None and not torch.equal(tensor, copies[name]):
                         tensor.copy_(copies[name])
                 part._buffers.update(tensors)
-        for metric, count, states in metrics:
-            if metric._update_count != count:
-                metric._update_count, metric._computed = count, None
-                for name, state in states.items():
-                    setattr(metric, name, state)
+        # The objects of before: copies made in inference mode could not be written to in training.
+        for metric, states in metrics:
+            for name, state in states.items():
+                setattr(metric, name, state)
 
 
 def _copies(values: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_logme.batch import TargetSpec, conform_target, describe_target, find_mask, find_target
 from lightning_logme.collector import Collector
-from lightning_logme.distributed import rows_without_padding, validation_loader
+from lightning_logme.distributed import agree, rows_without_padding, validation_loader
 from lightning_logme.moments import Task
 from lightning_logme.sources import Sources
 from lightning_logme.taps import Pooling
@@ -27,6 +27,7 @@ class Validation:
         target: where they are in a batch.
         pooling: to one vector a sample.
         class_names: are checked against the labels.
+        optional: whether a validation set that cannot be scored is left out, as there are probes.
         options: of :class:`~lightning_logme.collector.Collector`.
     """
 
@@ -37,6 +38,7 @@ class Validation:
         target: TargetSpec,
         pooling: Pooling,
         class_names: Sequence[str] | None,
+        optional: bool = False,
         **options: Any,
     ) -> None:
         self._name = name
@@ -44,11 +46,14 @@ class Validation:
         self._target = target
         self._pooling: Pooling = pooling
         self._class_names = class_names
+        self._optional = optional
         self._options = options
         self._explained = False
         self._origin: tuple[str, str | None] = "", None
         # Of a run
         self._proven = False  # whether a batch has gone through: errors raise before, and warn after
+        self._decided = not optional  # whether it is known in all processes that it can be scored
+        self._left_out = False
         # Of a validation
         self._sources = Sources()
         self._collector: Collector | None = None
@@ -58,18 +63,38 @@ class Validation:
 
     def prepare(self) -> None:
         """For a new run."""
-        self._proven = False
+        self._proven, self._decided, self._left_out = False, not self._optional, False
 
     def open(self, sources: Sources) -> None:
         """For a new validation."""
-        self._sources = sources
-        self._collector = Collector(self._task, sources.num_outputs, **self._options)
+        if sources.obstacle is not None and not self._left_out:
+            self._leave_out(sources.obstacle)
+        if not self._left_out:
+            self._sources = sources
+            self._collector = Collector(self._task, sources.num_outputs, **self._options)
 
     def close(self) -> Collector | None:
-        """What has been added up; None if it was never opened."""
+        """What has been added up; None where nothing is. To be called by all processes in step."""
         collector = self._collector
-        self._sources, self._collector, self._batch, self._labels = Sources(), None, None, None
+        self.drop()
+        if collector is not None and not self._decided:
+            self._decided = True
+            _, reason = agree({}, None if self._proven else collector.broken)
+            if reason is not None:
+                self._leave_out(reason)
+                return None
         return collector
+
+    def drop(self) -> None:
+        """Forget what has been added up."""
+        self._sources, self._collector, self._batch, self._labels = Sources(), None, None, None
+
+    def _leave_out(self, reason: str) -> None:
+        self._left_out = True
+        rank_zero_warn(
+            f"{self._name} of the validation set is left out, and only the probes are scored, as is meant with "
+            f"validation=False: {reason}"
+        )
 
     def start_batch(self, batch: Any, batch_idx: int) -> None:
         self._attempt(batch_idx, self._start, batch)
@@ -88,13 +113,14 @@ class Validation:
             step(collector, *args)
         except Exception as error:
             self._sources.stop()
-            if not self._proven:
+            if not (self._proven or self._optional):
                 raise
             collector.broken = f"{type(error).__name__}: {error}"
-            warnings.warn(
-                f"{self._name} is NaN for this validation, after an error in batch {batch_idx}: {collector.broken}",
-                stacklevel=2,
-            )
+            if self._proven or self._decided:
+                warnings.warn(
+                    f"{self._name} is NaN for this validation, after an error in batch {batch_idx}: {collector.broken}",
+                    stacklevel=2,
+                )
 
     def _start(self, collector: Collector, batch: Any) -> None:
         # Labels are read before validation_step, which may take them out of the batch.
@@ -119,7 +145,8 @@ class Validation:
         self._check_class_names(self._sources.num_outputs or (target.shape[1] if target.ndim > 1 else 1))
         if not self._explained:
             pooled = [source for source, tensor in seen.items() if tensor.ndim > 2 == rows[source].ndim]
-            self._explain([f"{self._sources.describe(source)}: {tuple(seen[source].shape)}" for source in pooled], mask)
+            shapes = [f"{self._sources.describe(source)}: {tuple(seen[source].shape)}" for source in pooled]
+            self._explain(shapes[:2] + ["…"] * (len(shapes) > 2), mask)
         self._batch, self._labels, self._proven = None, None, True
 
     def _explain(self, pooled: list[str], mask: Tensor | None) -> None:

@@ -257,7 +257,7 @@ UNLABELLED = TensorDataset(torch.randn(40, 16))
 
 class TestWithoutAHead:
     def test_asks_for_layers_or_features(self, tmp_path):
-        callback = LogMECallback(probes={"news": loader(other())}, validation=False)
+        callback = LogMECallback(probes={"news": loader(other())})
         with pytest.raises(ValueError, match=r"(?s)no torch.nn.Linear.*layers=.*features=callable"):
             trainer(tmp_path, callback).fit(SelfSupervised(convolutional=True), loader(UNLABELLED), loader(UNLABELLED))
 
@@ -288,6 +288,34 @@ class TestWithoutAHead:
         with torch.no_grad():
             expected = logme(module.eval()(vectors()[:][0]), vectors()[:][1])
         assert callback.history[-1]["logme"] == pytest.approx(float(expected), rel=1e-5)
+
+    @pytest.mark.parametrize("options", [{"layers": ["encoder"]}, {"features": lambda m, b: m(b[0]), "num_classes": 4}])
+    @pytest.mark.parametrize("sanity", [0, 2])
+    def test_a_validation_set_that_cannot_be_scored_is_left_out(self, tmp_path, options, sanity):
+        callback = LogMECallback(probes={"news": loader(other())}, **options)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run = trainer(tmp_path, callback, max_epochs=3, num_sanity_val_steps=sanity)
+            run.fit(SelfSupervised(convolutional=True), loader(UNLABELLED), loader(UNLABELLED))
+        messages = [str(w.message) for w in caught if "logme" in str(w.message)]
+        assert len(messages) == 1
+        assert messages[0].startswith("logme of the validation set is left out, and only the probes are scored")
+        assert ("num_classes" if "layers" in options else "no labels found") in messages[0]
+        assert len(rows_of(callback, "logme/news")) == 3
+        assert math.isfinite(run.callback_metrics["logme/news"])
+        assert "logme" not in run.callback_metrics
+
+    def test_an_error_after_a_good_batch_leaves_nothing_out(self, tmp_path):
+        class Twice(Classifier):
+            def validation_step(self, batch, batch_idx):
+                self(batch[0])
+                if batch_idx == 1 and self.current_epoch == 0:
+                    self(batch[0])
+
+        callback = LogMECallback(probes={"news": loader(other())})
+        with pytest.warns(UserWarning, match="logme is NaN for this validation, after an error in batch 1"):
+            trainer(tmp_path, callback, num_sanity_val_steps=0).fit(Twice(), loader(), loader())
+        assert [math.isnan(row["logme"]) for row in rows_of(callback, "logme")] == [True, False]
 
     def test_features_that_are_none(self, tmp_path):
         callback = LogMECallback(features=lambda module, batch: None, num_classes=CLASSES)

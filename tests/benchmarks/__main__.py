@@ -9,13 +9,14 @@ import lightning
 import numpy as np
 import torch
 
-from tests.benchmarks import memory, noise, ranking, ranking_quality, speed, trainer
+from tests.benchmarks import memory, noise, probes, ranking, ranking_quality, speed, trainer
 
 BENCHMARKS = {
     "speed": speed.report,
     "memory": memory.report,
     "trainer": trainer.report,
     "noise": noise.report,
+    "probes": probes.report,
     "ranking": ranking.report,
     "quality": ranking_quality.report,
 }

@@ -98,7 +98,7 @@ class Classifier(LightningModule):
 
 
 def report(repeats: int, quick: bool) -> None:
-    _silence()
+    silence()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for subject in subjects(quick):
@@ -229,7 +229,8 @@ def _spread(subject: Subject, plots: bool, runs: Runs) -> str:
     )
 
 
-def _silence() -> None:
+def silence() -> None:
     """Lightning's lines about devices and workers."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for name in ("lightning.pytorch", "pytorch_lightning"):  # the one that was imported last speaks for both
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
