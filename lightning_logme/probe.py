@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from lightning.fabric.utilities import move_data_to_device
@@ -24,7 +23,6 @@ from lightning_logme.undisturbed import same_generators, undisturbed
 _PATIENCE = 2.0
 
 
-@dataclass(frozen=True)
 class Probe:
     """A labelled loader of a target task, for :class:`~lightning_logme.LogMECallback`.
 
@@ -54,21 +52,30 @@ class Probe:
         >>> callback = LogMECallback(probes={"ratings": Probe(DataLoader(data), task="regression")})
     """
 
-    dataloader: DataLoader | Iterable[Any]
-    _: KW_ONLY
-    task: Task = "multiclass"
-    num_classes: int | None = None
-    target: TargetSpec = None
-    forward: Forward | None = None
-    limit_batches: int | None = None
-    ignore_index: int | None = -100
-
-    def __post_init__(self) -> None:
-        check_task(self.task)
-        if self.forward is not None and not callable(self.forward):
-            raise ValueError(f"forward must be callable(module, batch) or None, got {self.forward!r}.")
-        if self.limit_batches is not None and (type(self.limit_batches) is not int or self.limit_batches < 1):
-            raise ValueError(f"limit_batches must be a positive integer or None, got {self.limit_batches!r}.")
+    # No dataclass: LightningCLI's parser takes those for groups of options, and nests no loader in them.
+    def __init__(
+        self,
+        dataloader: DataLoader | Iterable[Any],
+        *,
+        task: Task = "multiclass",
+        num_classes: int | None = None,
+        target: TargetSpec = None,
+        forward: Forward | None = None,
+        limit_batches: int | None = None,
+        ignore_index: int | None = -100,
+    ) -> None:
+        check_task(task)
+        if forward is not None and not callable(forward):
+            raise ValueError(f"forward must be callable(module, batch) or None, got {forward!r}.")
+        if limit_batches is not None and (type(limit_batches) is not int or limit_batches < 1):
+            raise ValueError(f"limit_batches must be a positive integer or None, got {limit_batches!r}.")
+        self.dataloader = dataloader
+        self.task: Task = task
+        self.num_classes = num_classes
+        self.target = target
+        self.forward = forward
+        self.limit_batches = limit_batches
+        self.ignore_index = None if task == "regression" else ignore_index
 
 
 class PreparedProbe:
@@ -82,11 +89,10 @@ class PreparedProbe:
     def __init__(self, name: str, probe: Probe) -> None:
         self._name = name
         self._probe = probe
-        self._ignore_index = None if probe.task == "regression" else probe.ignore_index
         try:
             with same_generators():
                 self._samples = Samples(probe.dataloader, probe.task, probe.target, seed=0)
-                self._num_outputs = self._samples.num_outputs(probe.num_classes, self._ignore_index, tokens=True)
+                self._num_outputs = self._samples.num_outputs(probe.num_classes, probe.ignore_index, tokens=True)
         except (ValueError, TypeError) as error:
             raise ValueError(f"probes[{name!r}]: {error}") from error
 
@@ -113,7 +119,7 @@ class PreparedProbe:
             The metrics; an exception on the way makes them broken.
         """
         probe = self._probe
-        collector = Collector(probe.task, self._num_outputs, ignore_index=self._ignore_index, **options)
+        collector = Collector(probe.task, self._num_outputs, ignore_index=probe.ignore_index, **options)
         try:
             with undisturbed(module):
                 for portion in self._portions(trainer, limit_batches or probe.limit_batches):

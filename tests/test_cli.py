@@ -59,7 +59,7 @@ def test_numbers_on_the_command_line_are_indices(tmp_path):
 
 class Loader(DataLoader):
     def __init__(self, n: int = 60) -> None:
-        super().__init__(vectors(n), batch_size=20)
+        super().__init__(vectors(n), 20)
 
 
 def test_probes_in_a_configuration(tmp_path):
