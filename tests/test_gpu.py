@@ -72,3 +72,19 @@ def test_ranking_goes_on_after_running_out_of_memory():
     ranking = rank_backbones({"large": too_large, **good_to_bad()}, target_loader(), **{**QUIET, "accelerator": "cuda"})
     assert ranking.best == "good"
     assert "OutOfMemoryError" in ranking.rows[-1].message
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_probes_layers_and_curves(tmp_path, precision):
+    other = vectors(150, seed=7, classes=3)
+    scores = {}
+    for accelerator in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        callback = LogMECallback(layers=["model.[01]"], layer_mean=True, curve=True, probes={"news": loader(other)})
+        run = trainer(tmp_path, callback, accelerator=accelerator, precision=precision)
+        state = torch.cuda.get_rng_state()
+        run.validate(Classifier(), loader(), verbose=False)
+        assert torch.equal(torch.cuda.get_rng_state(), state)
+        scores[accelerator] = {key: torch.tensor(curve) for key, curve in callback.curves.items()}
+    tolerance = 1e-5 if precision == "32-true" else 2e-2
+    torch.testing.assert_close(scores["cuda"], scores["cpu"], rtol=tolerance, atol=tolerance)

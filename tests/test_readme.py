@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import Classifier, ConvNet, images, loader
+from torch.utils.data import TensorDataset
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
@@ -15,10 +16,16 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), 
 def test_python_blocks(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = images()
+    (tmp_path / "runs/checkpoints").mkdir(parents=True)
+    for epoch in range(2):
+        torch.save({"state_dict": Classifier(ConvNet()).state_dict()}, tmp_path / f"runs/checkpoints/{epoch}.ckpt")
     names = {
         "model": Classifier(ConvNet()),
         "train_loader": loader(data),
         "val_loader": loader(data),
+        "news_loader": loader(data),
+        "mood_loader": loader(TensorDataset(data.tensors[0], torch.randn(len(data)))),
+        "target_loader": loader(data),
         "small_model": ConvNet(),
         "make_large": ConvNet,
         "batches": [(torch.randn(40, 512), torch.arange(40) % 10) for _ in range(3)],
