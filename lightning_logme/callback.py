@@ -76,8 +76,9 @@ class LogMECallback(_AnyCallback):
             regression.
         class_names: names of the outputs for the figure.
         plots: whether loggers that can show them get histograms and figures at every validation.
-        curve: record the score at 32, 64, 128, … samples and at all (see ``curves``), in the order in which they come:
-            of the validation set its loader's, of a probe a random one.
+        curve: record the score at 32, 64, 128, … samples and at all (see ``curves``); of more than 16 classes it begins
+            at twice their number. In the order in which samples come: of the validation set its loader's, of a probe a
+            random one.
         probes: by name, labelled loaders of other tasks, or :class:`~lightning_logme.Probe`: at each validation, or at
             the end of each epoch in a run without one, the module's forward runs on them in eval mode, and leaves no
             trace. The feature is that of ``head``; without one, of ``features`` or the last of ``layers``.

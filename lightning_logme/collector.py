@@ -29,7 +29,8 @@ class Result(NamedTuple):
 
     Attributes:
         evidence: of all samples, on the CPU.
-        curve: the score after the first 32, 64, 128, … samples and after all, where it was asked for.
+        curve: the score after the first 32 (or twice the number of classes, if that is more), 64, 128, … samples and
+            after all, where it was asked for.
     """
 
     evidence: Evidence
