@@ -76,9 +76,15 @@ def conform_target(target: Tensor, task: Task) -> Tensor:
 
 
 def find_mask(batch: Any) -> Tensor | None:
-    """The attention mask of a Hugging Face batch."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    """The attention mask of a Hugging Face batch, or of the inputs in (inputs, labels)."""
+    inputs = inputs_of(batch)
+    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
     return mask if isinstance(mask, Tensor) else None
+
+
+def inputs_of(batch: Any) -> Any:
+    """What a module is called with: the first item of (inputs, labels), or the batch itself."""
+    return batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
 
 
 def _look_up(batch: Any, target: TargetSpec) -> Any:

@@ -84,8 +84,9 @@ class LogMECallback(_AnyCallback):
             trace. The feature is that of ``head``; without one, of ``features`` or the last of ``layers``.
         probe_every: run the probes at the first of every so many validations, or "checkpoint" for those only whose
             weights a ModelCheckpoint will save. Between them monitors see the values of the last time.
-        validation: whether the validation set itself is scored. Where there are probes, one that cannot be (it has no
-            labels, for instance) is left out with a warning, which False spares.
+        validation: whether the validation set itself is scored. Where there are probes, and nothing is said of its
+            labels (``target``, ``num_classes``, ``class_names``), one that cannot be scored is left out with a warning;
+            False leaves it out.
 
     Raises:
         ValueError: an argument does not fit; when the run starts, a module is not found or the head cannot be told; on
@@ -168,6 +169,8 @@ class LogMECallback(_AnyCallback):
         self.probes = Probes(probes, probe_every)
         self.validation = validation
 
+        # Who says what the labels of the validation set are wants it to be scored.
+        self._optional = bool(self.probes) and target is None and num_classes is None and class_names is None
         self._journal = Journal(name, plots)
         self._validation = Validation(
             name,
@@ -175,7 +178,7 @@ class LogMECallback(_AnyCallback):
             target,
             pooling,
             class_names,
-            optional=bool(self.probes),
+            optional=self._optional,
             curve=curve,
             ignore_index=self.ignore_index,
             fit_intercept=fit_intercept,
@@ -207,7 +210,7 @@ class LogMECallback(_AnyCallback):
         self._validation.prepare()
         self._checkpoint_position = None
         if stage in ("fit", "validate"):
-            self.probes.prepare()
+            self.probes.prepare(trainer, self, self.name)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != TrainerFn.FITTING:  # which restores its own position
@@ -293,7 +296,7 @@ class LogMECallback(_AnyCallback):
             self.num_classes,
             features=self.features,
             layer_mean=self.layer_mean,
-            optional=bool(self.probes),
+            optional=self._optional,
         )
         self.probes.check_names(self._sources)
         if self._sources.announcement and not self._announced:

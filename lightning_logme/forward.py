@@ -6,9 +6,9 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_logme.batch import LABEL_KEYS, TargetSpec
+from lightning_logme.batch import LABEL_KEYS, TargetSpec, inputs_of
 
 Forward = Callable[[Any, Any], Any]
 
@@ -44,6 +44,10 @@ def call(module: nn.Module, batch: Any, target: TargetSpec = None) -> Any:
     return module(**accepted)
 
 
-def inputs_of(batch: Any) -> Any:
-    """What a module is called with: the first item of (inputs, labels), or the batch itself."""
-    return batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
+def copied(batch: Any) -> Any:
+    """The same with tensors of its own, for a module that may write to them."""
+    if isinstance(batch, Tensor):
+        return batch.clone()
+    if type(batch) in (tuple, list):
+        return type(batch)(map(copied, batch))
+    return {key: copied(value) for key, value in batch.items()} if type(batch) is dict else batch

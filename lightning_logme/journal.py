@@ -124,7 +124,8 @@ class Journal:
         if not (self.plots and trainer.is_global_zero):
             return
         try:
-            draw(trainer.loggers, trainer.fit_loop.epoch_loop._batches_that_stepped, *what)
+            step = trainer.fit_loop.epoch_loop._batches_that_stepped - int(trainer.training)  # as at an epoch's end
+            draw(trainer.loggers, step, *what)
         except Exception as error:
             self.plots = False
             warnings.warn(

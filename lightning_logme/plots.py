@@ -16,7 +16,7 @@ _MAX_LABELLED = 40  # bars that can carry a name
 _STRAIGHT_CHARACTERS = 50  # that fit below the axis in one line
 _MAX_NAMES = 12  # below the axis of a line figure
 _MAX_LINES = 50
-_COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860")
+_MAX_CHARACTERS = 20  # of a name in a line figure
 
 
 def log_plots(
@@ -116,8 +116,7 @@ def layers_figure(history: Sequence[Row], keys: Mapping[str, str]) -> Any:
     gains = [[numbers.get(key, math.nan) for key in keys.values()] for numbers in validations.values()]
     gains = gains[-_MAX_LINES:]
     x = [index / max(len(keys) - 1, 1) for index in range(len(keys))]
-    every = math.ceil(len(keys) / _MAX_NAMES)
-    names = {x[index]: name for index, name in enumerate(_short(list(keys))) if index % every == 0}
+    names = dict(zip(x, _short(list(keys)), strict=True))
     shades = [str(0.85 * (1 - (index + 1) / len(gains))) for index in range(len(gains))]
     lines = [(list(zip(x, line, strict=True)), shade) for line, shade in zip(gains, shades, strict=True)]
     title = f"gain by layer, {len(gains)} validations, the last one black"
@@ -133,47 +132,53 @@ def curves_figure(curves: Mapping[str, Sequence[CurvePoint]]) -> Any:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    numbers = sorted({point.num_samples for curve in curves.values() for point in curve if point.num_samples})
-    span = math.log2(numbers[-1] / numbers[0]) or 1.0
+    from matplotlib import colormaps
+
+    curves = {name: [p for p in curve if p.num_samples and p.gain == p.gain] for name, curve in curves.items()}
+    curves = {name: curve for name, curve in curves.items() if len(curve) > 1}
+    numbers = sorted({point.num_samples for curve in curves.values() for point in curve})
+    span = math.log2(numbers[-1] / numbers[0]) if numbers else 1.0
     x = {number: math.log2(number / numbers[0]) / span for number in numbers}
     lines, legend = [], {}
     for index, (name, curve) in enumerate(curves.items()):
-        colour = _COLOURS[index % len(_COLOURS)]
-        lines.append(([(x[point.num_samples], point.gain) for point in curve if point.num_samples], colour))
+        colour = colormaps["turbo"](0.1 + 0.8 * index / max(len(curves) - 1, 1))
+        lines.append(([(x[point.num_samples], point.gain) for point in curve], colour))
         legend[name] = colour
     settled = gain_settled_at(next(iter(curves.values()))) if len(curves) == 1 else order_settled_at(curves)
     what = "gain" if len(curves) == 1 else "order"
     hint = f"{what} settled at n = {settled}" if settled else f"{what} not settled"
-    every = math.ceil(len(numbers) / _MAX_NAMES)
-    names = {x[number]: str(number) for number in numbers[::-1][::every]}
+    names = {x[number]: str(number) for number in numbers}
     return _line_figure(f"gain against samples: {hint}", lines, names, legend)
 
 
 def _line_figure(
-    title: str,
-    lines: Sequence[tuple[Sequence[tuple[float, float]], str]],
-    names: Mapping[float, str],
-    legend: Mapping[str, str],
+    title: str, lines: Sequence[tuple[Sequence[tuple[float, float]], Any]], names: Mapping[float, str], legend: Any
 ) -> Any:
     """Lines of (x in 0 … 1, gain ≥ 0) with their colours; without axes, as :func:`gain_figure`."""
     from matplotlib.collections import LineCollection
     from matplotlib.figure import Figure
 
-    left, right, bottom, top = 0.06, 0.94, 0.16, 0.8
+    labels = dict(list(names.items())[:: math.ceil(len(names) / _MAX_NAMES) or 1])
+    slanted = sum(map(len, labels.values())) > _STRAIGHT_CHARACTERS
+    left, right, bottom, top = 0.14 if slanted else 0.06, 0.7 if legend else 0.96, 0.36 if slanted else 0.14, 0.82
     largest = max((gain for points, _ in lines for _, gain in points if gain == gain), default=0.0)
     scale = (top - bottom) / largest if largest > 0 else 0.0
-    segments = [
-        [(left + x * (right - left), bottom + gain * scale) for x, gain in points if gain == gain]
-        for points, _ in lines
-    ]
     figure = Figure(figsize=(5, 3), dpi=100)
-    drawn = [[(left, bottom), (right, bottom)], *segments]
-    figure.add_artist(LineCollection(drawn, colors=["0.2", *(colour for _, colour in lines)], linewidths=1.5))
-    for x, name in names.items():
-        figure.text(left + x * (right - left), bottom - 0.03, name, ha="center", va="top", fontsize=8)
-    for index, (name, colour) in enumerate(list(legend.items())[:_MAX_NAMES]):
-        figure.text(left, top - 0.06 * index, name, color=colour, va="top", fontsize=8)
-    figure.text(left, 0.9, f"{title}; largest {largest:.3f} nats", fontsize=9)
+    segments, colours = [[(left, bottom), (right, bottom)]], ["0.2"]
+    for points, colour in lines:
+        known = [(left + x * (right - left), bottom + gain * scale) for x, gain in points if gain == gain]
+        if len(known) > 1:
+            segments.append(known)
+            colours.append(colour)
+    figure.add_artist(LineCollection(segments, colors=colours, linewidths=1.5))
+    for x, name in labels.items():
+        turned = {"ha": "right", "rotation": 40} if slanted else {"ha": "center"}
+        place = left + x * (right - left), bottom - 0.03
+        figure.text(*place, name[-_MAX_CHARACTERS:], va="top", fontsize=8, rotation_mode="anchor", **turned)
+    for index, (name, colour) in enumerate(list(legend.items())[-_MAX_NAMES:]):
+        height = top - 0.055 * index
+        figure.text(right + 0.02, height, name[-_MAX_CHARACTERS:], color=colour, va="top", fontsize=8)
+    figure.text(0.04, 0.91, f"{title}; largest {largest:.3f} nats", fontsize=9)
     return figure
 
 

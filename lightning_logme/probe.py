@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from lightning_logme.batch import TargetSpec, find_mask
 from lightning_logme.collector import Collector
-from lightning_logme.forward import Forward, call
+from lightning_logme.forward import Forward, call, copied
 from lightning_logme.moments import Task, check_task
 from lightning_logme.samples import Portion, Samples
 from lightning_logme.sources import HEAD, Sources
@@ -27,7 +26,9 @@ class Probe:
     """A labelled loader of a target task, for :class:`~lightning_logme.LogMECallback`.
 
     The samples are those of :func:`~lightning_logme.rank_backbones`: of a map-style data set all that its sampler would
-    give, each once, in a fixed random order stratified by class; anything else is taken as it comes.
+    give, each once, in a fixed random order stratified by class; anything else is taken as it comes, the same in every
+    process, which keeps its share. Batches go through the hooks of the module and its data module, such as
+    ``on_after_batch_transfer``, as those of validation do; labels are read before.
 
     Args:
         dataloader: gives batches with labels; can be iterated over again and again.
@@ -91,10 +92,11 @@ class PreparedProbe:
         self._probe = probe
         try:
             with same_generators():
-                self._samples = Samples(probe.dataloader, probe.task, probe.target, seed=0)
+                self._samples = Samples(probe.dataloader, probe.task, probe.target, seed=0, repeatable=False)
                 self._num_outputs = self._samples.num_outputs(probe.num_classes, probe.ignore_index, tokens=True)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"probes[{name!r}]: {error}") from error
+        except Exception as error:
+            what = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            raise ValueError(f"probes[{name!r}]: {what}{error}") from error
 
     def collect(
         self,
@@ -123,8 +125,7 @@ class PreparedProbe:
         try:
             with undisturbed(module):
                 for portion in self._portions(trainer, limit_batches or probe.limit_batches):
-                    batch = move_data_to_device(portion.batch, module.device)
-                    batch = trainer.precision_plugin.convert_input(batch)
+                    batch = _prepared(portion.batch, trainer, module)
                     sources.start()
                     with trainer.precision_plugin.forward_context():
                         if sources.taps:
@@ -155,3 +156,10 @@ class PreparedProbe:
                     return
                 yield portion
                 bar.update()
+
+
+def _prepared(batch: Any, trainer: Trainer, module: LightningModule) -> Any:
+    """A batch as a validation loop would give it to the module, which may write to it."""
+    batch = trainer.precision_plugin.convert_input(copied(batch))
+    batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)

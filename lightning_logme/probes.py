@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
@@ -14,6 +14,9 @@ from lightning_logme.journal import Journal
 from lightning_logme.probe import PreparedProbe, Probe
 from lightning_logme.sources import HEAD, LAYER_MEAN, Sources
 from lightning_logme.taps import Pooling
+
+# They gather weights in every forward pass.
+_SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
 
 Every = int | Literal["checkpoint"]
 
@@ -35,21 +38,59 @@ class Probes:
         self._probes = _named(probes)
         self._every = every
         self._prepared: dict[str, PreparedProbe] = {}
+        self._keys: tuple[str, ...] = ()
         self._validations = 0
 
     def __bool__(self) -> bool:
         return bool(self._probes)
 
-    def prepare(self) -> None:
-        """Read the first batch of each, for a new run."""
+    def prepare(self, trainer: Trainer, owner: Callback, name: str) -> None:
+        """Read the first batch of each, for a new run.
+
+        Raises:
+            ValueError: a probe has no labels, or wrong ones; or the strategy is one under which processes must make as
+                many forward passes.
+        """
+        if not self:
+            return
         self._validations = 0
+        self._keys = tuple(f"{prefix}/{probe}" for probe in self._probes for prefix in (name, f"{name}_gain"))
+        self._check_run(trainer, owner)
         self._prepared = {name: PreparedProbe(name, probe) for name, probe in self._probes.items()}
 
+    def _check_run(self, trainer: Any, owner: Callback) -> None:
+        """Say what in a run does not go with probes."""
+        if trainer.world_size > 1 and _is_one_of(trainer.strategy, _SHARDED):
+            raise ValueError(
+                f"probes cannot be run under {type(trainer.strategy).__name__}, whose processes must make as many "
+                "forward passes as each other; save checkpoints, and score them afterwards with score_checkpoints."
+            )
+        monitors = [callback for callback in trainer.callbacks if self._monitors(callback)]
+        if monitors and type(self._every) is int and self._every > 1:
+            rank_zero_warn(
+                f"{type(monitors[0]).__name__} monitors a probe, and with probe_every={self._every} will take what it "
+                "sees in between, the value of an earlier validation, for a new one."
+            )
+        if self._every == "checkpoint" and trainer.state.fn == TrainerFn.FITTING and not trainer.checkpoint_callbacks:
+            rank_zero_warn("probe_every='checkpoint', and no ModelCheckpoint saves any: the probes will not be run.")
+        before = trainer.callbacks[: trainer.callbacks.index(owner)] if trainer.enable_validation else trainer.callbacks
+        if any(_is_one_of(callback, ("WeightAveraging",)) for callback in before):
+            rank_zero_warn(
+                "probes will see the weights in training and not their average, which is there during validation only: "
+                "put LogMECallback before WeightAveraging in the Trainer's callbacks."
+            )
+
     def check_names(self, sources: Sources) -> None:
-        """Raise ``ValueError`` where a probe and a layer would be logged under one key."""
+        """Raise ``ValueError`` where two things would be logged under one key."""
+        taken = set(sources.names)
         for name in self._probes:
-            if name in sources.names:
-                raise ValueError(f"probes has the name {name!r}, under which a layer is logged; name it otherwise.")
+            keys = {f"{name}/{source}" if source else name for source in [HEAD, *sources.names]}
+            if keys & taken:
+                raise ValueError(
+                    f"probes has the name {name!r}, and {sorted(keys & taken)[0]!r} is logged for a layer or another "
+                    "probe as well; name it otherwise."
+                )
+            taken |= keys
 
     def rehearse(
         self, trainer: Trainer, pl_module: LightningModule, sources: Sources, pooling: Pooling, name: str
@@ -81,25 +122,31 @@ class Probes:
             position: see :meth:`Journal.enter`.
             options: of :class:`~lightning_logme.collector.Collector`.
         """
-        if not self._prepared or not self._are_due(trainer, journal.name):
+        if not self._prepared or not self._are_due(trainer):
             return
         scored = list(dict.fromkeys([HEAD, *sources.names]))
         for name, prepared in self._prepared.items():
-            collector = prepared.collect(trainer, pl_module, sources, pooling, **options)
+            few = int(getattr(trainer, "fast_dev_run", 0)) * trainer.world_size
+            collector = prepared.collect(trainer, pl_module, sources, pooling, few or None, **options)
             if collector.broken is not None:
                 warnings.warn(f"{journal.name}/{name} is NaN, after an error: {collector.broken}", stacklevel=2)
             journal.enter(trainer, pl_module, collector, scored, probe=name, position=position)
 
-    def _are_due(self, trainer: Trainer, name: str) -> bool:
+    def _are_due(self, trainer: Trainer) -> bool:
         if self._every != "checkpoint":
             self._validations += 1
             return (self._validations - 1) % self._every == 0
         if trainer.state.fn != TrainerFn.FITTING:  # nothing is saved, and who validates wants to see
             return True
-        # Keys that are known only when the probes have run.
-        unknown = tuple(f"{prefix}/{probe}" for probe in self._probes for prefix in (name, f"{name}_gain"))
-        due = [_saves(callback, trainer, unknown) for callback in trainer.checkpoint_callbacks]
+        if any(
+            map(self._monitors, getattr(trainer, "callbacks", ()))
+        ):  # what they decide is known only when the probes have run
+            return True
+        due = [_saves(callback, trainer) for callback in trainer.checkpoint_callbacks]
         return bool(trainer.strategy.broadcast(any(due)))
+
+    def _monitors(self, callback: Any) -> bool:
+        return str(getattr(callback, "monitor", None)).startswith(self._keys)
 
 
 def _named(probes: Mapping[str, Any] | None) -> dict[str, Probe]:
@@ -120,10 +167,15 @@ def _named(probes: Mapping[str, Any] | None) -> dict[str, Probe]:
     return {name: probe if isinstance(probe, Probe) else Probe(probe) for name, probe in probes.items()}
 
 
-def _saves(callback: Any, trainer: Trainer, unknown: tuple[str, ...]) -> bool:
+def _is_one_of(thing: object, names: tuple[str, ...]) -> bool:
+    """By name, as `lightning` and `pytorch_lightning` have a class each, and not all versions have all."""
+    return any(cls.__name__ in names for cls in type(thing).__mro__)
+
+
+def _saves(callback: Any, trainer: Trainer) -> bool:
     """Whether a ModelCheckpoint saves, or has just saved, the weights that are being validated.
 
-    Where that depends on a key that is not known yet, such as those that begin with one of ``unknown``, it may.
+    Where that depends on a key that is not known yet, it may.
     """
     if not hasattr(callback, "check_monitor_top_k"):
         return True  # of a kind that Lightning does not bring
@@ -135,5 +187,5 @@ def _saves(callback: Any, trainer: Trainer, unknown: tuple[str, ...]) -> bool:
         return False
     if callback.monitor is None or callback.save_top_k == 0 or callback.save_last:
         return callback.save_top_k != 0 or bool(callback.save_last)
-    current = None if callback.monitor.startswith(unknown) else trainer.callback_metrics.get(callback.monitor)
+    current = trainer.callback_metrics.get(callback.monitor)
     return current is None or bool(callback.check_monitor_top_k(trainer, current))

@@ -65,19 +65,21 @@ class Samples:
         task: of the targets.
         target: where labels are in a batch.
         seed: of the order.
+        repeatable: whether a stream must give the same samples every time.
 
     Attributes:
         number: of samples; None if only the end of the stream will tell.
         labels: of all samples in their order, where they can be had without loading the samples.
     """
 
-    def __init__(self, loader: Any, task: Task, target: TargetSpec, seed: int) -> None:
+    def __init__(self, loader: Any, task: Task, target: TargetSpec, seed: int, repeatable: bool = True) -> None:
         self.task: Task = task
         self.target = target
         self.seed = seed
         self.labels: Tensor | None = None
         self.number: int | None = None
         self._loader = loader
+        self._repeatable = repeatable
         self._first: Portion | None = None
         indices = _indices(loader)
         if indices is None:
@@ -192,7 +194,8 @@ class Samples:
         for index, batch in enumerate(self._loader):
             target = self._read(batch)
             first, position = position, position + len(target)
-            if index == 0 and self._first is not None and not _equal(target, self._first.target):
+            changed = index == 0 and self._first is not None and not _equal(target, self._first.target)
+            if changed and self._repeatable:
                 raise ValueError(f"the first batch has other labels than when it was read before; {SAME_SAMPLES}")
             if index % world == rank:
                 yield Portion(batch, target, _mixed(torch.arange(first, position)) % BLOCKS, first)
@@ -228,10 +231,15 @@ def _indices(loader: Any) -> Tensor | None:
 
 
 def _each_once(indices: Iterable[Any]) -> Tensor | None:
+    generator = getattr(indices, "generator", None)  # may be that of the training's loader, too
+    state = generator.get_state() if isinstance(generator, torch.Generator) else None
     try:
         return torch.tensor(sorted({int(index) for index in indices}))
     except (TypeError, ValueError):
         return None  # keys of another kind
+    finally:
+        if generator is not None and state is not None:
+            generator.set_state(state)
 
 
 def _labels(dataset: Any, target: TargetSpec) -> Tensor | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 from lightning_logme.heads import find_head, get_module
 from lightning_logme.moments import Task, is_exclusive, is_token_level
@@ -187,9 +188,7 @@ def attach(
 
 def _matching(root: nn.Module, patterns: Sequence[str]) -> list[str]:
     """The names that patterns match, each once, in the order of the patterns and of the network."""
-    known = [
-        ".".join(part for part in name.split(".") if part not in _WRAPPERS) for name, _ in root.named_modules() if name
-    ]
+    known = [plain_name(name) for name, module in root.named_modules() if name and _is_called(module)]
     found: dict[str, None] = {}
     for pattern in patterns:
         if not set(pattern) & set("*?["):
@@ -204,6 +203,16 @@ def _matching(root: nn.Module, patterns: Sequence[str]) -> list[str]:
             )
         found.update(dict.fromkeys(matches))
     return list(found)
+
+
+def plain_name(name: str) -> str:
+    """Without the parts that wrappers put in: compilation, checkpointing, FSDP."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _is_called(module: nn.Module) -> bool:
+    """Containers without a forward, and metrics, are no layers."""
+    return type(module).forward is not nn.Module.forward and not isinstance(module, Metric)
 
 
 def _matches(name: Sequence[str], pattern: Sequence[str]) -> bool:

@@ -178,6 +178,9 @@ def _pivoted_cholesky(gram: Tensor, rank: int) -> Tensor:
         columns = _columns(gram, pivots).addmm_(factor[:, :size], factor[pivots, :size].T, alpha=-1)
         eigenvalues, vectors = torch.linalg.eigh(columns[pivots])
         kept = eigenvalues > _COMPARABLE * largest[0]
+        if not kept.any():  # the running diagonal took rounding for more: look again at what is really there
+            left_over[pivots] = columns[pivots].diagonal().clamp(min=0)
+            continue
         new = columns @ (vectors[:, kept] / eigenvalues[kept].sqrt())
         factor[:, size : size + new.shape[1]] = new
         size += new.shape[1]

@@ -85,11 +85,12 @@ class Tap:
     def remove(self) -> None:
         """Leave the module as it was."""
         self.stop()
-        self._handle.remove()
+        if self._handle is not None:
+            self._handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the user's module takes this along: idle, without the features.
-        return {"name": self.name, "open": False, "_seen": [], "_clone": self._clone}
+        return {"name": self.name, "open": False, "_seen": [], "_clone": self._clone, "_handle": None}
 
 
 def first_tensor(value: Any) -> Tensor | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import copy
 from typing import Any
 
 import torch
@@ -28,46 +27,32 @@ def same_generators() -> Iterator[None]:
 def undisturbed(module: nn.Module) -> Iterator[None]:
     """A module in eval mode and without gradients; afterwards all is as it was.
 
-    That is the modes of its parts, its buffers, the states of its metrics, and the random generators. What it logs
-    meanwhile is dropped.
+    That is the attributes of its parts (modes, counters, caches, the states of metrics), its buffers, and the random
+    generators. What it logs meanwhile is dropped. Lists and dicts of its own that it adds to keep what was added.
     """
     parts = list(module.modules())
-    modes = [part.training for part in parts]
-    buffers = [(part, dict(part._buffers), _copies(part._buffers)) for part in parts if part._buffers]
-    metrics = [
-        (part, {"_update_count": part._update_count, "_computed": part._computed, **part.metric_state})
-        for part in parts
-        if isinstance(part, Metric)
-    ]
-    for metric, states in metrics:
-        for name, copied in _copies(states).items():
-            setattr(metric, name, copied)
-    module.eval()
-    attributes = vars(module)
-    log = {"log": attributes["log"]} if "log" in attributes else {}
-    attributes["log"] = _drop  # a forward that logs would log these batches as the user's
+    kept = [(part, dict(vars(part)), dict(part._buffers), set(part._non_persistent_buffers_set)) for part in parts]
+    contents = [(buffer, buffer.clone()) for buffer in module.buffers()]
     try:
+        for part in parts:
+            if isinstance(part, Metric):  # which may write to its states: to copies of them
+                for name, state in part.metric_state.items():
+                    setattr(part, name, state.clone() if isinstance(state, Tensor) else list(state))
+        vars(module)["log"] = _drop  # a forward that logs would log these batches as the user's
+        module.eval()
         with same_generators(), torch.no_grad():
             yield
     finally:
-        del attributes["log"]
-        attributes.update(log)
-        for part, mode in zip(parts, modes, strict=True):
-            part.training = mode
+        for part, attributes, buffers, transient in kept:
+            for now, before in ((vars(part), attributes), (part._buffers, buffers)):
+                now.clear()
+                now.update(before)
+            part._non_persistent_buffers_set.clear()
+            part._non_persistent_buffers_set.update(transient)
         with torch.no_grad():
-            for part, tensors, copies in buffers:
-                for name, tensor in tensors.items():
-                    if tensor is not None and not torch.equal(tensor, copies[name]):
-                        tensor.copy_(copies[name])
-                part._buffers.update(tensors)
-        # The objects of before: copies made in inference mode could not be written to in training.
-        for metric, states in metrics:
-            for name, state in states.items():
-                setattr(metric, name, state)
-
-
-def _copies(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.clone() if isinstance(value, Tensor) else copy(value) for name, value in values.items()}
+            for buffer, content in contents:
+                if not torch.equal(buffer, content):
+                    buffer.copy_(content)
 
 
 def _drop(*_: Any, **__: Any) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import digits_features, one_hot, problem
 
-from lightning_logme import Evidence
+from lightning_logme import Evidence, LogME
 from lightning_logme.functional import evidence, logme
 from lightning_logme.moments import Batch, Moments
 
@@ -412,3 +412,15 @@ def test_brute_force_on_random_regressions(shape):
     # The search has a boundary where the maximum is at t = 0 or ∞, and then falls a little short.
     assert score >= expected - 1e-8
     assert score == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("seed", [67, *range(12)])
+def test_rows_that_repeat_and_features_of_many_sizes_come_to_an_end(seed):
+    """Seed 67 went round for ever: its running diagonal stayed above what rounding had left."""
+    features = torch.randn(30, 40, generator=torch.Generator().manual_seed(seed))
+    features[1] = features[0]
+    features = features * 10 ** torch.linspace(0, 1.5, 40)
+    metric = LogME("multiclass", 40, 3)
+    metric.update(features, torch.arange(30) % 3)
+    torch.testing.assert_close(metric.compute(), logme(features, torch.arange(30) % 3), rtol=1e-8, atol=0)

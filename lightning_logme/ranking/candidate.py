@@ -14,7 +14,7 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from lightning_logme.batch import TargetSpec, find_mask
-from lightning_logme.forward import Forward, call, inputs_of
+from lightning_logme.forward import Forward, call, copied
 from lightning_logme.heads import find_head, get_module
 from lightning_logme.samples import seed_generators
 from lightning_logme.taps import Pooling, Tap, first_tensor, pool
@@ -110,7 +110,7 @@ class Backbone:
     @torch.no_grad()  # not inference mode, whose tensors a module may keep, and could not be trained with
     def features(self, batch: Any, fabric: Fabric) -> Tensor:
         """Pooled features (n, D) of a batch as the loader made it."""
-        batch = _copied(batch)
+        batch = copied(batch)
         if self._candidate.transform is not None:
             batch = self._candidate.transform(batch)
         batch = fabric.to_device(fabric.strategy.precision.convert_input(batch))
@@ -128,7 +128,7 @@ class Backbone:
                 f"{by} returned {type(output).__name__} without a tensor in it; give forward=callable(model, batch) "
                 "that returns features as a torch.Tensor."
             )
-        pooled = pool(seen, self._candidate.pooling, self._num_features, find_mask(inputs_of(batch)))
+        pooled = pool(seen, self._candidate.pooling, self._num_features, find_mask(batch))
         if self._candidate.normalize:
             pooled = nn.functional.normalize(pooled.to(torch.promote_types(pooled.dtype, torch.float32)))
         return pooled
@@ -147,15 +147,6 @@ class Backbone:
         if self._candidate.forward is not None:
             return self._candidate.forward(self._module, batch)
         return call(self._module, batch, self._candidate.target)
-
-
-def _copied(batch: Any) -> Any:
-    """The same with tensors of its own: a transform or module may write to them, and the next candidate reads them."""
-    if isinstance(batch, Tensor):
-        return batch.clone()
-    if type(batch) in (tuple, list):
-        return type(batch)(map(_copied, batch))
-    return {key: _copied(value) for key, value in batch.items()} if type(batch) is dict else batch
 
 
 def _converted(module: nn.Module, fabric: Fabric, keep: bool = False) -> nn.Module:

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.compile import to_uncompiled
 from torch import nn
 
 from lightning_logme.ranking.rank import rank_backbones
 from lightning_logme.ranking.result import Ranking
+from lightning_logme.sources import plain_name
 
 PathLike = str | os.PathLike[str]
 
@@ -23,7 +25,7 @@ def score_checkpoints(
     paths: PathLike | Iterable[PathLike],
     dataloader: Any,
     *,
-    head: str | Mapping[str, str | None] | None = None,
+    head: str | Mapping[Any, str | None] | None = None,
     **options: Any,
 ) -> Ranking:
     """Rank the checkpoints of one network by how well their features suit a target task, without training any.
@@ -70,7 +72,7 @@ def score_checkpoints(
         raise ValueError(f"module must be the torch.nn.Module that the checkpoints belong to, got {module!r:.60}.")
     names = _names(paths)
     if isinstance(head, Mapping):
-        head = {name: value or "auto" for name, value in head.items()}
+        head = {os.fspath(name): value or "auto" for name, value in head.items()}
         head = {**dict.fromkeys(names, "auto"), **head}
     candidates = [(name, partial(_loaded, module, name)) for name in names]
     return rank_backbones(candidates, dataloader, head=head or "auto", **options)
@@ -95,15 +97,36 @@ def _loaded(module: nn.Module, path: str) -> nn.Module:
     """A copy of the module with the weights of a checkpoint.
 
     Raises:
-        ValueError: the file holds no weights.
+        ValueError: the file holds no weights, or the module cannot be copied.
+        RuntimeError: they do not fit.
     """
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    weights = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else None
-    if not isinstance(weights, dict) or not any(isinstance(value, torch.Tensor) for value in weights.values()):
+    loaded: Any = _copy(module)
+    if isinstance(checkpoint, dict) and "state_dict" in checkpoint:
+        if hasattr(loaded, "configure_model"):  # as load_from_checkpoint does
+            loaded.configure_model()
+        if hasattr(loaded, "on_load_checkpoint"):
+            loaded.on_load_checkpoint(checkpoint)
+        checkpoint = checkpoint["state_dict"]
+    if not isinstance(checkpoint, dict) or not any(isinstance(value, torch.Tensor) for value in checkpoint.values()):
         raise ValueError(f"{path!r} holds neither a checkpoint of Lightning nor a state dict.")
-    loaded = copy.deepcopy(module)
-    prepare: Any = getattr(loaded, "on_load_checkpoint", None)  # as load_from_checkpoint does
-    if prepare is not None and "state_dict" in checkpoint:
-        prepare(checkpoint)
-    loaded.load_state_dict(weights)
+    own = {plain_name(name): name for name in loaded.state_dict()}
+    weights = {own.get(plain_name(name), name): value for name, value in checkpoint.items()}
+    loaded.load_state_dict(weights, strict=getattr(loaded, "strict_loading", True))
     return loaded
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    """A copy that is not compiled: what torch.compile has made would go on with the weights of the original."""
+    copied: Any = copy.deepcopy(getattr(module, "_orig_mod", module))
+    if getattr(copied, "_compiler_ctx", None) is not None:
+        copied = to_uncompiled(copied)
+    for name, part in copied.named_modules():
+        vars(part).pop("_compiled_call_impl", None)
+        if getattr(vars(part).get("forward"), "__closure__", None):
+            raise ValueError(
+                f"{name or 'the module'} has a forward of its own (a function set on this instance), which in a copy "
+                "would go on with the weights of the original; pass a module without it, and forward=callable(model, "
+                "batch)."
+            )
+    return copied
