@@ -94,6 +94,8 @@ class Samples:
                 )
             return
         self.number = len(indices)
+        if self.number == 0:
+            raise ValueError("dataloader has no samples.")
         labels = _labels(loader.dataset, target)
         if labels is not None:
             labels = conform_target(labels[indices], task).cpu()

@@ -44,7 +44,7 @@ class TestPatterns:
             (["model.blocks.?"], [f"model.blocks.{index}" for index in range(10)]),
             (["model.blocks.1*"], ["model.blocks.1", "model.blocks.10"]),
             (["model.blocks.[13].1"], ["model.blocks.1.1", "model.blocks.3.1"]),
-            (["model.head", "model.*"], ["model.head", "model.blocks"]),  # each once
+            (["model.head", "model.*"], ["model.head"]),  # each once; a list of modules is none to be called
         ],
     )
     def test_stand_for_one_part_of_a_name(self, patterns, expected):
@@ -130,6 +130,20 @@ def test_figures(tmp_path):
     for prefix in ("logme", "logme/news"):
         for figure in ("gain_by_layer", "gain_by_samples"):
             assert len(seen.Images(f"{prefix}/{figure}")) == 3
+
+
+@pytest.mark.parametrize("curve", [False, True])
+def test_what_is_nan_ends_no_plots(tmp_path, curve):
+    class Sometimes(Classifier):
+        def forward(self, x):
+            return super().forward(x * float("nan") if self.current_epoch == 1 and not self.training else x)
+
+    callback = LogMECallback(layers=["model.blocks.*"], curve=curve)
+    run = trainer(tmp_path, callback, logger=TensorBoardLogger(tmp_path, "", ""), max_epochs=3, log_every_n_steps=1)
+    with pytest.warns(UserWarning, match="features contain NaN"):
+        run.fit(Sometimes(Deep(3)), loader(), loader())
+    assert len(events(tmp_path).Images("logme/gain_by_output")) == 2
+    assert len(events(tmp_path).Images("logme/gain_by_layer")) == 3
 
 
 def test_what_figures_show():

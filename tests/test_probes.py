@@ -4,6 +4,7 @@ import copy
 import math
 import random
 import warnings
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import numpy as np
@@ -13,11 +14,12 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from models import CLASSES, Classifier, ConvNet, images, loader, mlp, penultimate, trainer, vectors
 from oracles import problem
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_logme import LogMECallback, Probe, read_history
 from lightning_logme.functional import evidence, logme
+from lightning_logme.probes import Probes
 
 
 def other(n=150, classes=3, seed=7):
@@ -289,7 +291,7 @@ class TestWithoutAHead:
             expected = logme(module.eval()(vectors()[:][0]), vectors()[:][1])
         assert callback.history[-1]["logme"] == pytest.approx(float(expected), rel=1e-5)
 
-    @pytest.mark.parametrize("options", [{"layers": ["encoder"]}, {"features": lambda m, b: m(b[0]), "num_classes": 4}])
+    @pytest.mark.parametrize("options", [{"layers": ["encoder"]}, {"features": lambda m, b: m(b[0]), "task": "binary"}])
     @pytest.mark.parametrize("sanity", [0, 2])
     def test_a_validation_set_that_cannot_be_scored_is_left_out(self, tmp_path, options, sanity):
         callback = LogMECallback(probes={"news": loader(other())}, **options)
@@ -304,6 +306,14 @@ class TestWithoutAHead:
         assert len(rows_of(callback, "logme/news")) == 3
         assert math.isfinite(run.callback_metrics["logme/news"])
         assert "logme" not in run.callback_metrics
+
+    def test_who_says_what_the_labels_are_wants_them_scored(self, tmp_path):
+        for options in ({"target": "y"}, {"num_classes": 5}, {"class_names": ["a", "b"]}):
+            callback = LogMECallback(
+                features=lambda m, b: m(b[0]), task="binary", probes={"news": loader(other())}, **options
+            )
+            with pytest.raises(ValueError, match="labels|class_names|num_classes"):
+                trainer(tmp_path, callback).fit(SelfSupervised(), loader(UNLABELLED), loader(UNLABELLED))
 
     def test_an_error_after_a_good_batch_leaves_nothing_out(self, tmp_path):
         class Twice(Classifier):
@@ -477,8 +487,195 @@ class TestBadInput:
 
     def test_a_probe_named_as_a_layer(self, tmp_path):
         callback = LogMECallback(layers=["model"], probes={"model": loader(other())})
-        with pytest.raises(ValueError, match="probes has the name 'model', under which a layer is logged"):
+        with pytest.raises(ValueError, match="probes has the name 'model', and 'model' is logged for a layer"):
             trainer(tmp_path, callback).fit(Classifier(), loader(), loader())
+
+
+class Hooked(Classifier):
+    """Normalises on the device, as many vision modules do."""
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return [batch[0] * 3 + 1, batch[1]]
+
+
+def test_batches_go_through_the_hooks_of_the_module(tmp_path):
+    callback = LogMECallback(probes={"same": loader()})
+    trainer(tmp_path, callback).validate(Hooked(), loader(), verbose=False)
+    scores = {row["key"]: row["logme"] for row in callback.history}
+    assert scores["logme/same"] == pytest.approx(scores["logme"], rel=1e-5)
+
+
+def test_attention_mask_beside_the_labels(tmp_path):
+    """In (inputs, labels), of the validation set and of a probe, as in a ranking."""
+
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.fc = nn.Linear(16, 8), nn.Linear(8, CLASSES)
+
+        def forward(self, inputs):
+            return self.fc(self.embed(inputs["x"])).mean(1)
+
+    x, mask, y = torch.randn(40, 5, 16), (torch.rand(40, 5) > 0.4).long(), torch.arange(40) % CLASSES
+    mask[:, 0] = 1
+    data = [({"x": x[i], "attention_mask": mask[i]}, y[i]) for i in range(40)]
+    module, callback = (
+        Classifier(Tokens()),
+        LogMECallback(probes={"same": Probe(loader(data), num_classes=CLASSES, forward=lambda m, b: m(b[0]))}),
+    )
+    trainer(tmp_path, callback).validate(module, loader(data), verbose=False)
+    with torch.no_grad():
+        embedded = module.model.embed(x)
+    expected = logme((embedded * mask[..., None]).sum(1) / mask.sum(1, keepdim=True), y)
+    assert [row["logme"] for row in callback.history] == pytest.approx([float(expected)] * 2, rel=1e-5)
+
+
+class TestNoTrace:
+    def test_a_cache_and_what_describes_it(self, tmp_path):
+        """As of rotary embeddings: a buffer that grows, and a number that says how long it is."""
+
+        class Cached(Classifier):
+            def __init__(self):
+                super().__init__(nn.Sequential(nn.Linear(16, 8), nn.Flatten(), nn.LazyLinear(CLASSES)))
+                self.register_buffer("table", torch.zeros(0), persistent=False)
+                self.longest = 0
+
+            def forward(self, x):
+                if x.shape[1] > self.longest:
+                    self.table, self.longest = torch.linspace(0, 1, x.shape[1]), x.shape[1]
+                    self.register_buffer(f"seen_{x.shape[1]}", torch.ones(1))
+                return self.model((x + self.table[: x.shape[1], None])[:, :2])
+
+        def tokens(length, n=40):
+            return TensorDataset(torch.randn(n, length, 16), torch.arange(n) % CLASSES)
+
+        module, callback = Cached(), LogMECallback(probes={"long": loader(tokens(10))})
+        module(tokens(4)[:2][0])
+        trainer(tmp_path, callback).fit(module, loader(tokens(6)), loader(tokens(4)))
+        assert all(math.isfinite(row["logme"]) for row in callback.history)
+        assert module.longest == len(module.table) == 6
+        assert not hasattr(module, "seen_10")
+
+    def test_inputs_that_are_written_to(self, tmp_path):
+        def forward(module, batch):
+            return module(batch[0].mul_(2))
+
+        batches = [(other()[:][0].clone(), other()[:][1])]
+        callback = LogMECallback(probes={"news": Probe(batches, num_classes=3, forward=forward)})
+        trainer(tmp_path, callback).fit(Classifier(), loader(), loader())
+        torch.testing.assert_close(batches[0][0], other()[:][0])
+
+    def test_the_generator_of_a_shared_sampler(self, tmp_path):
+        def order(probes):
+            generator = torch.Generator().manual_seed(5)
+            sampler = RandomSampler(range(96), num_samples=60, generator=generator)
+            seen = []
+
+            class Watched(Classifier):
+                def training_step(self, batch, batch_idx):
+                    seen.append(batch[0].clone())
+                    return super().training_step(batch, batch_idx)
+
+            callback = LogMECallback(probes={"same": loader(sampler=sampler)} if probes else {})
+            trainer(tmp_path, callback).fit(Watched(), loader(sampler=sampler), loader())
+            return torch.cat(seen)
+
+        assert torch.equal(order(probes=False), order(probes=True))
+
+    def test_a_stream_in_another_order_every_time(self, tmp_path):
+        class Stream(IterableDataset):
+            generator = torch.Generator().manual_seed(1)
+
+            def __iter__(self):
+                return (other()[index] for index in torch.randperm(150, generator=self.generator).tolist())
+
+        callback = LogMECallback(probes={"news": Probe(DataLoader(Stream(), 40), num_classes=3)})
+        trainer(tmp_path, callback).fit(Classifier(lr=0.0), loader(), loader())
+        first, second = (row["logme"] for row in rows_of(callback, "logme/news"))
+        assert first == pytest.approx(second, rel=1e-6)
+
+    def test_a_copy_of_the_callback_from_within_a_run(self, tmp_path):
+        copies = []
+
+        class Copies(pl.Callback):
+            def on_train_start(self, trainer, pl_module):
+                copies.append(copy.deepcopy(callback))
+
+        callback = LogMECallback(probes={"news": loader(other())})
+        trainer(tmp_path, callback, Copies(), max_epochs=1).fit(Classifier(), loader(), loader())
+        trainer(tmp_path, copies[0], max_epochs=1).fit(Classifier(), loader(), loader())
+        assert len(copies[0].history) == 2
+
+
+class TestWarnings:
+    def test_a_monitor_of_what_is_not_always_scored(self, tmp_path):
+        stopping = EarlyStopping("logme/news", mode="max", patience=1)
+        callback = LogMECallback(probes={"news": loader(other())}, probe_every=2)
+        with pytest.warns(UserWarning, match="EarlyStopping monitors a probe, and with probe_every=2"):
+            trainer(tmp_path, callback, stopping).validate(Classifier(), loader(), verbose=False)
+
+    def test_a_monitor_makes_checkpoints_due(self, tmp_path):
+        stopping = EarlyStopping("logme/news", mode="max", patience=9)
+        callback = LogMECallback(probes={"news": loader(other())}, probe_every="checkpoint")
+        saving = ModelCheckpoint(tmp_path, every_n_epochs=2)
+        trainer(tmp_path, callback, stopping, saving, max_epochs=2).fit(Classifier(), loader(), loader())
+        assert len(rows_of(callback, "logme/news")) == 2
+
+    def test_no_checkpoints_to_wait_for(self, tmp_path):
+        callback = LogMECallback(probes={"news": loader(other())}, probe_every="checkpoint")
+        with pytest.warns(UserWarning, match="no ModelCheckpoint saves any"):
+            trainer(tmp_path, callback).fit(Classifier(), loader(), loader())
+
+    def test_averaged_weights(self, tmp_path):
+        averaging = getattr(pl.callbacks, "EMAWeightAveraging", None)
+        if averaging is None:
+            pytest.skip("this Lightning has none")
+
+        def run(*before, after=()):
+            callback = LogMECallback(probes={"same": loader()})
+            fitting = trainer(tmp_path, *before, callback, *after, max_epochs=2, num_sanity_val_steps=0)
+            fitting.fit(Classifier(lr=0.5), loader(), loader())
+            return {row["key"]: row["logme"] for row in callback.history}
+
+        scores = run(after=[averaging()])
+        assert scores["logme/same"] == pytest.approx(scores["logme"], rel=1e-5)
+        with pytest.warns(UserWarning, match="put LogMECallback before WeightAveraging"):
+            run(averaging())
+
+    def test_fast_dev_run_runs_one_batch(self, tmp_path):
+        callback = LogMECallback(probes={"news": loader(other(), 20)})
+        trainer(tmp_path, callback, fast_dev_run=True).fit(Classifier(), loader(), loader())
+        assert rows_of(callback, "logme/news")[0]["num_samples"] == 20
+
+    def test_two_things_of_one_key(self, tmp_path):
+        callback = LogMECallback(layers=["model.0"], probes={"a": loader(other()), "a/model.0": loader(other())})
+        with pytest.raises(ValueError, match="'a/model.0' is logged for a layer or another probe as well"):
+            trainer(tmp_path, callback).validate(Classifier(), loader(), verbose=False)
+
+    def test_broken_data_sets_name_their_probe(self, tmp_path):
+        class Broken(Dataset):
+            def __len__(self):
+                return 40
+
+            def __getitem__(self, index):
+                raise OSError("disk on fire")
+
+        for probe, message in (
+            (Probe(DataLoader(Broken()), num_classes=3), "OSError: disk on fire"),
+            (DataLoader(TensorDataset(torch.zeros(0, 16), torch.zeros(0).long())), "dataloader has no samples"),
+        ):
+            with pytest.raises(ValueError, match=rf"probes\['news'\].*({message})"):
+                trainer(tmp_path, LogMECallback(probes={"news": probe})).fit(Classifier(), loader(), loader())
+
+
+def test_sharded_strategies_are_refused(tmp_path):
+    class FSDPStrategy:
+        pass
+
+    probes = Probes({"news": loader(other())}, 1)
+    fsdp = SimpleNamespace(world_size=2, strategy=FSDPStrategy(), callbacks=[])
+    with pytest.raises(ValueError, match="probes cannot be run under FSDPStrategy.*score_checkpoints"):
+        probes.prepare(fsdp, LogMECallback(), "logme")
 
 
 def test_ignored_labels(tmp_path):

@@ -1,12 +1,14 @@
 """Checkpoints of one network, ranked on a target task."""
 
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.compile import from_compiled
 from models import CLASSES, Classifier, loader, mlp, penultimate, trainer, vectors
 from torch import nn
 
@@ -107,12 +109,68 @@ def test_on_load_checkpoint_is_called(run):
     assert ranking.scores == pytest.approx({str(path): expected(path)}, rel=1e-6)
 
 
+class TestTheModuleAsItWas:
+    """What sits on an instance must not go on with the weights of the original."""
+
+    @pytest.mark.parametrize("way", ["from_compiled", "compile", "wrapped"])
+    def test_compiled(self, run, way):
+        torch.compiler.reset()
+        module: Any = Classifier()
+        if way == "compile":
+            module.compile(backend="eager")
+            module(torch.randn(2, 16))
+        elif way == "wrapped":
+            module = torch.compile(module, backend="eager")
+        else:
+            module = from_compiled(torch.compile(module, backend="eager"))
+        ranking = score_checkpoints(module, run, loader(target()), race=False, **QUIET)
+        assert ranking.scores == pytest.approx({str(path): expected(path) for path in run.glob("*.ckpt")}, rel=1e-6)
+
+    def test_a_forward_set_on_the_instance(self, run):
+        module = Classifier()
+        original = module.forward
+        module.forward = lambda x: original(x)
+        with pytest.raises(RuntimeError, match="has a forward of its own"):
+            score_checkpoints(module, run, loader(target()), **QUIET)
+
+    def test_checkpoints_of_a_compiled_network(self, run, tmp_path):
+        saved = torch.load(run / "epoch=1.ckpt", weights_only=True)
+        weights = {name.replace("model.", "model._orig_mod."): value for name, value in saved["state_dict"].items()}
+        torch.save({"state_dict": weights}, tmp_path / "compiled.ckpt")
+        ranking = score_checkpoints(Classifier(), tmp_path / "compiled.ckpt", loader(target()), **QUIET)
+        assert list(ranking.scores.values()) == pytest.approx([expected(run / "epoch=1.ckpt")], rel=1e-6)
+
+
+def test_what_load_from_checkpoint_does(run):
+    """configure_model, what on_load_checkpoint puts in place, and strict_loading."""
+
+    class Module(Classifier):
+        def __init__(self):
+            super().__init__(nn.Identity())
+            self.strict_loading = False
+            self.extra = nn.Parameter(torch.zeros(2))
+
+        def configure_model(self):
+            self.model = mlp()
+
+        def on_load_checkpoint(self, checkpoint):
+            checkpoint["state_dict"] = {name: -value for name, value in checkpoint["state_dict"].items()}
+
+    path = run / "epoch=1.ckpt"
+    negative = Classifier()
+    negative.load_state_dict({name: -v for name, v in torch.load(path, weights_only=True)["state_dict"].items()})
+    ranking = score_checkpoints(Module(), path, loader(target()), **QUIET)
+    assert ranking.scores[str(path)] == pytest.approx(
+        float(logme(*penultimate(negative, "model.2", target()))), rel=1e-6
+    )
+
+
 class TestWhichFeature:
     def test_a_named_head(self, run):
         path = str(run / "epoch=1.ckpt")
         module = Classifier()
         module.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
-        for head in ("model.0", {path: "model.0"}):
+        for head in ("model.0", {path: "model.0"}, {Path(path): "model.0"}):
             ranking = score_checkpoints(Classifier(), path, loader(target()), head=head, **QUIET)
             expected = logme(*target().tensors)
             assert ranking.scores[path] == pytest.approx(float(expected), rel=1e-6)
