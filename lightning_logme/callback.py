@@ -296,7 +296,7 @@ class LogMECallback(_AnyCallback):
             self.num_classes,
             features=self.features,
             layer_mean=self.layer_mean,
-            optional=self._optional,
+            optional=self._optional or not self.validation,
         )
         self.probes.check_names(self._sources)
         if self._sources.announcement and not self._announced:

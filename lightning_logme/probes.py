@@ -66,12 +66,14 @@ class Probes:
                 "forward passes as each other; save checkpoints, and score them afterwards with score_checkpoints."
             )
         monitors = [callback for callback in trainer.callbacks if self._monitors(callback)]
-        if monitors and type(self._every) is int and self._every > 1:
+        if monitors and self._every not in (1, "checkpoint"):
             rank_zero_warn(
                 f"{type(monitors[0]).__name__} monitors a probe, and with probe_every={self._every} will take what it "
                 "sees in between, the value of an earlier validation, for a new one."
             )
-        if self._every == "checkpoint" and trainer.state.fn == TrainerFn.FITTING and not trainer.checkpoint_callbacks:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        if self._every == "checkpoint" and not trainer.checkpoint_callbacks:
             rank_zero_warn("probe_every='checkpoint', and no ModelCheckpoint saves any: the probes will not be run.")
         before = trainer.callbacks[: trainer.callbacks.index(owner)] if trainer.enable_validation else trainer.callbacks
         if any(_is_one_of(callback, ("WeightAveraging",)) for callback in before):
@@ -138,10 +140,8 @@ class Probes:
             return (self._validations - 1) % self._every == 0
         if trainer.state.fn != TrainerFn.FITTING:  # nothing is saved, and who validates wants to see
             return True
-        if any(
-            map(self._monitors, getattr(trainer, "callbacks", ()))
-        ):  # what they decide is known only when the probes have run
-            return True
+        if any(self._monitors(callback) for callback in getattr(trainer, "callbacks", ())):
+            return True  # what they decide is known only when the probes have run
         due = [_saves(callback, trainer) for callback in trainer.checkpoint_callbacks]
         return bool(trainer.strategy.broadcast(any(due)))
 

@@ -32,21 +32,17 @@ class Model(Classifier):
         super().__init__(lr=lr)
 
 
-def test_options_from_the_command_line(tmp_path):
-    callback = {
-        "class_path": "lightning_logme.LogMECallback",
-        "init_args": {"layers": ["model.0"], "target": 1, "pooling": "mean", "class_names": list("abcd")},
-    }
+def fit(tmp_path, **options):
+    callback = {"class_path": "lightning_logme.LogMECallback", "init_args": options}
     trainer = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
     trainer |= {"enable_progress_bar": False, "callbacks": [callback], "default_root_dir": str(tmp_path)}
-    cli = LightningCLI(
-        Model,
-        Data,
-        args={"fit": {"trainer": trainer}, "subcommand": "fit"},
-        save_config_callback=None,
-        seed_everything_default=1,
-    )
-    assert {"logme", "logme/model.0"} <= set(cli.trainer.callback_metrics)
+    args = {"fit": {"trainer": trainer}, "subcommand": "fit"}
+    return LightningCLI(Model, Data, args=args, save_config_callback=None, seed_everything_default=1).trainer
+
+
+def test_options_from_a_configuration(tmp_path):
+    trainer = fit(tmp_path, layers=["model.0"], target=1, pooling="mean", class_names=list("abcd"))
+    assert {"logme", "logme/model.0"} <= set(trainer.callback_metrics)
 
 
 def test_numbers_on_the_command_line_are_indices(tmp_path):
@@ -63,28 +59,13 @@ class Loader(DataLoader):
 
 
 def test_probes_in_a_configuration(tmp_path):
-    probe = {"dataloader": {"class_path": "test_cli.Loader", "init_args": {"n": 50}}, "limit_batches": 2}
-    options = {
-        "layers": ["model.*"],
-        "layer_mean": False,
-        "curve": True,
-        "probe_every": 2,
-        "probes": {
-            "few": {"class_path": "lightning_logme.Probe", "init_args": probe},
-            "all": {"class_path": "test_cli.Loader"},
-        },
+    few = {"dataloader": {"class_path": "test_cli.Loader", "init_args": {"n": 50}}, "limit_batches": 2}
+    probes = {
+        "few": {"class_path": "lightning_logme.Probe", "init_args": few},
+        "all": {"class_path": "test_cli.Loader"},
     }
-    callback = {"class_path": "lightning_logme.LogMECallback", "init_args": options}
-    trainer = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
-    trainer |= {"enable_progress_bar": False, "callbacks": [callback], "default_root_dir": str(tmp_path)}
-    cli = LightningCLI(
-        Model,
-        Data,
-        args={"fit": {"trainer": trainer}, "subcommand": "fit"},
-        save_config_callback=None,
-        seed_everything_default=1,
-    )
-    (logme,) = (one for one in cli.trainer.callbacks if isinstance(one, LogMECallback))
+    trainer = fit(tmp_path, layers=["model.*"], layer_mean=False, curve=True, probe_every=2, probes=probes)
+    (logme,) = (callback for callback in trainer.callbacks if isinstance(callback, LogMECallback))
     assert {key: evidence.num_samples for key, evidence in logme.evidence.items() if key.count("/") == 1} == {
         "logme/model.0": 96,
         "logme/model.1": 96,
