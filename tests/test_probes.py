@@ -282,6 +282,11 @@ class TestWithoutAHead:
         assert float(run.callback_metrics["logme/news"]) == pytest.approx(float(expected), rel=1e-5)
         assert "logme" not in run.callback_metrics
 
+    def test_probes_alone_need_to_know_nothing_of_the_validation_set(self, tmp_path):
+        callback = LogMECallback(layers=["encoder"], target="y", probes={"news": loader(other())}, validation=False)
+        trainer(tmp_path, callback).fit(SelfSupervised(convolutional=True), loader(UNLABELLED), loader(UNLABELLED))
+        assert {row["key"] for row in callback.history} == {"logme/news", "logme/news/encoder"}
+
     def test_features_score_the_validation_set_too(self, tmp_path):
         module = SelfSupervised()
         callback = LogMECallback(features=lambda module, batch: module(batch[0]), num_classes=CLASSES)
