@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
+import lightning_logme.probe
 from lightning_logme import LogMECallback, Probe, read_history
 from lightning_logme.functional import evidence, logme
 from lightning_logme.probes import Probes
@@ -533,6 +534,14 @@ def test_attention_mask_beside_the_labels(tmp_path):
         embedded = module.model.embed(x)
     expected = logme((embedded * mask[..., None]).sum(1) / mask.sum(1, keepdim=True), y)
     assert [row["logme"] for row in callback.history] == pytest.approx([float(expected)] * 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_bar_for_those_that_take_their_time(tmp_path, monkeypatch, capsys, shown):
+    monkeypatch.setattr(lightning_logme.probe, "_PATIENCE", 0.0)
+    callback = LogMECallback(probes={"news": loader(other())})
+    trainer(tmp_path, callback, enable_progress_bar=shown).validate(Classifier(), loader(), verbose=False)
+    assert ("probe news" in capsys.readouterr().err) == shown
 
 
 class TestNoTrace:
