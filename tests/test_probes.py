@@ -283,6 +283,13 @@ class TestWithoutAHead:
         assert float(run.callback_metrics["logme/news"]) == pytest.approx(float(expected), rel=1e-5)
         assert "logme" not in run.callback_metrics
 
+    def test_the_last_of_the_layers_stands_for_the_head(self, tmp_path):
+        callback = LogMECallback(layers=["encoder.0", "encoder.1"], probes={"news": loader(other())}, validation=False)
+        trainer(tmp_path, callback).validate(SelfSupervised(convolutional=True), loader(UNLABELLED), verbose=False)
+        scores = {row["key"]: row["logme"] for row in callback.history}
+        assert scores["logme/news"] == scores["logme/news/encoder.1"]
+        assert callback.evidence["logme/news"].weight.shape == callback.evidence["logme/news/encoder.1"].weight.shape
+
     def test_probes_alone_need_to_know_nothing_of_the_validation_set(self, tmp_path):
         callback = LogMECallback(layers=["encoder"], target="y", probes={"news": loader(other())}, validation=False)
         trainer(tmp_path, callback).fit(SelfSupervised(convolutional=True), loader(UNLABELLED), loader(UNLABELLED))
@@ -346,7 +353,11 @@ class TestWithoutAHead:
             probes={"news": loader(other())}, validation=False, features=lambda module, batch: module(batch[0])
         )
         module = SelfSupervised()
+        module.encoder.append(nn.Dropout(0.5))
         trainer(tmp_path, callback, checkpoint, max_epochs=2).fit(module, loader(UNLABELLED))
+        with torch.no_grad():
+            expected = logme(copy.deepcopy(module).eval()(other()[:][0]), other()[:][1])
+        assert callback.history[-1]["logme"] == pytest.approx(float(expected), rel=1e-5)
         assert [row["epoch"] for row in callback.history] == [0, 1]
         assert float(checkpoint.current_score) == pytest.approx(callback.history[-1]["logme"], rel=1e-6)
         assert all(part.training for part in module.modules())
@@ -499,6 +510,9 @@ class TestBadInput:
 
 class Hooked(Classifier):
     """Normalises on the device, as many vision modules do."""
+
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        return [batch[0].abs(), batch[1]]
 
     def on_after_batch_transfer(self, batch, dataloader_idx):
         return [batch[0] * 3 + 1, batch[1]]
