@@ -115,6 +115,7 @@ class TestSettled:
         [
             ([0.1, 0.2, 0.4], None),
             ([0.1, 0.39, 0.4], 64),
+            ([0.01, 0.0195, 0.02], 64),  # relative to the gain
             ([0.4, 0.2, 0.39, 0.4], 128),  # what it left in between does not count
             ([0.4, 0.4, 0.4], 32),
             ([math.nan, 0.4, 0.4], 64),
