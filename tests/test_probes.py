@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 from models import CLASSES, Classifier, ConvNet, images, loader, mlp, penultimate, trainer, vectors
 from oracles import problem
+from test_loggers import events
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
@@ -361,6 +363,19 @@ class TestWithoutAHead:
         assert [row["epoch"] for row in callback.history] == [0, 1]
         assert float(checkpoint.current_score) == pytest.approx(callback.history[-1]["logme"], rel=1e-6)
         assert all(part.training for part in module.modules())
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+@pytest.mark.parametrize("validated", [True, False])
+def test_figures_are_at_the_steps_of_the_scalars(tmp_path, validated):
+    callback = LogMECallback(probes={"news": loader(other())}, validation=False)
+    logger = TensorBoardLogger(tmp_path, "", "")
+    run = trainer(tmp_path, callback, logger=logger, log_every_n_steps=1)
+    run.fit(Classifier(), loader(), loader() if validated else None)
+    seen = events(tmp_path)
+    steps = [event.step for event in seen.Scalars("logme/news")]
+    assert [event.step for event in seen.Images("logme/news/gain_by_output")] == steps
+    assert len(steps) == 2
 
 
 class TestWhen:
