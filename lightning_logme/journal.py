@@ -59,6 +59,7 @@ class Journal:
         sources: Sequence[str],
         *,
         probe: str | None = None,
+        head: str = HEAD,
         loaders: int = 1,
         class_names: Sequence[str] | None = None,
         position: tuple[int, int] | None = None,
@@ -71,6 +72,7 @@ class Journal:
             collector: of the pass.
             sources: names of what was scored.
             probe: whose samples they were; None for the validation set.
+            head: the source that stands for the head's input, which a module may not have.
             loaders: how many validation loaders there are.
             class_names: for the figure.
             position: epoch and step of the weights, where they are not the trainer's own.
@@ -81,8 +83,8 @@ class Journal:
             ending = f"/dataloader_idx_{index}" if loaders > 1 else ""
             suffixes = {source: prefix + (f"/{source}" if source else "") + ending for source in sources}
             for source, suffix in suffixes.items():
-                result = results.get((source, index))
-                if (source, index) not in results and collector.broken is None:
+                result = results.get((source or head, index))
+                if (source or head, index) not in results and collector.broken is None:
                     loader = "the validation loader" if probe is None else "its loader"
                     warnings.warn(f"{self.name}{suffix} is NaN: {loader} gave no batch.", stacklevel=2)
                 self._enter(trainer, pl_module, suffix, result, collector.curve, position)

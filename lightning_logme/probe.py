@@ -14,7 +14,7 @@ from lightning_logme.collector import Collector
 from lightning_logme.forward import Forward, call, copied
 from lightning_logme.moments import Task, check_task
 from lightning_logme.samples import Portion, Samples
-from lightning_logme.sources import HEAD, Sources
+from lightning_logme.sources import Sources
 from lightning_logme.taps import Pooling
 from lightning_logme.undisturbed import same_generators, undisturbed
 
@@ -132,8 +132,6 @@ class PreparedProbe:
                             (probe.forward or self._call)(module, batch)
                         seen = sources.seen(module, batch)
                     rows = sources.pooled(seen, portion.target, find_mask(batch), pooling, probe.task)
-                    if HEAD not in rows:  # a module without a head is told by the last of its layers
-                        rows[HEAD] = rows[sources.layers[-1]]
                     places = range(portion.start, portion.start + len(portion.target))
                     for source, features in rows.items():
                         collector.add((source, 0), features, portion.target, places)

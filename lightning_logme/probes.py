@@ -127,12 +127,13 @@ class Probes:
         if not self._prepared or not self._are_due(trainer):
             return
         scored = list(dict.fromkeys([HEAD, *sources.names]))
+        head = HEAD if HEAD in sources.names else sources.layers[-1]
         for name, prepared in self._prepared.items():
             few = int(getattr(trainer, "fast_dev_run", 0)) * trainer.world_size
             collector = prepared.collect(trainer, pl_module, sources, pooling, few or None, **options)
             if collector.broken is not None:
                 warnings.warn(f"{journal.name}/{name} is NaN, after an error: {collector.broken}", stacklevel=2)
-            journal.enter(trainer, pl_module, collector, scored, probe=name, position=position)
+            journal.enter(trainer, pl_module, collector, scored, probe=name, head=head, position=position)
 
     def _are_due(self, trainer: Trainer) -> bool:
         if self._every != "checkpoint":
