@@ -82,8 +82,9 @@ class Journal:
         for index in range(loaders):
             ending = f"/dataloader_idx_{index}" if loaders > 1 else ""
             suffixes = {source: prefix + (f"/{source}" if source else "") + ending for source in sources}
+            known = {source: results.get((source or head, index)) for source in sources}
             for source, suffix in suffixes.items():
-                result = results.get((source or head, index))
+                result = known[source]
                 if (source or head, index) not in results and collector.broken is None:
                     loader = "the validation loader" if probe is None else "its loader"
                     warnings.warn(f"{self.name}{suffix} is NaN: {loader} gave no batch.", stacklevel=2)
@@ -91,7 +92,8 @@ class Journal:
                 if result is not None:
                     key = self.name + suffix
                     self._draw(trainer, log_plots, key, result.evidence, class_names)
-            self._draw(trainer, self._draw_sources, prefix + ending, suffixes, collector.curve)
+            curves = {source or "head": result.curve for source, result in known.items() if result is not None}
+            self._draw(trainer, self._draw_sources, prefix + ending, suffixes, curves)
 
     def _enter(
         self,
@@ -135,7 +137,12 @@ class Journal:
             )
 
     def _draw_sources(
-        self, loggers: Sequence[Any], step: int, suffix: str, suffixes: Mapping[str, str], curve: bool
+        self,
+        loggers: Sequence[Any],
+        step: int,
+        suffix: str,
+        suffixes: Mapping[str, str],
+        curves: Mapping[str, Sequence[CurvePoint]],
     ) -> None:
         """What compares the sources of one pass."""
         keys = {source: self.name + ending for source, ending in suffixes.items()}
@@ -143,6 +150,5 @@ class Journal:
         if len(layers) > 1:
             tag = f"{self.name}{suffix}/gain_by_layer"
             log_figure(loggers, step, tag, lambda: layers_figure(self.history, layers))
-        curves = {source or "head": self.curves[key] for source, key in keys.items() if key in self.curves}
-        if curve and any(len(points) > 1 for points in curves.values()):
+        if any(len(points) > 1 for points in curves.values()):
             log_figure(loggers, step, f"{self.name}{suffix}/gain_by_samples", lambda: curves_figure(curves))

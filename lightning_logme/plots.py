@@ -137,7 +137,7 @@ def curves_figure(curves: Mapping[str, Sequence[CurvePoint]]) -> Any:
     curves = {name: [p for p in curve if p.num_samples and p.gain == p.gain] for name, curve in curves.items()}
     curves = {name: curve for name, curve in curves.items() if len(curve) > 1}
     numbers = sorted({point.num_samples for curve in curves.values() for point in curve})
-    span = math.log2(numbers[-1] / numbers[0]) if numbers else 1.0
+    span = math.log2(numbers[-1] / numbers[0]) or 1.0 if numbers else 1.0
     x = {number: math.log2(number / numbers[0]) / span for number in numbers}
     lines, legend = [], {}
     for index, (name, curve) in enumerate(curves.items()):

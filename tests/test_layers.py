@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import lightning_logme.collector
-from lightning_logme import LogME, LogMECallback
+from lightning_logme import LogME, LogMECallback, Probe
 from lightning_logme.functional import evidence, logme
 from lightning_logme.sources import attach
 
@@ -144,6 +144,26 @@ def test_what_is_nan_ends_no_plots(tmp_path, curve):
         run.fit(Sometimes(Deep(3)), loader(), loader())
     assert len(events(tmp_path).Images("logme/gain_by_output")) == 2
     assert len(events(tmp_path).Images("logme/gain_by_layer")) == 3
+
+
+def test_a_curve_is_drawn_where_there_is_a_new_one(tmp_path):
+    """Not once more where a later pass has none, and not lost where its points are of equally many samples."""
+    labels = torch.where(torch.arange(64) < 32, torch.arange(64) % CLASSES, -100)
+    calls = []
+
+    def forward(module, batch):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("on purpose")
+        return module(batch[0])
+
+    probe = Probe([(vectors(64).tensors[0], labels)], num_classes=CLASSES, forward=forward)
+    callback = LogMECallback(probes={"news": probe}, curve=True, validation=False)
+    options = {"logger": TensorBoardLogger(tmp_path, "", ""), "log_every_n_steps": 1, "num_sanity_val_steps": 0}
+    with pytest.warns(UserWarning, match="logme/news is NaN"):
+        trainer(tmp_path, callback, max_epochs=3, **options).fit(Classifier(), loader(), loader())
+    assert [point.num_samples for point in callback.curves["logme/news"]] == [32, 32]
+    assert len(events(tmp_path).Images("logme/news/gain_by_samples")) == 2
 
 
 def test_what_figures_show():
