@@ -12,10 +12,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_logme.curve import CurvePoint
-from lightning_logme.distributed import agree
+from lightning_logme.distributed import agree, is_distributed
 from lightning_logme.evidence import Evidence
 from lightning_logme.metric import LogME
-from lightning_logme.moments import Task, is_exclusive, moments_device
+from lightning_logme.moments import Moments, Task, is_exclusive, moments_device
 
 Key = tuple[str, int]  # source of features, index of the loader
 
@@ -47,18 +47,27 @@ class Collector:
         task: of all metrics.
         num_outputs: K; None reads it off the first target.
         curve: whether the score is followed from few samples to all.
-        options: of all metrics.
+        fit_intercept: of the evidence.
+        ignore_index: of all metrics.
 
     Attributes:
         broken: why this pass can have no result, if so. What breaks in one process breaks in all of them.
         rows: by loader, the rows this process has had from it.
     """
 
-    def __init__(self, task: Task, num_outputs: int | None, curve: bool = False, **options: Any) -> None:
+    def __init__(
+        self,
+        task: Task,
+        num_outputs: int | None,
+        curve: bool = False,
+        fit_intercept: bool = False,
+        ignore_index: int | None = None,
+    ) -> None:
         self.task: Task = task
         self.num_outputs = num_outputs
         self.curve = curve
-        self.options = options
+        self.fit_intercept = fit_intercept
+        self.ignore_index = ignore_index
         self.broken: str | None = None
         self.rows: dict[int, int] = {}
         self._metrics: dict[tuple[str, int, int], LogME] = {}
@@ -104,45 +113,46 @@ class Collector:
                 start = stop
             part, end = part + 1, 2 * end
 
-    def results(self, device: torch.device) -> Iterator[tuple[Key, Result | None]]:
+    def results(self, device: torch.device, group: Any = None) -> Iterator[tuple[Key, Result | None]]:
         """What there is for every key that any process has met, summed over processes; None after an error.
 
-        To be run through by all processes, for their metrics are summed in step.
+        To be run through by all processes, for their sums are added up in step.
 
         Args:
-            device: for the metrics of a process that has seen no data.
+            device: for the sums of a process that has seen no data.
+            group: of the processes among which the samples were dealt out; None stands for all.
         """
         shapes = {key: (metric.num_features, metric.num_outputs) for key, metric in self._metrics.items()}
-        shapes, self.broken = agree(shapes, self.broken)
+        mine = self.broken
+        shapes, self.broken = agree(shapes, mine)
+        if self.broken is not None:
+            if mine is None:
+                rank_zero_warn(f"LogME is NaN for these samples, after an error: {self.broken}")
+            return
         for (source, loader), parts in groupby(sorted(shapes), lambda key: key[:2]):
-            if self.broken is None:
-                yield (source, loader), self._result({part: shapes[part] for part in parts}, device)
+            # First all sums, then what may fail in one process: none may wait for another.
+            sums = [self._summed(part, shapes[part], device, group) for part in parts]
+            yield (source, loader), self._result(sums)
 
-    def _result(self, shapes: dict[tuple[str, int, int], tuple[int, int]], device: torch.device) -> Result | None:
-        total, curve, last = None, [], max(shapes)
+    def _summed(self, key: tuple[str, int, int], shape: tuple[int, int], device: torch.device, group: Any) -> Moments:
+        metric = self._metrics.pop(key, None)
+        sums = Moments.zeros(*shape, moments_device(device)) if metric is None else metric.moments()
+        return sums.all_reduce(group) if is_distributed() else sums
+
+    def _result(self, parts: list[Moments]) -> Result | None:
+        total, curve = None, []
         try:
-            for part, shape in shapes.items():
-                metric = self._metrics.pop(part) if part in self._metrics else self._empty(*shape, device)
-                if total is None:
-                    total = metric
-                else:
-                    total.merge_state(metric)
+            for part in parts:
+                total = part if total is None else total.add_(part)
                 with warnings.catch_warnings():
-                    if part != last:
+                    if part is not parts[-1]:
                         warnings.simplefilter("ignore")  # few samples may lack evidence
-                    evidence = total.evidence()
+                    evidence = Evidence.from_moments(total, self.task, self.fit_intercept)
                 curve.append(CurvePoint(evidence.num_samples, float(evidence.score), float(evidence.gain)))
             return Result(evidence.to("cpu"), curve if self.curve else [])
         except Exception as error:
             warnings.warn(f"LogME is NaN, after an error: {type(error).__name__}: {error}", stacklevel=2)
             return None
-
-    def _empty(self, num_features: int, num_outputs: int, device: torch.device) -> LogME:
-        metric = self._metric(num_features, num_outputs, device)
-        nothing = metric.gram.new_empty(0, num_outputs)
-        target = nothing[:, 0].long() if is_exclusive(self.task) else nothing
-        metric.update(metric.gram.new_empty(0, num_features), target)
-        return metric
 
     def _metric(self, num_features: int, num_outputs: int, device: torch.device) -> LogME:
         metric = LogME(
@@ -151,6 +161,6 @@ class Collector:
             num_classes=num_outputs,
             num_labels=num_outputs,
             num_outputs=num_outputs,
-            **self.options,
+            ignore_index=self.ignore_index,
         )
         return metric.to(moments_device(device))

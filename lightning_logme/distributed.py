@@ -13,8 +13,13 @@ from torch.utils.data import DistributedSampler
 Shapes = dict[tuple[str, int, int], tuple[int, int]]
 
 
+def is_distributed() -> bool:
+    """Whether there are processes to talk to."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def agree(shapes: Shapes, broken: str | None) -> tuple[Shapes, str | None]:
-    """The shapes that any process has met, and what broke on any of them.
+    """The shapes that any process has met, and what broke in any of them; the same in all.
 
     Processes that sum tensors must have the same tensors to sum, in the same order: one may have seen no data, or have
     failed.
@@ -23,20 +28,33 @@ def agree(shapes: Shapes, broken: str | None) -> tuple[Shapes, str | None]:
         shapes: by source, loader and part of the curve, (num_features, num_outputs) met by this process.
         broken: what went wrong in this process, if anything.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not is_distributed():
         return shapes, broken
-    everyone: list[tuple[Shapes, str | None] | None] = [None] * dist.get_world_size()
+    everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (shapes, broken))
     together: Shapes = {}
-    for rank, theirs in enumerate(everyone):
-        assert theirs is not None
-        for key, shape in theirs[0].items():
+    reasons = []
+    for rank, (theirs, reason) in enumerate(everyone):
+        if reason is not None:
+            reasons.append(f"{reason} (process {rank})")
+        for key, shape in theirs.items():
             if together.setdefault(key, shape) != shape:
-                broken = (
-                    broken or f"rank {rank} met features or targets of shape {shape} where another met {together[key]}"
+                reasons.append(
+                    f"features or targets of lengths {shape} in process {rank}, and {together[key]} in another"
                 )
-        broken = broken or theirs[1]
-    return together, broken
+    return together, next(iter(reasons), None)
+
+
+def data_parallel(trainer: Trainer) -> tuple[int, int, Any]:
+    """Place and number of the processes that samples are dealt out to, and their group; None stands for all.
+
+    Where layers are split between processes (tensor parallelism), several of them see the same samples.
+    """
+    mesh = getattr(trainer.strategy, "device_mesh", None)
+    if "data_parallel" not in (getattr(mesh, "mesh_dim_names", None) or ()):
+        return trainer.global_rank, trainer.world_size, None
+    mesh = mesh["data_parallel"]  # type: ignore[index]
+    return mesh.get_local_rank(), mesh.size(), mesh.get_group()
 
 
 def validation_loader(trainer: Trainer, index: int) -> Any:

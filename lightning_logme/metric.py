@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module
 from torchmetrics import Metric
@@ -86,7 +87,8 @@ class LogME(Metric):
         fit_intercept: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        # torchmetrics would gather the matrices of all processes in each, and add them up there.
+        super().__init__(**{**kwargs, "dist_sync_fn": kwargs.get("dist_sync_fn") or _all_reduce})
         check_task(task)
         if ignore_index is not None and task == "regression":
             raise ValueError(
@@ -106,12 +108,12 @@ class LogME(Metric):
     def update(self, features: Tensor, target: Tensor) -> None:
         """Add a batch."""
         batch = Batch.checked(features, target, self.task, self.num_outputs, self.num_features, self.ignore_index)
-        for name, value in vars(self._moments().accumulate(batch)).items():
+        for name, value in vars(self.moments().accumulate(batch)).items():
             setattr(self, name, value)
 
     def compute(self) -> Tensor:
         """LogME of everything seen since the last reset, by all processes."""
-        self._evidence = Evidence.from_moments(self._moments(), self.task, self.fit_intercept)
+        self._evidence = Evidence.from_moments(self.moments(), self.task, self.fit_intercept)
         return self._evidence.score
 
     def evidence(self) -> Evidence:
@@ -131,7 +133,8 @@ class LogME(Metric):
         """Plot one or several values, see :meth:`torchmetrics.Metric.plot`."""
         return self._plot(val, ax)
 
-    def _moments(self) -> Moments:
+    def moments(self) -> Moments:
+        """The states as they are: the sums of this process, unless they have been synchronised."""
         return Moments(**{field.name: getattr(self, field.name) for field in fields(Moments)})
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Module:
@@ -142,6 +145,14 @@ class LogME(Metric):
 
         self._computed, self._evidence = None, None
         return super()._apply(move, *args, **kwargs)
+
+
+def _all_reduce(state: Tensor, group: Any = None) -> list[Tensor]:
+    """In place of all processes' states, which torchmetrics would add up, a list of their sum."""
+    # Metrics of one MetricCollection share their states: the sum must not be written to them.
+    total = state.clone()
+    dist.all_reduce(total, group=group)
+    return [total]
 
 
 def _positive(name: str, value: int | None) -> int:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 Task = Literal["binary", "multiclass", "multilabel", "regression"]
@@ -104,6 +105,26 @@ class Moments:
             result.add_(part)
         return result
 
+    def all_reduce(self, group: Any = None) -> Moments:
+        """The moments of all processes, in place where torch allows it; use what is returned.
+
+        Nothing is gathered: memory does not grow with the number of processes, all of which must call this.
+
+        Args:
+            group: of processes; None stands for all.
+        """
+        sums = self.writable()
+        for value in vars(sums).values():
+            dist.all_reduce(value, group=group)
+        return sums
+
+    def writable(self) -> Moments:
+        """With copies of tensors made under ``torch.inference_mode``, which must not be written to outside it."""
+        outside = not torch.is_inference_mode_enabled()
+        return Moments(
+            **{name: value.clone() if outside and value.is_inference() else value for name, value in vars(self).items()}
+        )
+
     def to(self, device: torch.device | str) -> Moments:
         return Moments(**{name: value.to(device) for name, value in vars(self).items()})
 
@@ -121,14 +142,11 @@ class Moments:
 
     @torch.no_grad()
     def accumulate(self, batch: Batch) -> Moments:
-        """Add a batch, in place where torch allows it; use what is returned.
-
-        Tensors made under ``torch.inference_mode`` cannot be written to outside it: those are copied first.
-        """
+        """Add a batch, in place where torch allows it; use what is returned."""
         # Under autocast a matrix product of float64 would come back in half precision.
         device = self.gram.device
         with torch.autocast(device.type, enabled=False):
-            sums = Moments(**{name: _writable(value) for name, value in vars(self).items()})
+            sums = self.writable()
             for start in range(0, len(batch.features), _ROW_BLOCK):
                 block = batch[start : start + _ROW_BLOCK]
                 # Conversion happens on the device that has float64.
@@ -168,10 +186,6 @@ def add_gram_(gram: Tensor, rows: Tensor) -> Tensor:
         stop = start + _GRAM_BLOCK
         gram[start:stop, :stop].addmm_(rows[:, start:stop].T, rows[:, :stop])
     return gram
-
-
-def _writable(tensor: Tensor) -> Tensor:
-    return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
 
 
 @dataclass(frozen=True)

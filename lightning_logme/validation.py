@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_logme.batch import TargetSpec, conform_target, describe_target, find_mask, find_target
 from lightning_logme.collector import Collector
-from lightning_logme.distributed import agree, rows_without_padding, validation_loader
+from lightning_logme.distributed import agree, data_parallel, rows_without_padding, validation_loader
 from lightning_logme.moments import Task
 from lightning_logme.sources import Sources
 from lightning_logme.taps import Pooling
@@ -137,7 +137,7 @@ class Validation:
         real = rows_without_padding(validation_loader(trainer, dataloader_idx), first, len(target))
         with trainer.precision_plugin.forward_context():
             seen = self._sources.seen(pl_module, batch)
-        rank, world = trainer.global_rank, trainer.world_size  # as DistributedSampler deals samples out
+        rank, world, _ = data_parallel(trainer)  # as DistributedSampler deals samples out
         places = range(first * world + rank, (first + real) * world + rank, world)
         rows = self._sources.pooled(seen, target, mask, self._pooling, self._task)
         for source, features in rows.items():

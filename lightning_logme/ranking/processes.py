@@ -52,7 +52,4 @@ def summed(fabric: Fabric, blocks: list[Moments], num_outputs: int) -> list[Mome
         raise Failure(f"features of lengths {lengths} in different processes; pool them to one length.")
     if lengths and not blocks:
         blocks = [Moments.zeros(lengths[0], num_outputs, moments_device(fabric.device)) for _ in range(BLOCKS)]
-    for block in blocks:
-        for tensor in vars(block).values():
-            dist.all_reduce(tensor)
-    return blocks
+    return [block.all_reduce() for block in blocks]
