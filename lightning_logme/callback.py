@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_logme.batch import TargetSpec
 from lightning_logme.curve import CurvePoint
-from lightning_logme.distributed import number_of_loaders
+from lightning_logme.distributed import is_sharded, number_of_loaders, why_out_of_step
 from lightning_logme.evidence import Evidence
 from lightning_logme.history import Row
 from lightning_logme.journal import Journal
@@ -187,6 +187,7 @@ class LogMECallback(_AnyCallback):
         self._sources = Sources()
         self._announced = False
         self._checkpoint_position: tuple[int, int] | None = None
+        self._out_of_step: str | None = None
 
     @property
     def history(self) -> list[Row]:
@@ -207,10 +208,20 @@ class LogMECallback(_AnyCallback):
     # Hooks of Lightning, in the order in which they come
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._validation.prepare()
+        self._validation.prepare(alone=trainer.world_size == 1)
         self._checkpoint_position = None
-        if stage in ("fit", "validate"):
-            self.probes.prepare(trainer, self, self.name)
+        if stage not in ("fit", "validate"):
+            return
+        if self.features is not None and is_sharded(trainer):
+            raise ValueError(
+                f"features=callable makes forward passes of its own, which cannot be run under "
+                f"{type(trainer.strategy).__name__}, whose processes must make as many as each other; name layers."
+            )
+        self._out_of_step = why_out_of_step(trainer, pl_module)
+        if self._out_of_step is not None:
+            rank_zero_warn(f"{self.name} will not be scored: {self._out_of_step}.")
+            return
+        self.probes.prepare(trainer, self, self.name)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != TrainerFn.FITTING:  # which restores its own position
@@ -234,7 +245,7 @@ class LogMECallback(_AnyCallback):
             self._attach(pl_module)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.validation:
+        if self.validation and self._out_of_step is None:
             self._validation.open(self._sources)
 
     def on_validation_batch_start(
@@ -254,6 +265,8 @@ class LogMECallback(_AnyCallback):
         self._validation.end_batch(trainer, pl_module, batch, batch_idx, dataloader_idx)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._out_of_step is not None:
+            return
         collector = self._validation.close()
         if trainer.sanity_checking:
             self.probes.rehearse(trainer, pl_module, self._sources, self.pooling, self.name)
@@ -271,7 +284,7 @@ class LogMECallback(_AnyCallback):
         self._run_probes(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.enable_validation:
+        if not trainer.enable_validation and self._out_of_step is None:
             self._run_probes(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:

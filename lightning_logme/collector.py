@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -113,14 +113,13 @@ class Collector:
                 start = stop
             part, end = part + 1, 2 * end
 
-    def results(self, device: torch.device, group: Any = None) -> Iterator[tuple[Key, Result | None]]:
+    def results(self, device: torch.device) -> Iterator[tuple[Key, Result | None]]:
         """What there is for every key that any process has met, summed over processes; None after an error.
 
         To be run through by all processes, for their sums are added up in step.
 
         Args:
             device: for the sums of a process that has seen no data.
-            group: of the processes among which the samples were dealt out; None stands for all.
         """
         shapes = {key: (metric.num_features, metric.num_outputs) for key, metric in self._metrics.items()}
         mine = self.broken
@@ -131,13 +130,13 @@ class Collector:
             return
         for (source, loader), parts in groupby(sorted(shapes), lambda key: key[:2]):
             # First all sums, then what may fail in one process: none may wait for another.
-            sums = [self._summed(part, shapes[part], device, group) for part in parts]
+            sums = [self._summed(part, shapes[part], device) for part in parts]
             yield (source, loader), self._result(sums)
 
-    def _summed(self, key: tuple[str, int, int], shape: tuple[int, int], device: torch.device, group: Any) -> Moments:
+    def _summed(self, key: tuple[str, int, int], shape: tuple[int, int], device: torch.device) -> Moments:
         metric = self._metrics.pop(key, None)
         sums = Moments.zeros(*shape, moments_device(device)) if metric is None else metric.moments()
-        return sums.all_reduce(group) if is_distributed() else sums
+        return sums.all_reduce() if is_distributed() else sums
 
     def _result(self, parts: list[Moments]) -> Result | None:
         total, curve = None, []

@@ -6,9 +6,12 @@ import math
 from typing import Any
 
 import torch.distributed as dist
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DistributedSampler
+
+# Strategies that gather weights in every forward pass.
+_SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
 
 Shapes = dict[tuple[str, int, int], tuple[int, int]]
 
@@ -45,16 +48,44 @@ def agree(shapes: Shapes, broken: str | None) -> tuple[Shapes, str | None]:
     return together, next(iter(reasons), None)
 
 
-def data_parallel(trainer: Trainer) -> tuple[int, int, Any]:
-    """Place and number of the processes that samples are dealt out to, and their group; None stands for all.
+def is_sharded(trainer: Trainer) -> bool:
+    """Whether the weights are spread over processes, which must then make as many forward passes as each other."""
+    return trainer.world_size > 1 and is_one_of(trainer.strategy, _SHARDED)
 
-    Where layers are split between processes (tensor parallelism), several of them see the same samples.
-    """
-    mesh = getattr(trainer.strategy, "device_mesh", None)
-    if "data_parallel" not in (getattr(mesh, "mesh_dim_names", None) or ()):
-        return trainer.global_rank, trainer.world_size, None
-    mesh = mesh["data_parallel"]  # type: ignore[index]
-    return mesh.get_local_rank(), mesh.size(), mesh.get_group()
+
+def is_one_of(thing: object, names: tuple[str, ...]) -> bool:
+    """By name, as `lightning` and `pytorch_lightning` have a class each, and not all versions have all."""
+    return any(cls.__name__ in names for cls in type(thing).__mro__)
+
+
+def why_out_of_step(trainer: Trainer, pl_module: LightningModule) -> str | None:
+    """Why processes could wait for each other in vain, or would not know of each other, if so."""
+    if trainer.world_size == 1:
+        return None
+    if not is_distributed():
+        return (
+            f"the {trainer.world_size} processes of {type(trainer.strategy).__name__} are not connected by "
+            "torch.distributed, so that their sums cannot be added up"
+        )
+    if _tensor_parallel(trainer) > 1:
+        return (
+            "under tensor parallelism a process holds parts of the features of samples that others see as well; save "
+            "checkpoints, and score them afterwards with score_checkpoints"
+        )
+    allows = "allow_zero_length_dataloader_with_multiple_devices"
+    if getattr(pl_module, allows, False) or getattr(getattr(trainer, "datamodule", None), allows, False):
+        return (
+            f"with {allows}=True a process whose loader has length 0 passes over the validation, and the others would "
+            "wait for it; give each a batch, or a loader without a length"
+        )
+    return None
+
+
+def _tensor_parallel(trainer: Trainer) -> int:
+    """How many processes a layer may be split between."""
+    mesh: Any = getattr(trainer.strategy, "device_mesh", None)
+    split = "tensor_parallel" in (getattr(mesh, "mesh_dim_names", None) or ())
+    return mesh["tensor_parallel"].size() if split else 1
 
 
 def validation_loader(trainer: Trainer, index: int) -> Any:

@@ -11,7 +11,6 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_logme.collector import Collector, Result
 from lightning_logme.curve import CurvePoint
-from lightning_logme.distributed import data_parallel
 from lightning_logme.evidence import Evidence
 from lightning_logme.history import Row, figures, merge
 from lightning_logme.plots import curves_figure, layers_figure, log_figure, log_plots
@@ -78,7 +77,7 @@ class Journal:
             class_names: for the figure.
             position: epoch and step of the weights, where they are not the trainer's own.
         """
-        results = dict(collector.results(pl_module.device, data_parallel(trainer)[2]))
+        results = dict(collector.results(pl_module.device))
         prefix = "" if probe is None else f"/{probe}"
         for index in range(loaders):
             ending = f"/dataloader_idx_{index}" if loaders > 1 else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -105,17 +105,14 @@ class Moments:
             result.add_(part)
         return result
 
-    def all_reduce(self, group: Any = None) -> Moments:
+    def all_reduce(self) -> Moments:
         """The moments of all processes, in place where torch allows it; use what is returned.
 
         Nothing is gathered: memory does not grow with the number of processes, all of which must call this.
-
-        Args:
-            group: of processes; None stands for all.
         """
         sums = self.writable()
         for value in vars(sums).values():
-            dist.all_reduce(value, group=group)
+            dist.all_reduce(value)
         return sums
 
     def writable(self) -> Moments:

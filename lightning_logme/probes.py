@@ -10,13 +10,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_logme.distributed import agree, is_one_of, is_sharded
 from lightning_logme.journal import Journal
 from lightning_logme.probe import PreparedProbe, Probe
 from lightning_logme.sources import HEAD, LAYER_MEAN, Sources
 from lightning_logme.taps import Pooling
-
-# They gather weights in every forward pass.
-_SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
 
 Every = int | Literal["checkpoint"]
 
@@ -48,19 +46,28 @@ class Probes:
         """Read the first batch of each, for a new run.
 
         Raises:
-            ValueError: a probe has no labels, or wrong ones; or the strategy is one under which processes must make as
-                many forward passes.
+            ValueError: a probe has no labels, or wrong ones, in one process or more; or the strategy is one under
+                which processes must make as many forward passes.
         """
         if not self:
             return
         self._validations = 0
         self._keys = tuple(f"{prefix}/{probe}" for probe in self._probes for prefix in (name, f"{name}_gain"))
         self._check_run(trainer, owner)
-        self._prepared = {name: PreparedProbe(name, probe) for name, probe in self._probes.items()}
+        self._prepared, error = {}, None
+        try:
+            self._prepared = {name: PreparedProbe(name, probe) for name, probe in self._probes.items()}
+        except ValueError as caught:
+            error = caught
+        _, reason = agree({}, None if error is None else str(error))
+        if error is not None:
+            raise error
+        if reason is not None:  # or this process would wait for another
+            raise ValueError(reason)
 
     def _check_run(self, trainer: Any, owner: Callback) -> None:
         """Say what in a run does not go with probes."""
-        if trainer.world_size > 1 and _is_one_of(trainer.strategy, _SHARDED):
+        if is_sharded(trainer):
             raise ValueError(
                 f"probes cannot be run under {type(trainer.strategy).__name__}, whose processes must make as many "
                 "forward passes as each other; save checkpoints, and score them afterwards with score_checkpoints."
@@ -76,7 +83,7 @@ class Probes:
         if self._every == "checkpoint" and not trainer.checkpoint_callbacks:
             rank_zero_warn("probe_every='checkpoint', and no ModelCheckpoint saves any: the probes will not be run.")
         before = trainer.callbacks[: trainer.callbacks.index(owner)] if trainer.enable_validation else trainer.callbacks
-        if any(_is_one_of(callback, ("WeightAveraging",)) for callback in before):
+        if any(is_one_of(callback, ("WeightAveraging",)) for callback in before):
             rank_zero_warn(
                 "probes will see the weights in training and not their average, which is there during validation only: "
                 "put LogMECallback before WeightAveraging in the Trainer's callbacks."
@@ -166,11 +173,6 @@ def _named(probes: Mapping[str, Any] | None) -> dict[str, Probe]:
                 "nor 'dataloader_idx_…', which are logged for something else."
             )
     return {name: probe if isinstance(probe, Probe) else Probe(probe) for name, probe in probes.items()}
-
-
-def _is_one_of(thing: object, names: tuple[str, ...]) -> bool:
-    """By name, as `lightning` and `pytorch_lightning` have a class each, and not all versions have all."""
-    return any(cls.__name__ in names for cls in type(thing).__mro__)
 
 
 def _saves(callback: Any, trainer: Trainer) -> bool:

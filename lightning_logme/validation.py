@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_logme.batch import TargetSpec, conform_target, describe_target, find_mask, find_target
 from lightning_logme.collector import Collector
-from lightning_logme.distributed import agree, data_parallel, rows_without_padding, validation_loader
+from lightning_logme.distributed import agree, rows_without_padding, validation_loader
 from lightning_logme.moments import Task
 from lightning_logme.sources import Sources
 from lightning_logme.taps import Pooling
@@ -51,8 +51,9 @@ class Validation:
         self._explained = False
         self._origin: tuple[str, str | None] = "", None
         # Of a run
+        self._alone = True  # whether this is the only process: if not, all must raise together, or some would wait
         self._proven = False  # whether a batch has gone through: errors raise before, and warn after
-        self._decided = not optional  # whether it is known in all processes that it can be scored
+        self._decided = False  # whether it is known in all processes that it can be scored
         self._left_out = False
         # Of a validation
         self._sources = Sources()
@@ -61,9 +62,9 @@ class Validation:
         self._batch: Any = None
         self._labels: tuple[Tensor, Tensor | None] | None = None
 
-    def prepare(self) -> None:
-        """For a new run."""
-        self._proven, self._decided, self._left_out = False, not self._optional, False
+    def prepare(self, alone: bool) -> None:
+        """For a new run, in one process alone or in several."""
+        self._alone, self._proven, self._decided, self._left_out = alone, False, False, False
 
     def open(self, sources: Sources) -> None:
         """For a new validation."""
@@ -74,13 +75,19 @@ class Validation:
             self._collector = Collector(self._task, sources.num_outputs, **self._options)
 
     def close(self) -> Collector | None:
-        """What has been added up; None where nothing is. To be called by all processes in step."""
+        """What has been added up; None where nothing is. To be called by all processes in step.
+
+        Raises:
+            ValueError: the first batch could not be scored, in one process or more: raised in all.
+        """
         collector = self._collector
         self.drop()
         if collector is not None and not self._decided:
             self._decided = True
             _, reason = agree({}, None if self._proven else collector.broken)
             if reason is not None:
+                if not self._optional:
+                    raise ValueError(reason.removeprefix("ValueError: "))
                 self._leave_out(reason)
                 return None
         return collector
@@ -113,12 +120,18 @@ class Validation:
             step(collector, *args)
         except Exception as error:
             self._sources.stop()
-            if not (self._proven or self._optional):
+            if self._alone and not (self._proven or self._optional):
                 raise
             collector.broken = f"{type(error).__name__}: {error}"
             if self._proven or self._decided:
                 warnings.warn(
                     f"{self._name} is NaN for this validation, after an error in batch {batch_idx}: {collector.broken}",
+                    stacklevel=2,
+                )
+            elif not self._optional:
+                warnings.warn(
+                    f"{self._name} cannot be scored, which will end the run after this validation, in all processes: "
+                    f"{collector.broken}",
                     stacklevel=2,
                 )
 
@@ -137,7 +150,7 @@ class Validation:
         real = rows_without_padding(validation_loader(trainer, dataloader_idx), first, len(target))
         with trainer.precision_plugin.forward_context():
             seen = self._sources.seen(pl_module, batch)
-        rank, world, _ = data_parallel(trainer)  # as DistributedSampler deals samples out
+        rank, world = trainer.global_rank, trainer.world_size  # as DistributedSampler deals samples out
         places = range(first * world + rank, (first + real) * world + rank, world)
         rows = self._sources.pooled(seen, target, mask, self._pooling, self._task)
         for source, features in rows.items():

@@ -102,9 +102,14 @@ def trainer(tmp_path: Any, *callbacks: pl.Callback, **options: Any) -> pl.Traine
         "logger": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
-        "enable_checkpointing": any(isinstance(callback, pl.callbacks.ModelCheckpoint) for callback in callbacks),
+        "enable_checkpointing": any(isinstance(callback, pl.callbacks.Checkpoint) for callback in callbacks),
     }
     return pl.Trainer(default_root_dir=tmp_path, callbacks=list(callbacks), **{**defaults, **options})
+
+
+def hooks(module: nn.Module) -> int:
+    """How many there are in all of its parts."""
+    return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules())
 
 
 @torch.no_grad()

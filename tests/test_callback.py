@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import CombinedLoader
-from models import CLASSES, Classifier, ConvNet, images, loader, mlp, penultimate, trainer, vectors
+from models import CLASSES, Classifier, ConvNet, hooks, images, loader, mlp, penultimate, trainer, vectors
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -303,10 +303,6 @@ def test_squeezed_batch_of_one(tmp_path):
     callback = LogMECallback()
     trainer(tmp_path, callback).validate(Squeezing(), loader(vectors(21)), verbose=False)
     assert callback.history[0]["num_samples"] == 21
-
-
-def hooks(module: nn.Module) -> int:
-    return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules())
 
 
 def test_hooks_are_gone_after_a_run_and_after_an_exception(tmp_path):

@@ -11,19 +11,22 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from launched import Checked, Quiet
 from lightning.pytorch.strategies import DDPStrategy
-from models import CLASSES, Classifier, loader, penultimate, trainer, vectors
+from models import CLASSES, loader, penultimate, trainer, vectors
 from oracles import problem
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
+from torchmetrics import MetricCollection
 
-from lightning_logme import LogME, LogMECallback
+from lightning_logme import Evidence, LogME, LogMECallback, Probe
 from lightning_logme.distributed import rows_without_padding
 from lightning_logme.functional import evidence
+from lightning_logme.moments import Batch, Moments
 from lightning_logme.samples import Samples
 
 # Processes are forked off a server that has imported everything and started no thread: a fork of this process could
 # inherit a lock that nobody will release, and a spawned one takes seconds to import torch.
-multiprocessing.set_forkserver_preload(["torch", "lightning.pytorch", "lightning_logme", "models"])
+multiprocessing.set_forkserver_preload(["torch", "lightning.pytorch", "lightning_logme", "models", "launched"])
 
 
 def spawn(function, *args, world=2):
@@ -47,7 +50,8 @@ def _process(rank, world, port, function, args):
 def _sync_of_uneven_shards(rank, world, empty_rank):
     features, labels = map(torch.as_tensor, problem(101, 6, 4))
     metric = LogME("multiclass", 6, num_classes=4)
-    mine = slice(rank, None, world) if empty_rank is None else slice(0, None) if rank != empty_rank else slice(0, 0)
+    full = [other for other in range(world) if other != empty_rank]
+    mine = slice(full.index(rank), None, len(full)) if rank in full else slice(0, 0)
     metric.update(features[mine], labels[mine])
     expected = evidence(features, labels)
     for _ in range(2):
@@ -59,51 +63,65 @@ def _sync_of_uneven_shards(rank, world, empty_rank):
     assert metric.evidence().num_samples == 101 + 10 * world
 
 
-@pytest.mark.parametrize("empty_rank", [None, 0, 1])
-def test_metric(empty_rank):
-    spawn(_sync_of_uneven_shards, empty_rank)
+@pytest.mark.parametrize(("empty_rank", "world"), [(None, 2), (0, 2), (1, 3)])
+def test_metric(empty_rank, world):
+    spawn(_sync_of_uneven_shards, empty_rank, world=world)
 
 
-class Quiet(Classifier):
-    """Logs nothing itself, so that any warning of Lightning is about what the callback logs."""
+def _fewer_samples_than_processes(rank, world):
+    features, labels = map(torch.as_tensor, problem(2, 6, 2))
+    metric = LogME("multiclass", 6, num_classes=2)
+    metric.update(features[rank : rank + 1], labels[rank : rank + 1])
+    torch.testing.assert_close(metric.compute(), evidence(features, labels).score, rtol=1e-10, atol=0)
 
-    def validation_step(self, batch, batch_idx, dataloader_idx=0):
-        self(batch[0])
+
+def test_metric_of_fewer_samples_than_processes():
+    spawn(_fewer_samples_than_processes, world=3)
 
 
-class Checked(pl.Callback):
-    """Compares in each process, where the history of the callback is, with all the data in one."""
+def _gathers_nothing(rank, world):
+    """Gathering takes as many matrices as there are processes, in each of them."""
 
-    def __init__(self, callback, datasets):
-        self.callback, self.datasets = callback, datasets
+    def refused(*args, **kwargs):
+        raise AssertionError("a state was gathered")
 
-    def on_validation_end(self, trainer, pl_module):
-        if trainer.sanity_checking:
-            return
-        assert len(self.callback.history) == len(self.datasets) * (1 + len(self.callback.layers))
-        for index, data in enumerate(self.datasets):
-            key = "logme" if len(self.datasets) == 1 else f"logme/dataloader_idx_{index}"
-            expected = evidence(*penultimate(pl_module, "model.2", data), num_classes=CLASSES)
-            row = next(row for row in self.callback.history if row["key"] == key)
-            assert row["num_samples"] == len(data)
-            assert row["logme"] == pytest.approx(float(expected.score), rel=1e-9)
-            assert row["gain"] == pytest.approx(float(expected.gain), rel=1e-9)
-            assert float(trainer.callback_metrics[key]) == pytest.approx(row["logme"], rel=1e-6)
+    dist.all_gather = refused
+    features, labels = map(torch.as_tensor, problem(50, 6, 4))
+    plain, centred = LogME("multiclass", 6, num_classes=4), LogME("multiclass", 6, num_classes=4, fit_intercept=True)
+    collection = MetricCollection({"plain": plain, "centred": centred})  # of one group, which shares its states
+    for part in (slice(rank, 25, world), slice(25 + rank, 50, world)):
+        collection.update(features[part], labels[part])
+        values = collection.compute()
+    assert len(collection.compute_groups) == 1
+    torch.testing.assert_close(values["plain"], evidence(features, labels).score, rtol=1e-10, atol=0)
+    expected = evidence(features, labels, fit_intercept=True)
+    torch.testing.assert_close(values["centred"], expected.score, rtol=1e-10, atol=0)
+    on_step = LogME("multiclass", 6, num_classes=4, dist_sync_on_step=True)
+    score = on_step(features[rank::world], labels[rank::world])
+    torch.testing.assert_close(score, values["plain"], rtol=1e-10, atol=0)
+
+
+def test_sums_are_reduced_and_never_gathered():
+    spawn(_gathers_nothing)
+
+
+def _after_inference_mode(rank, world):
+    features, labels = map(torch.as_tensor, problem(50, 6, 4))
+    with torch.inference_mode():
+        sums = Moments.zeros(6, 4).accumulate(Batch(features[rank::world], labels[rank::world]))
+    evidences = Evidence.from_moments(sums.all_reduce(), "multiclass")
+    torch.testing.assert_close(evidences.score, evidence(features, labels).score, rtol=1e-10, atol=0)
+
+
+def test_sums_made_in_inference_mode():
+    spawn(_after_inference_mode)
 
 
 def fit(path, module, datasets, train, val=None, layers=(), **options):
     callback = LogMECallback(layers=layers)
     checked = Checked(callback, datasets)
-    run = trainer(
-        path,
-        callback,
-        checked,
-        devices=2,
-        strategy=DDPStrategy(start_method="forkserver"),
-        max_epochs=1,
-        precision="64-true",
-        **options,
-    )
+    defaults = {"devices": 2, "strategy": DDPStrategy(start_method="forkserver"), "max_epochs": 1}
+    run = trainer(path, callback, checked, **{**defaults, "precision": "64-true", **options})
     run.fit(module, train, val)
     assert "logme" in " ".join(run.callback_metrics)  # what was logged comes back from the processes
 
@@ -152,6 +170,7 @@ class AllNaN(pl.Callback):
 
 
 @pytest.mark.filterwarnings("ignore:logme is NaN for this validation")
+@pytest.mark.filterwarnings("ignore:LogME is NaN for these samples, after an error. .* .process 1.")
 def test_what_breaks_on_one_rank_is_nan_on_all_and_ends_nothing(tmp_path):
     run = trainer(
         tmp_path,
@@ -163,6 +182,99 @@ def test_what_breaks_on_one_rank_is_nan_on_all_and_ends_nothing(tmp_path):
     )
     run.fit(Failing(), loader(vectors(40)), loader(vectors(40), batch_size=10))
     assert math.isnan(run.callback_metrics["logme"])
+
+
+def fit_to_the_end(path, module, callback=None, val=None, **options):
+    """In two processes; whatever happens in one of them must not end the run."""
+    callback = callback or LogMECallback()
+    defaults = {"devices": 2, "strategy": DDPStrategy(start_method="forkserver"), "max_epochs": 1}
+    run = trainer(path, callback, AllNaN(), **{**defaults, **options})
+    run.fit(module, loader(vectors(40)), val or loader(vectors(40), batch_size=10))
+    return run
+
+
+class NaNOnOneRank(Quiet):
+    def validation_step(self, batch, batch_idx):
+        self(batch[0] * (math.nan if batch_idx == 1 and self.global_rank == 1 else 1.0))
+
+
+class OneRankSkipsABatch(Quiet):
+    def validation_step(self, batch, batch_idx):
+        if batch_idx == 1 and self.global_rank == 1:
+            return
+        self(batch[0])
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.filterwarnings("ignore:LogME is NaN|logme is NaN")
+@pytest.mark.parametrize("module", [NaNOnOneRank, OneRankSkipsABatch])
+def test_what_one_rank_spoils_is_nan_on_all_and_ends_nothing(tmp_path, module):
+    run = fit_to_the_end(tmp_path, module())
+    assert math.isnan(run.callback_metrics["logme"])
+
+
+class Uneven(IterableDataset):
+    """The last batch of one process is missing in the other."""
+
+    def __iter__(self):
+        return iter([vectors(30)[index] for index in (range(20) if dist.get_rank() == 0 else range(20, 30))])
+
+
+@pytest.mark.timeout(120)
+def test_a_rank_with_fewer_batches(tmp_path):
+    data = DataLoader(Uneven(), batch_size=5)
+    fit(tmp_path, Quiet(), [vectors(30)], loader(vectors(40)), data, num_sanity_val_steps=0)
+
+
+class FailsInTheEnd(LogMECallback):
+    """One process runs out of memory when the first points of a curve are turned into evidence."""
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        whole = Evidence.from_moments
+
+        def fails(moments, *args):
+            if trainer.global_rank == 1:
+                raise MemoryError("on purpose")
+            return whole(moments, *args)
+
+        Evidence.from_moments = fails
+        try:
+            super().on_validation_epoch_end(trainer, pl_module)
+        finally:
+            Evidence.from_moments = whole
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.filterwarnings("ignore:LogME is NaN, after an error")
+def test_a_rank_that_fails_when_the_sums_are_there_keeps_nobody_waiting(tmp_path):
+    run = fit_to_the_end(tmp_path, Quiet(), FailsInTheEnd(curve=True, layers=["model.0"]))
+    assert math.isnan(run.callback_metrics["logme"])
+
+
+class NoLabelsOnOneRank:
+    """Batches whose labels are missing in one process."""
+
+    def __iter__(self):
+        x, y = vectors(20).tensors
+        yield (x, y) if dist.get_rank() == 0 else (x,)
+
+
+@pytest.mark.timeout(120)
+def test_a_probe_without_labels_on_one_rank_is_an_error_on_all(tmp_path):
+    probes = {"news": Probe(NoLabelsOnOneRank(), num_classes=CLASSES)}
+    with pytest.raises(mp.ProcessRaisedException, match=r"probes\['news'\]: no labels found .*process 1"):
+        fit_with_probes(tmp_path, probes)
+
+
+class Unused(Quiet):
+    def __init__(self):
+        super().__init__()
+        self.unused = torch.nn.Parameter(torch.zeros(3))
+
+
+def test_unused_parameters(tmp_path):
+    strategy = DDPStrategy(start_method="forkserver", find_unused_parameters=True)
+    fit(tmp_path, Unused(), [vectors(11)], loader(vectors(40)), loader(vectors(11), 3), strategy=strategy)
 
 
 class ProbesOfOneProcess(pl.Callback):

@@ -1,0 +1,208 @@
+"""Runs that are interrupted or killed, and go on. `python tests/test_interruptions.py WHERE OUT` is one of them."""
+
+import copy
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from models import Classifier, hooks, loader, trainer
+
+from lightning_logme import LogMECallback, read_history
+
+HOOKS = [
+    "setup",
+    "on_fit_start",
+    "on_sanity_check_start",
+    "on_sanity_check_end",
+    "on_train_start",
+    "on_train_epoch_start",
+    "on_train_batch_start",
+    "on_before_zero_grad",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "on_train_batch_end",
+    "on_validation_start",
+    "on_validation_epoch_start",
+    "on_validation_batch_start",
+    "on_validation_batch_end",
+    "on_validation_epoch_end",
+    "on_validation_end",
+    "on_save_checkpoint",
+    "on_train_epoch_end",
+    "on_train_end",
+    "on_fit_end",
+    "teardown",
+]
+
+
+def stop_at(hook, act, time=2):
+    """A callback that acts when this hook comes for the second time, or once where it comes but once."""
+    once = "fit" in hook or "sanity" in hook or hook in ("setup", "teardown", "on_train_start", "on_train_end")
+    times = 0
+
+    def stop(self, trainer, *args, **kwargs):
+        nonlocal times
+        if not trainer.sanity_checking or "sanity" in hook:
+            times += 1
+            if times == (1 if once else time):
+                act()
+
+    return type("Stop", (pl.Callback,), {hook: stop})()
+
+
+def prepared(path, stop=None, before=True, **saving):
+    """Three epochs, each of which leaves a checkpoint, and something that may stop them."""
+    torch.manual_seed(0)
+    callbacks = [LogMECallback(layers=["model.0"])]
+    if stop is not None:
+        callbacks.insert(0 if before else 1, stop)
+    saved = ModelCheckpoint(path, filename="{epoch}", save_top_k=-1, save_last=True, **saving)
+    return trainer(path, *callbacks, saved, max_epochs=3, num_sanity_val_steps=1), Classifier()
+
+
+def history_of(run):
+    return next(callback for callback in run.callbacks if isinstance(callback, LogMECallback)).history
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The history of a run that nothing stops."""
+    run, module = prepared(tmp_path_factory.mktemp("whole"))
+    run.fit(module, loader(), loader())
+    assert len(history_of(run)) == 6
+    return history_of(run)
+
+
+def check_that_it_goes_on(path, whole):
+    """From the last checkpoint, or from the start where there is none: nothing is lost, and nothing comes twice."""
+    last = path / "last.ckpt"
+    run, module = prepared(path)
+    run.fit(module, loader(), loader(), ckpt_path=last if last.exists() else None)
+    assert history_of(run) == whole
+    assert read_history(last) == whole
+
+
+def check_that_nothing_is_left_in(module):
+    assert hooks(module) == 0
+    assert set(module.state_dict()) == set(Classifier().state_dict())
+    assert set(vars(module.model)) == set(vars(Classifier().model))
+    copied = pickle.loads(pickle.dumps(module.model))
+    torch.testing.assert_close(copied.state_dict(), module.model.state_dict())
+    assert hooks(copy.deepcopy(module)) == 0
+
+
+@pytest.fixture
+def _interruptible():
+    """Lightning switches Ctrl-C off when it has come."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.usefixtures("_interruptible")
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("hook", HOOKS)
+def test_ctrl_c(tmp_path, hook, before, whole):
+    run, module = prepared(tmp_path, stop_at(hook, lambda: os.kill(os.getpid(), signal.SIGINT)), before)
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        run.fit(module, loader(), loader())
+    check_that_nothing_is_left_in(module)
+    assert history_of(run) == whole[: len(history_of(run))]
+    check_that_it_goes_on(tmp_path, whole)
+
+
+@pytest.mark.usefixtures("_interruptible")
+def test_the_same_callback_goes_on_after_ctrl_c(tmp_path, whole):
+    run, module = prepared(tmp_path, stop_at("on_validation_end", lambda: os.kill(os.getpid(), signal.SIGINT)))
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        run.fit(module, loader(), loader())
+    callback = next(callback for callback in run.callbacks if isinstance(callback, LogMECallback))
+    assert len(callback.history) == 4  # of two epochs, and one checkpoint
+    again = trainer(tmp_path, callback, max_epochs=3)
+    again.fit(Classifier(), loader(), loader(), ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert callback.history == whole
+
+
+@pytest.mark.filterwarnings("ignore:.*fit.ckpt_path=:UserWarning")
+def test_a_checkpoint_written_in_the_middle_of_a_validation(tmp_path, whole):
+    """Lightning goes on after that validation, which therefore has no row; no other is lost or comes twice."""
+
+    def fail():
+        raise RuntimeError("a mistake of the user's own")
+
+    stop = stop_at("on_validation_batch_end", fail, time=7)  # the second batch of the second validation
+    emergency = OnExceptionCheckpoint(tmp_path, "emergency")
+    run = trainer(tmp_path, LogMECallback(), stop, emergency, max_epochs=3)
+    with pytest.raises(RuntimeError, match="of the user's own"):
+        run.fit(Classifier(), loader(), loader())
+    again = trainer(tmp_path, LogMECallback(), max_epochs=3)
+    again.fit(Classifier(), loader(), loader(), ckpt_path=tmp_path / "emergency.ckpt")
+    assert [row["epoch"] for row in history_of(again)] == [0, 2]
+
+
+class Deadly:
+    """Kills the process that pickles it."""
+
+    def __reduce__(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def to_be_killed(where, path):
+    """A run in a process of its own."""
+
+    def kill():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def kill_when_moved(event, arguments):
+        if event in ("shutil.move", "os.rename") and str(arguments[1]).endswith("epoch=1.ckpt"):
+            kill()
+
+    stop = None
+    if where == "pickled":
+        stop = pl.Callback()
+        stop.on_save_checkpoint = lambda trainer, module, checkpoint: checkpoint.update(
+            {"deadly": Deadly()} if trainer.current_epoch == 1 else {}
+        )
+    elif where == "moved":
+        sys.addaudithook(kill_when_moved)
+    else:
+        stop = stop_at(where, kill, time=7 if "batch" in where else 2)
+    run, module = prepared(path, stop)
+    run.fit(module, loader(), loader())
+
+
+@pytest.mark.parametrize(
+    "where", ["on_validation_batch_end", "on_validation_epoch_end", "pickled", "moved", "on_train_batch_end"]
+)
+def test_sigkill(tmp_path, where, whole):
+    """In a validation, while a checkpoint is made and while it is put into its place, and in training."""
+    arguments = [sys.executable, "-W", "ignore", __file__, where, str(tmp_path)]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert all(read_history(path) for path in tmp_path.glob("*.ckpt"))  # every one that there is can be read
+    check_that_it_goes_on(tmp_path, whole)
+
+
+def test_half_a_checkpoint_is_told(tmp_path):
+    """As a file system leaves it that does not move files into their place."""
+    run, module = prepared(tmp_path)
+    run.fit(module, loader(), loader())
+    path = tmp_path / "epoch=1.ckpt"
+    content = path.read_bytes()
+    for part in (len(content) // 2, 10, 0):
+        path.write_bytes(content[:part])
+        with pytest.raises(ValueError, match=r"epoch=1.ckpt' cannot be read: it is no whole checkpoint"):
+            read_history(path)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    to_be_killed(sys.argv[1], Path(sys.argv[2]))
