@@ -12,7 +12,10 @@ from torch import Tensor
 
 from lightning_logme.maximum import maximise, null_evidence
 from lightning_logme.moments import Batch, Moments, Task, is_exclusive
-from lightning_logme.spectrum import Spectrum
+from lightning_logme.spectrum import Spectrum, centred_square
+
+
+_LOST = 1e-6  # of the average eigenvalue: the resolution from which on digits of the score are at stake
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,10 @@ class Evidence:
         square = batch.dense_target(num_outputs).square().sum(0)
         cause = _cause_of_nan(n, batch.features.sum(0), square, task, fit_intercept)
         if cause is None:
-            return _maximise(Spectrum.from_rows(batch, num_outputs, fit_intercept), n)
+            spectrum = Spectrum.from_rows(batch, num_outputs, fit_intercept)
+            rows = batch.features.double()
+            _check_digits(spectrum, rows.square().sum(0), rows.sum(0), n)
+            return _maximise(spectrum, n)
         return _undefined(cause, n, (num_outputs, batch.features.shape[1]), batch.features.device)
 
     def head(self, dtype: torch.dtype | None = None) -> torch.nn.Linear:
@@ -137,6 +143,7 @@ def maximise_moments(moments: Moments, task: Task, fit_intercept: bool) -> tuple
     if cause is None:
         try:
             spectrum = Spectrum.from_moments(moments, fit_intercept)
+            _check_digits(spectrum, moments.gram.diagonal(), moments.feature_sum, n)
             return _maximise(spectrum, n), spectrum
         except torch.linalg.LinAlgError as error:
             cause = f"the eigenvalues of the Gram matrix could not be computed ({error})"
@@ -156,6 +163,28 @@ def _cause_of_nan(n: int, features: Tensor, square: Tensor, task: Task, fit_inte
     if fit_intercept and n < 2:
         return "an intercept needs at least two samples (n = 1)"
     return None
+
+
+def _check_digits(spectrum: Spectrum, square: Tensor, total: Tensor, n: int) -> None:
+    """Warn where the mean of the features is so large that float64 hardly sees how they differ.
+
+    Args:
+        spectrum: tells which eigenvalue can still be told from zero.
+        square: (D,) sums of the squares of the features.
+        total: (D,) their sums.
+        n: number of samples.
+    """
+    spread = float(centred_square(square, total, n).sum())
+    if n < 2 or spread == 0:  # constant: there is nothing to see
+        return
+    lost = spectrum.resolution * min(n - 1, len(square)) / spread
+    if lost > _LOST:
+        ratio = math.sqrt(float(total.square().sum()) / n / spread)
+        warnings.warn(
+            f"LogME has lost digits: the mean of the features is about {ratio:.0e} times their spread, and directions "
+            f"with less than {lost:.0e} of the average variance drown in rounding; centre or normalise the features.",
+            stacklevel=4,
+        )
 
 
 def _undefined(cause: str, n: int, shape: tuple[int, ...], device: torch.device) -> Evidence:
@@ -187,7 +216,7 @@ def _maximise(spectrum: Spectrum, n: int) -> Evidence:
             f"every target is {still} in {n} samples, so there is nothing to explain", n, shape, spectrum.square.device
         )
     if len(eigenvalues) == 0:
-        warnings.warn("the features are all zero (or constant, where an intercept is fitted): gain 0.", stacklevel=3)
+        warnings.warn("the features are all zero (or constant to float64, where an intercept is fitted): gain 0.", stacklevel=3)
     log_evidence, log_t, saturated = maximise(spectrum)
     per_output, null = log_evidence / dof, null_evidence(spectrum) / dof
     defined = ~per_output.isnan()

@@ -14,6 +14,7 @@ TINY = torch.finfo(torch.float64).tiny
 
 _LOW_RANK = 0.8  # of D: with fewer samples than this, a low-rank factor comes cheaper than a full eigendecomposition
 _PIVOTS = 64  # columns a step of the pivoted Cholesky factorisation takes at most
+_ROUNDING = 4  # times eps and what a difference takes away: what may be left of it by rounding
 _COMPARABLE = 0.1  # to the largest pivot: the size of the directions that a step takes
 
 
@@ -30,7 +31,8 @@ class Spectrum:
         square: (K,) q = ‖y‖².
         dof: n, or n − 1 where an intercept was taken out.
         basis: matrices whose product is V (D, R); the product itself is never needed.
-        resolution: the smallest eigenvalue that can be told from zero: D · eps · λ_max.
+        resolution: the smallest eigenvalue that can be told from zero: D · eps · λ_max, and not less than eps times what
+            an intercept took out.
         centre: the means of the features (D,) and of the targets (K,) where an intercept was taken out, else None.
     """
 
@@ -67,14 +69,18 @@ class Spectrum:
         """Decompose the Gram matrix; with fewer rows than features, only the subspace that the rows span."""
         n, d = int(moments.count), moments.num_features
         gram, cross, square, dof = moments.gram, moments.cross, moments.target_square, n
-        centre = None
+        centre, floor = None, 0.0
         if fit_intercept:
             mean = moments.feature_sum / n
             centre = mean, moments.target_sum / n
             gram = torch.addr(gram, moments.feature_sum, mean, alpha=-1)
             cross = torch.addr(cross, moments.target_sum, mean, alpha=-1)
-            square = _centred_square(square, moments.target_sum, n)
+            square = centred_square(square, moments.target_sum, n)
             dof = n - 1
+            # Of a feature that is constant the difference leaves nothing but rounding, of the others some.
+            varies = centred_square(moments.gram.diagonal(), moments.feature_sum, n) > 0
+            gram, cross = gram.mul_(varies).mul_(varies[:, None]), cross.mul_(varies)  # new since addr
+            floor = _ROUNDING * EPS * n * float((mean * varies).square().sum())
 
         basis: tuple[Tensor, ...]
         if n < _LOW_RANK * d:
@@ -82,7 +88,7 @@ class Spectrum:
         else:
             eigenvalues, vectors = torch.linalg.eigh(gram)  # reads the lower triangle
             basis = (vectors,)
-        kept, resolution = _resolved(eigenvalues, dof, d)
+        kept, resolution = _resolved(eigenvalues, dof, d, floor)
         eigenvalues, basis = eigenvalues[kept], (*basis[:-1], basis[-1][:, kept])
         coordinates = cross
         for factor in basis:
@@ -99,9 +105,10 @@ class Spectrum:
         square = target.square().sum(0)
         centre = None
         if fit_intercept:
-            square = _centred_square(square, target.sum(0), n)
+            square = centred_square(square, target.sum(0), n)
             centre = rows.mean(0), target.mean(0)
-            rows, target, dof = rows - centre[0], target - centre[1], n - 1
+            varies = centred_square(rows.square().sum(0), rows.sum(0), n) > 0
+            rows, target, dof = (rows - centre[0]).mul_(varies), target - centre[1], n - 1
         eigenvalues, left = torch.linalg.eigh(_gram(rows.T))
         kept, resolution = _resolved(eigenvalues, dof, d)
         eigenvalues, left = eigenvalues[kept], left[:, kept]
@@ -128,16 +135,16 @@ class Spectrum:
         return cls(eigenvalues, coordinates, residual, square, dof, basis, resolution, centre)
 
 
-def _centred_square(square: Tensor, total: Tensor, n: int) -> Tensor:
-    """Σ (y − ȳ)², exactly zero where only rounding is left of it."""
+def centred_square(square: Tensor, total: Tensor, n: int) -> Tensor:
+    """Σ (y − ȳ)² by column, exactly zero where only rounding is left of it."""
     centred = square - total.square() / n
     return torch.where(centred <= n * EPS * square, 0.0, centred)
 
 
-def _resolved(eigenvalues: Tensor, dof: int, num_features: int) -> tuple[Tensor, float]:
+def _resolved(eigenvalues: Tensor, dof: int, num_features: int, floor: float = 0.0) -> tuple[Tensor, float]:
     """Which of the ascending eigenvalues to keep, largest first, and the resolution below which none is meaningful."""
     largest = float(eigenvalues[-1]) if len(eigenvalues) else 0.0
-    resolution = num_features * EPS * max(largest, 0.0)
+    resolution = max(num_features * EPS * largest, floor)
     number = min(int((eigenvalues > resolution).sum()), dof)
     last = len(eigenvalues) - 1
     return torch.arange(last, last - number, -1, device=eigenvalues.device), resolution
