@@ -10,13 +10,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
+from lightning_logme.arguments import check_options, check_task, positive
 from lightning_logme.batch import TargetSpec
 from lightning_logme.curve import CurvePoint
 from lightning_logme.distributed import is_sharded, number_of_loaders, why_out_of_step
 from lightning_logme.evidence import Evidence
 from lightning_logme.history import Row
 from lightning_logme.journal import Journal
-from lightning_logme.moments import Task, check_task
+from lightning_logme.moments import Task
 from lightning_logme.probe import Probe
 from lightning_logme.probes import Every, Probes
 from lightning_logme.sources import Features, Sources, attach
@@ -140,8 +141,9 @@ class LogMECallback(_AnyCallback):
             raise ValueError(
                 f"head must be the dotted name of a module, such as 'model.fc', got {type(head).__name__}."
             )
-        if num_classes is not None and num_classes < 1:
-            raise ValueError(f"num_classes must be a positive integer, got {num_classes!r}.")
+        num_classes = positive("num_classes", num_classes, optional=True)
+        ignore_index = None if task == "regression" else ignore_index
+        check_options(task, ignore_index, fit_intercept)
         if not name:
             raise ValueError("name must not be empty: it is the key that is logged.")
         if layer_mean and not layers:
@@ -163,7 +165,7 @@ class LogMECallback(_AnyCallback):
         self.pooling: Pooling = pooling
         self.name = name
         self.fit_intercept = fit_intercept
-        self.ignore_index = None if task == "regression" else ignore_index
+        self.ignore_index = ignore_index
         self.class_names = class_names
         self.curve = curve
         self.probes = Probes(probes, probe_every)

@@ -14,7 +14,6 @@ from lightning_logme.maximum import maximise, null_evidence
 from lightning_logme.moments import Batch, Moments, Task, is_exclusive
 from lightning_logme.spectrum import Spectrum, centred_square
 
-
 _LOST = 1e-6  # of the average eigenvalue: the resolution from which on digits of the score are at stake
 
 
@@ -155,9 +154,9 @@ def _cause_of_nan(n: int, features: Tensor, square: Tensor, task: Task, fit_inte
     if n == 0:
         return "there are no samples (n = 0; is the loader empty, or every label ignore_index?)"
     if not bool(torch.isfinite(features).all()):
-        return "the features contain NaN or Inf"
+        return "the features contain NaN or Inf, or numbers too large to square"
     if not bool(torch.isfinite(square).all()):
-        return "the targets contain NaN or Inf"
+        return "the targets contain NaN or Inf, or numbers too large to square"
     if is_exclusive(task) and int((square > 0).sum()) < 2:
         return f"only one class is present in {n} samples, and at least two are needed"
     if fit_intercept and n < 2:
@@ -213,10 +212,16 @@ def _maximise(spectrum: Spectrum, n: int) -> Evidence:
         shape = len(spectrum.square), len(spectrum.basis[0])
         still = "zero" if spectrum.centre is None else "constant"
         return _undefined(
-            f"every target is {still} in {n} samples, so there is nothing to explain", n, shape, spectrum.square.device
+            f"every target is {still} in {n} samples (or too small to square), so there is nothing to explain",
+            n,
+            shape,
+            spectrum.square.device,
         )
     if len(eigenvalues) == 0:
-        warnings.warn("the features are all zero (or constant to float64, where an intercept is fitted): gain 0.", stacklevel=3)
+        warnings.warn(
+            "the features are all zero or too small to square (or constant, where an intercept is fitted): gain 0.",
+            stacklevel=3,
+        )
     log_evidence, log_t, saturated = maximise(spectrum)
     per_output, null = log_evidence / dof, null_evidence(spectrum) / dof
     defined = ~per_output.isnan()

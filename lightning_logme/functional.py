@@ -8,8 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_logme.arguments import check_options, check_task, positive
 from lightning_logme.evidence import Evidence
-from lightning_logme.moments import Batch, Moments, Task, check_task, moments_device
+from lightning_logme.moments import Batch, Moments, Task, moments_device
+
+# Beyond which num_classes=None takes labels for something else, unless there are samples for them.
+_MOST_CLASSES = 1_000_000
 
 __all__ = ["evidence", "logme"]
 
@@ -97,8 +101,8 @@ def evidence(
         True
     """
     check_task(task)
-    if num_classes is not None and num_classes < 1:
-        raise ValueError(f"num_classes must be a positive integer, got {num_classes!r}.")
+    check_options(task, ignore_index, fit_intercept)
+    num_classes = positive("num_classes", num_classes, optional=True)
     if task == "binary" and num_classes not in (None, 2):
         raise ValueError(f"num_classes must be 2 or None for task='binary', got {num_classes}.")
     if task == "binary":
@@ -128,13 +132,28 @@ def evidence(
 def _number_of_outputs(target: Tensor) -> int:
     if target.ndim == 2:
         return target.shape[1]
-    return int(target.max()) + 1 if len(target) else 1
+    number = int(target.max()) + 1 if len(target) else 1
+    if number > max(_MOST_CLASSES, 10 * len(target)):
+        raise ValueError(
+            f"target holds labels up to {number - 1} in {len(target)} samples, which without num_classes would make as "
+            "many classes; number the classes that there are from 0, or give num_classes."
+        )
+    return number
 
 
 def _as_tensor(values: Tensor | np.ndarray[Any, Any], name: str) -> Tensor:
     if isinstance(values, Tensor):
         return values.detach()
     if isinstance(values, np.ndarray):
-        # torch takes neither negative strides nor, without a warning, memory that it must not write to.
-        return torch.from_numpy(np.require(values, requirements=["C", "W"]))
+        if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
+            raise ValueError(f"{name} must not hold masked values, got {np.ma.count_masked(values)}; drop those rows.")
+        native = values.dtype.newbyteorder("=")
+        try:
+            # torch takes neither negative strides nor, without a warning, memory that it must not write to.
+            return torch.from_numpy(np.require(np.asarray(values), dtype=native, requirements=["C", "W"]))
+        except TypeError as error:
+            raise TypeError(
+                f"{name} must be an array of numbers that torch knows, got dtype {values.dtype}; convert it, as with "
+                f"{name}.astype('float64')."
+            ) from error
     raise TypeError(f"{name} must be a torch.Tensor or a numpy.ndarray, got {type(values).__name__}.")

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import Module
 from torchmetrics import Metric
 
+from lightning_logme.arguments import check_options, check_task, positive
 from lightning_logme.evidence import Evidence
-from lightning_logme.moments import Batch, Moments, Task, check_task, moments_device
+from lightning_logme.moments import Batch, Moments, Task, moments_device
 
 
 class LogME(Metric):
@@ -90,12 +91,9 @@ class LogME(Metric):
         # torchmetrics would gather the matrices of all processes in each, and add them up there.
         super().__init__(**{**kwargs, "dist_sync_fn": kwargs.get("dist_sync_fn") or _all_reduce})
         check_task(task)
-        if ignore_index is not None and task == "regression":
-            raise ValueError(
-                f"ignore_index={ignore_index} has no meaning for task='regression', where it is a value like any other."
-            )
+        check_options(task, ignore_index, fit_intercept)
         self.task: Task = task
-        self.num_features = _positive("num_features", num_features)
+        self.num_features: int = positive("num_features", num_features)
         self.num_outputs = _number_of_outputs(task, num_classes, num_labels, num_outputs)
         self.ignore_index = ignore_index
         self.fit_intercept = fit_intercept
@@ -155,19 +153,13 @@ def _all_reduce(state: Tensor, group: Any = None) -> list[Tensor]:
     return [total]
 
 
-def _positive(name: str, value: int | None) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}.")
-    return value
-
-
 def _number_of_outputs(task: Task, num_classes: int | None, num_labels: int | None, num_outputs: int) -> int:
     if task == "binary":
         if num_classes not in (None, 2):
             raise ValueError(f"num_classes must be 2 or None for task='binary', got {num_classes!r}.")
         return 2
     if task == "multiclass":
-        return _positive("num_classes", num_classes)
+        return int(positive("num_classes", num_classes))
     if task == "multilabel":
-        return _positive("num_labels", num_labels)
-    return _positive("num_outputs", num_outputs)
+        return int(positive("num_labels", num_labels))
+    return int(positive("num_outputs", num_outputs))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -26,12 +26,6 @@ def is_exclusive(task: Task) -> bool:
 def is_token_level(features: Tensor, target: Tensor, task: Task) -> bool:
     """Whether there is a class label (N, T) for each of the tokens (N, T, D)."""
     return is_exclusive(task) and target.ndim == 2 and features.ndim == 3 and features.shape[:2] == target.shape
-
-
-def check_task(task: str) -> None:
-    """Raise ``ValueError`` unless ``task`` is one of the four tasks."""
-    if task not in get_args(Task):
-        raise ValueError(f"task must be one of {', '.join(map(repr, get_args(Task)))}, got {task!r}.")
 
 
 def moments_device(device: torch.device) -> torch.device:
@@ -234,12 +228,10 @@ class Batch:
             ignore_index: rows with this label (multilabel: with any such entry) are left out.
 
         Raises:
-            TypeError: ``features`` or ``target`` is not a tensor.
+            TypeError: ``features`` or ``target`` is not a tensor. A sparse one is made dense.
             ValueError: a shape, dtype or label does not fit; the message names it.
         """
-        for name, value in (("features", features), ("target", target)):
-            if not isinstance(value, Tensor):
-                raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}.")
+        features, target = _dense("features", features), _dense("target", target)
         if not features.is_floating_point():
             raise ValueError(f"features must be floating point, got {features.dtype}; convert with features.float().")
         if is_token_level(features, target, task):
@@ -262,6 +254,16 @@ class Batch:
         if is_exclusive(task):
             return cls(features, *_check_labels(target, task, num_outputs, ignore_index))
         return cls(features, *_check_columns(target, task, num_outputs, ignore_index))
+
+
+def _dense(name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}.")
+    if value.is_nested:
+        raise ValueError(f"{name} must be one block of numbers, got a nested tensor; pool each sample to one vector.")
+    if value.is_meta:
+        raise ValueError(f"{name} must hold data, got a tensor of shape {tuple(value.shape)} on the meta device.")
+    return value if value.layout == torch.strided else value.to_dense()
 
 
 def _check_labels(
@@ -305,11 +307,6 @@ def _check_columns(
     if target.is_complex() or (task == "regression" and target.dtype == torch.bool):
         raise ValueError(f"target must hold real numbers for task={task!r}, got {target.dtype}.")
     if task == "regression":
-        if ignore_index is not None:
-            raise ValueError(
-                f"ignore_index={ignore_index} has no meaning for task='regression', where it is a value like any "
-                "other; drop those rows."
-            )
         return target, None
     keep = None if ignore_index is None else (target != ignore_index).all(1)
     met = target if keep is None else torch.where(keep[:, None], target, 0)

@@ -9,10 +9,11 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from lightning_logme.arguments import check_options, check_task, positive
 from lightning_logme.batch import TargetSpec, find_mask
 from lightning_logme.collector import Collector
 from lightning_logme.forward import Forward, call, copied
-from lightning_logme.moments import Task, check_task
+from lightning_logme.moments import Task
 from lightning_logme.samples import Portion, Samples
 from lightning_logme.sources import Sources
 from lightning_logme.taps import Pooling
@@ -68,15 +69,16 @@ class Probe:
         check_task(task)
         if forward is not None and not callable(forward):
             raise ValueError(f"forward must be callable(module, batch) or None, got {forward!r}.")
-        if limit_batches is not None and (type(limit_batches) is not int or limit_batches < 1):
-            raise ValueError(f"limit_batches must be a positive integer or None, got {limit_batches!r}.")
+        limit_batches = positive("limit_batches", limit_batches, optional=True)
+        ignore_index = None if task == "regression" else ignore_index
+        check_options(task, ignore_index, fit_intercept=False)
         self.dataloader = dataloader
         self.task: Task = task
         self.num_classes = num_classes
         self.target = target
         self.forward = forward
         self.limit_batches = limit_batches
-        self.ignore_index = None if task == "regression" else ignore_index
+        self.ignore_index = ignore_index
 
 
 class PreparedProbe:

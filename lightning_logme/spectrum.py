@@ -31,8 +31,8 @@ class Spectrum:
         square: (K,) q = ‖y‖².
         dof: n, or n − 1 where an intercept was taken out.
         basis: matrices whose product is V (D, R); the product itself is never needed.
-        resolution: the smallest eigenvalue that can be told from zero: D · eps · λ_max, and not less than eps times what
-            an intercept took out.
+        resolution: the smallest eigenvalue that can be told from zero: D · eps · λ_max, and not less than what the
+            removal of an intercept leaves by rounding.
         centre: the means of the features (D,) and of the targets (K,) where an intercept was taken out, else None.
     """
 
@@ -144,7 +144,7 @@ def centred_square(square: Tensor, total: Tensor, n: int) -> Tensor:
 def _resolved(eigenvalues: Tensor, dof: int, num_features: int, floor: float = 0.0) -> tuple[Tensor, float]:
     """Which of the ascending eigenvalues to keep, largest first, and the resolution below which none is meaningful."""
     largest = float(eigenvalues[-1]) if len(eigenvalues) else 0.0
-    resolution = max(num_features * EPS * largest, floor)
+    resolution = max(num_features * EPS * largest, floor, TINY / EPS)  # what is smaller was summed with fewer digits
     number = min(int((eigenvalues > resolution).sum()), dof)
     last = len(eigenvalues) - 1
     return torch.arange(last, last - number, -1, device=eigenvalues.device), resolution

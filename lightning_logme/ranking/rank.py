@@ -14,9 +14,10 @@ from lightning.fabric import Fabric
 from lightning.fabric.loggers import Logger
 from torch import nn
 
+from lightning_logme.arguments import check_task
 from lightning_logme.batch import TargetSpec
 from lightning_logme.forward import Forward
-from lightning_logme.moments import Task, check_task
+from lightning_logme.moments import Task
 from lightning_logme.ranking.candidate import Candidate, Transform
 from lightning_logme.ranking.progress import Store
 from lightning_logme.ranking.race import Race, Rules
