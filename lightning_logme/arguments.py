@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from numbers import Integral
 from typing import Any, get_args
 
@@ -23,8 +24,28 @@ def check_options(task: Task, ignore_index: Any, fit_intercept: Any) -> None:
             f"ignore_index={ignore_index} has no meaning for task='regression', where it is a value like any other; "
             "drop those rows."
         )
-    if not isinstance(fit_intercept, bool):
-        raise ValueError(f"fit_intercept must be True or False, got {fit_intercept!r}.")
+    check_flags(fit_intercept=fit_intercept)
+
+
+def check_flags(**flags: Any) -> None:
+    """Raise ``ValueError`` unless each is a bool: a string such as "false" would count as true."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False, got {value!r}.")
+
+
+def names(name: str, value: Any) -> tuple[str, ...]:
+    """Several names as a tuple of strings.
+
+    Raises:
+        ValueError: they are none.
+    """
+    if isinstance(value, str):
+        raise ValueError(f"{name} must be a sequence of names, got the string {value!r}; write {name}=[{value!r}].")
+    listed = tuple(value) if isinstance(value, Iterable) else (value,)
+    if not isinstance(value, Iterable) or not all(isinstance(item, str) for item in listed):
+        raise ValueError(f"{name} must be a sequence of names, got {value!r}.")
+    return listed
 
 
 def positive(name: str, value: Any, optional: bool = False) -> Any:
@@ -36,7 +57,7 @@ def positive(name: str, value: Any, optional: bool = False) -> Any:
     if optional and value is None:
         return None
     if not _is_integer(value) or value < 1:
-        raise ValueError(f"{name} must be a positive integer{' or None' if optional else ''}, got {value!r}.")
+        raise ValueError(f"{name} must be a positive integer, got {value!r}.")
     return int(value)
 
 

@@ -14,6 +14,12 @@ TargetSpec = int | str | Callable[[Any], Tensor] | None
 LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 
 
+def check_target(target: Any) -> None:
+    """Raise ``ValueError`` unless ``target`` can say where labels are."""
+    if target is not None and (isinstance(target, bool) or not (isinstance(target, (int, str)) or callable(target))):
+        raise ValueError(f"target must be a key, an index, a callable(batch) -> Tensor, or None, got {target!r}.")
+
+
 def find_target(batch: Any, target: TargetSpec = None) -> Tensor:
     """The labels of a batch.
 

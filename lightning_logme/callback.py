@@ -10,8 +10,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
-from lightning_logme.arguments import check_options, check_task, positive
-from lightning_logme.batch import TargetSpec
+from lightning_logme.arguments import check_flags, check_options, check_task, names, positive
+from lightning_logme.batch import TargetSpec, check_target
 from lightning_logme.curve import CurvePoint
 from lightning_logme.distributed import is_sharded, number_of_loaders, why_out_of_step
 from lightning_logme.evidence import Evidence
@@ -133,10 +133,10 @@ class LogMECallback(_AnyCallback):
     ) -> None:
         check_task(task)
         check_pooling(pooling)
-        if isinstance(layers, str):
-            raise ValueError(
-                f"layers must be a sequence of names, got the string {layers!r}; write layers=[{layers!r}]."
-            )
+        check_target(target)
+        check_flags(layer_mean=layer_mean, plots=plots, curve=curve, validation=validation)
+        layers = names("layers", layers)
+        class_names = None if class_names is None else names("class_names", class_names)
         if head is not None and not isinstance(head, str):
             raise ValueError(
                 f"head must be the dotted name of a module, such as 'model.fc', got {type(head).__name__}."
@@ -144,8 +144,10 @@ class LogMECallback(_AnyCallback):
         num_classes = positive("num_classes", num_classes, optional=True)
         ignore_index = None if task == "regression" else ignore_index
         check_options(task, ignore_index, fit_intercept)
-        if not name:
-            raise ValueError("name must not be empty: it is the key that is logged.")
+        if not isinstance(name, str) or not name:
+            raise ValueError(
+                f"name must not be empty, and must be a string: it is the key that is logged; got {name!r}."
+            )
         if layer_mean and not layers:
             raise ValueError("layer_mean is the mean of layers: name them, as in layers=['encoder.layer.*'].")
         if features is not None and (head is not None or not callable(features)):
@@ -156,7 +158,7 @@ class LogMECallback(_AnyCallback):
         if not (validation or probes):
             raise ValueError("validation=False leaves nothing to score without probes.")
         self.head = head
-        self.layers = tuple(layers)
+        self.layers = layers
         self.layer_mean = layer_mean
         self.features = features
         self.task: Task = task

@@ -174,7 +174,7 @@ def _check_digits(spectrum: Spectrum, square: Tensor, total: Tensor, n: int) -> 
         n: number of samples.
     """
     spread = float(centred_square(square, total, n).sum())
-    if n < 2 or spread == 0:  # constant: there is nothing to see
+    if n < 2 or spread == 0 or len(spectrum.eigenvalues) == 0:  # there is nothing to see
         return
     lost = spectrum.resolution * min(n - 1, len(square)) / spread
     if lost > _LOST:

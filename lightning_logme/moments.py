@@ -303,7 +303,10 @@ def _check_columns(
     columns = {"multilabel": "L", "regression": "M"}[task] if num_outputs is None else str(num_outputs)
     if target.ndim != 2 or (num_outputs is not None and target.shape[1] != num_outputs) or target.shape[1] == 0:
         also = "(N,) or " if task == "regression" and num_outputs in (None, 1) else ""
-        raise ValueError(f"target must have shape {also}(N, {columns}) for task={task!r}, got {tuple(target.shape)}.")
+        given = "" if num_outputs is None else f"; {num_outputs} is the num_classes, num_labels or num_outputs given"
+        raise ValueError(
+            f"target must have shape {also}(N, {columns}) for task={task!r}, got {tuple(target.shape)}{given}."
+        )
     if target.is_complex() or (task == "regression" and target.dtype == torch.bool):
         raise ValueError(f"target must hold real numbers for task={task!r}, got {target.dtype}.")
     if task == "regression":

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from lightning_logme.arguments import check_options, check_task, positive
-from lightning_logme.batch import TargetSpec, find_mask
+from lightning_logme.batch import TargetSpec, check_target, find_mask
 from lightning_logme.collector import Collector
 from lightning_logme.forward import Forward, call, copied
 from lightning_logme.moments import Task
@@ -67,6 +67,7 @@ class Probe:
         ignore_index: int | None = -100,
     ) -> None:
         check_task(task)
+        check_target(target)
         if forward is not None and not callable(forward):
             raise ValueError(f"forward must be callable(module, batch) or None, got {forward!r}.")
         limit_batches = positive("limit_batches", limit_batches, optional=True)
@@ -74,7 +75,7 @@ class Probe:
         check_options(task, ignore_index, fit_intercept=False)
         self.dataloader = dataloader
         self.task: Task = task
-        self.num_classes = num_classes
+        self.num_classes = positive("num_classes", num_classes, optional=True)
         self.target = target
         self.forward = forward
         self.limit_batches = limit_batches

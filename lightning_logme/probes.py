@@ -31,7 +31,7 @@ class Probes:
     """
 
     def __init__(self, probes: Mapping[str, Any] | None, every: Every) -> None:
-        if every != "checkpoint" and (type(every) is not int or every < 1):
+        if not (isinstance(every, str) and every == "checkpoint") and (type(every) is not int or every < 1):
             raise ValueError(f"probe_every must be a positive integer or 'checkpoint', got {every!r}.")
         self._probes = _named(probes)
         self._every = every
@@ -60,10 +60,10 @@ class Probes:
         except ValueError as caught:
             error = caught
         _, reason = agree({}, None if error is None else str(error))
-        if error is not None:
+        if error is not None and reason == str(error):
             raise error
-        if reason is not None:  # or this process would wait for another
-            raise ValueError(reason)
+        if reason is not None:  # in all processes, or one would wait for another
+            raise ValueError(reason) from error
 
     def _check_run(self, trainer: Any, owner: Callback) -> None:
         """Say what in a run does not go with probes."""

@@ -115,7 +115,7 @@ def _detach(tensor: Tensor | None, clone: bool) -> Tensor | None:
 
 def check_pooling(pooling: Any) -> None:
     """Raise ``ValueError`` unless ``pooling`` is one of its values."""
-    if not callable(pooling) and pooling not in ("auto", "mean", "cls", "last"):
+    if not callable(pooling) and not (isinstance(pooling, str) and pooling in ("auto", "mean", "cls", "last")):
         raise ValueError(
             f"pooling must be 'auto', 'mean', 'cls', 'last' or a callable(Tensor) -> Tensor, got {pooling!r}."
         )

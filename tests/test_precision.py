@@ -180,25 +180,6 @@ class TestSizes:
         assert metric.target_sum.tolist() == [len(rows) for rows in of_class]
 
 
-def by_singular_values(features, y):
-    """The largest log evidence per sample, without a square of the condition number: a dense search over α/β."""
-    n = len(features)
-    left, singular, _ = np.linalg.svd(features, full_matrices=False)
-    eigenvalues, projected = singular**2, left.T @ y
-    x2, residual = projected**2, np.sum((y - left @ projected) ** 2)
-
-    def curve(log_t):
-        t = np.exp(log_t)[:, None]
-        fit = residual + (x2 * t / (eigenvalues + t)).sum(1)
-        return (-n / 2 * (np.log(2 * np.pi * fit / n) + 1) - np.log1p(eigenvalues / t).sum(1) / 2) / n
-
-    grid = np.linspace(np.log(eigenvalues[-1]) - 10, np.log(eigenvalues[0]) + 25, 2001)
-    for _ in range(3):
-        best = grid[curve(grid).argmax()]
-        grid = np.linspace(best - (grid[1] - grid[0]), best + (grid[1] - grid[0]), 201)
-    return curve(grid).max()
-
-
 class TestMeanFarAboveSpread:
     """A Gram matrix has as many digits for the mean and the spread of features together as either had alone."""
 
@@ -211,7 +192,7 @@ class TestMeanFarAboveSpread:
             contrasts = oracles.without_mean(centred), oracles.without_mean(target)
         else:
             contrasts = features, target
-        exact = np.mean([by_singular_values(contrasts[0], y) for y in contrasts[1].T])
+        exact = np.mean([oracles.by_singular_values(contrasts[0], y) for y in contrasts[1].T])
         if path == "rows":
             return exact, float(logme(features, labels, fit_intercept=fit_intercept))
         features, labels = torch.as_tensor(features), torch.as_tensor(labels)
