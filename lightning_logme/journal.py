@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_logme.collector import Collector, Result
 from lightning_logme.curve import CurvePoint
 from lightning_logme.evidence import Evidence
-from lightning_logme.history import Row, figures, merge
+from lightning_logme.history import Row, figures, is_state, merge
 from lightning_logme.plots import curves_figure, layers_figure, log_figure, log_plots
 from lightning_logme.sources import HEAD, LAYER_MEAN
 
@@ -46,6 +46,12 @@ class Journal:
 
     def load_state_dict(self, state_dict: Mapping[str, Any], keep: bool) -> None:
         """Take up what a checkpoint holds; ``keep`` what has come since, or undo it."""
+        if not is_state(state_dict):
+            warnings.warn(
+                f"{self.name}: the checkpoint holds a history in a form that is not known; it is left out.",
+                stacklevel=2,
+            )
+            state_dict = {"history": [], "evidence": {}}
         if not keep:
             self.history, self._figures = [], {}
         self.history = merge(list(state_dict["history"]), self.history)

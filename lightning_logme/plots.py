@@ -88,8 +88,7 @@ def gain_figure(evidence: Evidence, class_names: Sequence[str] | None = None) ->
         x0, x1 = centre - 0.4 * step, centre + 0.4 * step
         bars.append([(x0, bottom), (x0, height), (x1, height), (x1, bottom)])
         if number <= _MAX_LABELLED:
-            turned = {"ha": "right", "rotation": 40} if slanted else {"ha": "center"}
-            figure.text(centre, bottom - 0.02, name, va="top", fontsize=9, rotation_mode="anchor", **turned)
+            figure.text(centre, bottom - 0.02, name, fontsize=9, **_below(slanted))
     lines = [[(left, height), (right, height)] for height in (bottom, bottom + mean * scale)]
     figure.add_artist(PolyCollection(bars, facecolors="#4c72b0", transform=figure.transFigure))
     figure.add_artist(LineCollection(lines, colors=["0.2", "#c44e52"], transform=figure.transFigure))
@@ -172,14 +171,19 @@ def _line_figure(
             colours.append(colour)
     figure.add_artist(LineCollection(segments, colors=colours, linewidths=1.5))
     for x, name in labels.items():
-        turned = {"ha": "right", "rotation": 40} if slanted else {"ha": "center"}
         place = left + x * (right - left), bottom - 0.03
-        figure.text(*place, name[-_MAX_CHARACTERS:], va="top", fontsize=8, rotation_mode="anchor", **turned)
+        figure.text(*place, name[-_MAX_CHARACTERS:], fontsize=8, **_below(slanted))
     for index, (name, colour) in enumerate(list(legend.items())[-_MAX_NAMES:]):
         height = top - 0.055 * index
-        figure.text(right + 0.02, height, name[-_MAX_CHARACTERS:], color=colour, va="top", fontsize=8)
+        figure.text(right + 0.02, height, name[-_MAX_CHARACTERS:], color=colour, va="top", fontsize=8, parse_math=False)
     figure.text(0.04, 0.91, f"{title}; largest {largest:.3f} nats", fontsize=9)
     return figure
+
+
+def _below(slanted: bool) -> dict[str, Any]:
+    """How a name is set below an axis; what it holds is no mathematics."""
+    turned = {"ha": "right", "rotation": 40} if slanted else {"ha": "center"}
+    return {"va": "top", "rotation_mode": "anchor", "parse_math": False, **turned}
 
 
 def _short(names: Sequence[str]) -> list[str]:

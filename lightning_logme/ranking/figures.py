@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
+from lightning_logme.ranking.result import printable
+
 if TYPE_CHECKING:
     from lightning_logme.ranking.result import Ranking, RankingRow
 
 _WIDTH = 7.0  # inches
+_MAX_CHARACTERS = 40  # of a name
 _LABEL = "gain in nats per sample"
 _COLOURS = {True: "#4c72b0", False: "#b0b7c3"}  # tied with the best, or not
 
@@ -27,7 +30,7 @@ def bars(ranking: Ranking, axes: Axes | None = None) -> Figure:
         color=[_COLOURS[row.tied_with_best] for row in rows],
         capsize=3,
     )
-    axes.set_yticks(range(len(rows)), [_label(row) for row in rows])
+    axes.set_yticks(range(len(rows)), [_label(row) for row in rows], parse_math=False)
     axes.invert_yaxis()
     axes.set_xlabel(f"{_LABEL}, ± 1 s.e. (dark: the best and its ties)")
     axes.spines[["top", "right"]].set_visible(False)
@@ -41,7 +44,7 @@ def curves(ranking: Ranking, axes: Axes | None = None) -> Figure:
         points = [point for point in ranking.curves[row.name] if not math.isnan(point.gain)]
         if points:
             style = "-o" if row.ended == "finished" else "--o"
-            axes.plot([p.num_samples for p in points], [p.gain for p in points], style, markersize=4, label=row.name)
+            axes.plot([p.num_samples for p in points], [p.gain for p in points], style, markersize=4, label=_shown(row))
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("samples (dashed: did not finish)")
@@ -49,7 +52,8 @@ def curves(ranking: Ranking, axes: Axes | None = None) -> Figure:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     if axes.lines:
-        axes.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        for text in axes.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0)).get_texts():
+            text.set_parse_math(False)
     return _figure(axes)
 
 
@@ -62,7 +66,7 @@ def page(ranking: Ranking) -> Figure:
     left, right = above.subplots(1, 2)
     bars(ranking, left)
     curves(ranking, right)
-    below.text(0.01, 0.98, "\n".join(lines), family="monospace", fontsize=8, verticalalignment="top")
+    below.text(0.01, 0.98, "\n".join(lines), family="monospace", fontsize=8, verticalalignment="top", parse_math=False)
     return figure
 
 
@@ -78,4 +82,11 @@ def _figure(axes: Axes) -> Figure:
 
 
 def _label(row: RankingRow) -> str:
-    return row.name if row.ended == "finished" else f"{row.name} ({row.ended} at {row.num_samples})"
+    return _shown(row) if row.ended == "finished" else f"{_shown(row)} ({row.ended} at {row.num_samples})"
+
+
+def _shown(row: RankingRow) -> str:
+    """A name as a picture can show it. matplotlib leaves labels that begin with an underscore out of legends."""
+    name = printable(row.name)
+    name = name if len(name) <= _MAX_CHARACTERS else f"{name[: _MAX_CHARACTERS - 1]}…"
+    return f" {name}" if name.startswith("_") or not name else name

@@ -93,7 +93,7 @@ class Store:
             saved = torch.load(path, map_location="cpu", weights_only=True)
             values, options = saved["progress"], saved["options"]
             values["rounds"] = [Round(**round_) for round_ in values["rounds"]]
-            values["blocks"] = [Moments(**block) for block in values["blocks"]]
+            values["blocks"] = [_moments(block, values["num_features"]) for block in values["blocks"]]
             progress = Progress(**values)
         except Exception as error:
             _starts_anew(candidate, f"{path} cannot be read ({type(error).__name__}: {error})")
@@ -155,6 +155,20 @@ def is_same(candidate: Candidate, saved: Progress, fingerprint: str, features: T
     if cause is not None:
         _starts_anew(candidate, cause)
     return cause is None
+
+
+def _moments(tensors: Mapping[str, Tensor], num_features: int) -> Moments:
+    """Moments as they were saved.
+
+    Raises:
+        ValueError: they are no moments of so many features.
+    """
+    moments = Moments(**tensors)
+    expected = vars(Moments.zeros(num_features, len(moments.target_sum), "meta"))
+    for name, value in vars(moments).items():
+        if value.shape != expected[name].shape or value.dtype != expected[name].dtype:
+            raise ValueError(f"{name} is of shape {tuple(value.shape)} and {value.dtype}")
+    return moments
 
 
 def _starts_anew(candidate: Candidate, cause: str) -> None:

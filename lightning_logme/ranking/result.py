@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+import re
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Literal
 
@@ -118,7 +119,7 @@ class Ranking:
         """The table of ``print(ranking)`` in Markdown."""
         header, *body = self._cells()
         lines = [header, ["---"] * len(header), *body]
-        return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        return "\n".join("| " + " | ".join(map(_escaped, line)) + " |" for line in lines)
 
     def plot(self, ax: Axes | None = None) -> Figure:
         """The gain of each candidate as a bar, with its standard error.
@@ -165,7 +166,7 @@ class Ranking:
             cells.append(
                 [
                     "=" if tied else str(place),
-                    " ".join(row.name.split()),
+                    printable(row.name),
                     _number(row.gain),
                     _number(row.stderr),
                     _number(row.logme),
@@ -173,10 +174,20 @@ class Ranking:
                     "" if row.num_features is None else str(row.num_features),
                     _count(row.num_parameters),
                     f"{row.seconds:.1f}",
-                    row.ended + (f": {row.message.splitlines()[0][:80]}" if row.message else ""),
+                    row.ended + (f": {printable(row.message.splitlines()[0])[:80]}" if row.message else ""),
                 ]
             )
         return cells
+
+
+def printable(text: str) -> str:
+    """In one line, without characters that move a cursor or have no picture."""
+    return "".join(character if character.isprintable() else "?" for character in " ".join(text.split()))
+
+
+def _escaped(text: str) -> str:
+    """Text that Markdown takes for text: no cell, no link, no tag."""
+    return re.sub(r"([\\|<>\[\]`])", r"\\\1", text)
 
 
 def _number(value: float) -> str:
