@@ -143,6 +143,29 @@ def test_several_callbacks(tmp_path):
     assert set(read_evidence(tmp_path / "epoch=0.ckpt")) == {"logme", "input"}
 
 
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"history": []},
+        {"history": 5, "evidence": {}},
+        {"history": [1], "evidence": {}},
+        {"history": [], "evidence": [1]},
+    ],
+)
+def test_a_state_of_another_form_is_left_out_and_ends_nothing(run, tmp_path, state):
+    path = tmp_path / "epoch=1.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    (key,) = [key for key in checkpoint["callbacks"] if key.startswith("LogMECallback")]
+    checkpoint["callbacks"][key] = state
+    torch.save(checkpoint, path)
+    callback = LogMECallback()
+    with pytest.warns(UserWarning, match="logme: the checkpoint holds a history in a form that is not known"):
+        trainer(tmp_path, callback, max_epochs=3).fit(Classifier(), loader(), loader(), ckpt_path=path)
+    assert [row["epoch"] for row in callback.history] == [2]
+    with pytest.raises(ValueError, match="holds no history of LogME"):
+        read_history(path)
+
+
 def test_checkpoints_without_history(tmp_path):
     run = trainer(tmp_path, saving(tmp_path, save_weights_only=True), LogMECallback(), max_epochs=1)
     run.fit(Classifier(), loader(), loader())

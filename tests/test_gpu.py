@@ -35,6 +35,44 @@ def test_bad_labels_raise_instead_of_a_device_side_assert():
     torch.cuda.synchronize()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_small_batches_equal_exact_sums(dtype):
+    features, labels = map(torch.as_tensor, problem(20_000, 12, 3))
+    features = (features + 3).to(dtype)
+    metric = LogME("multiclass", 12, num_classes=3).cuda()
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        for part, target in zip(features.cuda().split(50), labels.cuda().split(50), strict=True):
+            metric.update(part, target)
+    exact = features.double()
+    torch.testing.assert_close(metric.gram.tril().cpu(), (exact.T @ exact).tril(), rtol=1e-12, atol=1e-9)
+    torch.testing.assert_close(metric.compute().cpu(), evidence(features, labels).score, rtol=1e-9, atol=0)
+
+
+def test_memory_does_not_depend_on_the_number_of_samples():
+    peaks = []
+    for n in (2_000, 40_000):
+        metric = LogME("multiclass", 512, num_classes=10).cuda()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        for _ in range(n // 1000):
+            metric.update(torch.randn(1000, 512, device="cuda"), torch.arange(1000, device="cuda") % 10)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[1] <= 1.1 * peaks[0]
+
+
+def test_sums_over_processes_by_nccl():
+    features, labels = (torch.as_tensor(part).cuda() for part in problem(200, 8, 4))
+    metric = LogME("multiclass", 8, num_classes=4).cuda()
+    metric.update(features, labels)
+    torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        torch.testing.assert_close(metric.compute(), evidence(features, labels).score, rtol=1e-10, atol=0)
+        sums = metric.moments().all_reduce()
+        torch.testing.assert_close(sums.gram, metric.gram)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed", "bf16-true"])
 @pytest.mark.parametrize("build", [ConvNet, VisionTransformer])
 def test_trainer(tmp_path, precision, build):

@@ -9,14 +9,16 @@ import lightning
 import numpy as np
 import torch
 
-from tests.benchmarks import memory, noise, probes, ranking, ranking_quality, speed, trainer
+from tests.benchmarks import gpu, memory, noise, probes, ranking, ranking_quality, speed, sync, trainer
 
 BENCHMARKS = {
     "speed": speed.report,
     "memory": memory.report,
+    "sync": sync.report,
     "trainer": trainer.report,
     "noise": noise.report,
     "probes": probes.report,
+    "gpu": gpu.report,
     "ranking": ranking.report,
     "quality": ranking_quality.report,
 }

@@ -1,0 +1,82 @@
+"""What strategies do to a module: wrappers, and weights that are there only while they are used."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from models import Classifier, hooks, loader, penultimate, trainer, vectors
+from torch import nn
+
+from lightning_logme import LogMECallback
+from lightning_logme.functional import logme
+
+
+class Engine(nn.Module):
+    """As DeepSpeed's: calls the module from within, and holds weights only while their layer is at work (ZeRO-3)."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.handles = []
+        self.weights = {}
+        for layer in module.modules():
+            if list(layer.parameters(recurse=False)):
+                self.handles += [
+                    layer.register_forward_pre_hook(self.gather),
+                    layer.register_forward_hook(self.release),
+                ]
+                self.release(layer)
+
+    def gather(self, layer, *_):
+        for parameter in layer.parameters(recurse=False):
+            parameter.data = self.weights.pop(parameter)
+
+    def release(self, layer, *_):
+        for parameter in layer.parameters(recurse=False):
+            self.weights[parameter] = parameter.data
+            parameter.data = torch.empty(0)
+
+    def forward(self, *inputs, **options):
+        return self.module(*inputs, **options)
+
+
+class EngineStrategy(SingleDeviceStrategy):
+    def setup(self, trainer):
+        super().setup(trainer)
+        self.model = Engine(self.model)
+
+    def teardown(self):
+        for handle in self.model.handles:
+            handle.remove()
+        for parameter, weight in self.model.weights.items():
+            parameter.data = weight
+        super().teardown()
+
+
+def test_weights_that_are_gathered_for_each_layer(tmp_path):
+    """DeepSpeed itself needs a GPU under Lightning."""
+    module, callback = Classifier(), LogMECallback(layers=["model.0"])
+    expected = logme(*penultimate(module, "model.2", vectors()))
+    strategy = EngineStrategy(torch.device("cpu"))
+    trainer(tmp_path, callback, strategy=strategy).validate(module, loader(), verbose=False)
+    assert callback.history[0]["logme"] == pytest.approx(float(expected), rel=1e-6)
+    assert len(callback.history) == 2
+    assert hooks(module) == 0
+    assert all(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
+def test_forward_passes_of_its_own_are_refused_where_weights_are_shared_out(tmp_path, name):
+    """Shown with a stand-in of that name: of the strategies only one runs without a GPU."""
+    run = SimpleNamespace(world_size=2, strategy=type(name, (), {})())
+    callback = LogMECallback(features=lambda module, batch: batch[0], num_classes=4)
+    with pytest.raises(ValueError, match=f"features=callable makes forward passes .* under {name}"):
+        callback.setup(run, Classifier(), "fit")
+
+
+def test_processes_that_are_not_connected_are_told(tmp_path):
+    run = SimpleNamespace(world_size=2, strategy=type("XLAStrategy", (), {})())
+    callback = LogMECallback()
+    with pytest.warns(UserWarning, match="logme will not be scored: the 2 processes of XLAStrategy are not connected"):
+        callback.setup(run, Classifier(), "fit")
