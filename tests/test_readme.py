@@ -41,3 +41,16 @@ def test_pictures_and_commands_exist():
         assert (README.parent / path).is_file(), path
     for script in re.findall(r"python ((?:examples|tests)/\S+\.py)", text):
         assert (README.parent / script).is_file(), script
+
+
+def test_promises_name_their_tests():
+    text = README.read_text(encoding="utf-8")
+    named = re.findall(r"`(\w+)::(test_\w+)`", text)
+    assert len(named) > 50
+    for file, test in named:
+        source = Path(__file__).with_name(f"test_{file}.py").read_text(encoding="utf-8")
+        assert f"def {test}(" in source, f"{file}::{test}"
+    section = text.split("## What is promised")[1].split("\n## ")[0]
+    for line in section.splitlines():
+        if line.startswith("| ") and "shown by" not in line:
+            assert "::test_" in line, line
