@@ -18,6 +18,7 @@ from lightning_logme.evidence import Evidence
 from lightning_logme.history import Row
 from lightning_logme.journal import Journal
 from lightning_logme.moments import Task
+from lightning_logme.packages import CALLBACKS
 from lightning_logme.probe import Probe
 from lightning_logme.probes import Every, Probes
 from lightning_logme.sources import Features, Sources, attach
@@ -27,14 +28,9 @@ from lightning_logme.validation import Validation
 if TYPE_CHECKING:
     _AnyCallback = Callback
 else:
-    # `lightning` and `pytorch_lightning` are one code with classes of their own; a Trainer of either must know ours.
-    try:
-        from pytorch_lightning import Callback as _StandaloneCallback
 
-        class _AnyCallback(Callback, _StandaloneCallback):
-            pass
-    except ImportError:
-        _AnyCallback = Callback
+    class _AnyCallback(*CALLBACKS):  # a Trainer of either package must know ours
+        pass
 
 
 class LogMECallback(_AnyCallback):

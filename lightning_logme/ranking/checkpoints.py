@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.compile import to_uncompiled
 from torch import nn
 
+from lightning_logme.packages import to_uncompiled
 from lightning_logme.ranking.rank import rank_backbones
 from lightning_logme.ranking.result import Ranking
 from lightning_logme.sources import plain_name
