@@ -48,14 +48,17 @@ def names(name: str, value: Any) -> tuple[str, ...]:
     return listed
 
 
-def positive(name: str, value: Any, optional: bool = False) -> Any:
+def positive_or_none(name: str, value: Any) -> int | None:
+    """As :func:`positive`; None stays None."""
+    return None if value is None else positive(name, value)
+
+
+def positive(name: str, value: Any) -> int:
     """An integer above zero as an int.
 
     Raises:
         ValueError: it is none.
     """
-    if optional and value is None:
-        return None
     if not _is_integer(value) or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}.")
     return int(value)

@@ -10,7 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
-from lightning_logme.arguments import check_flags, check_options, check_task, names, positive
+from lightning_logme.arguments import check_flags, check_options, check_task, names, positive_or_none
 from lightning_logme.batch import TargetSpec, check_target
 from lightning_logme.curve import CurvePoint
 from lightning_logme.distributed import is_sharded, number_of_loaders, why_out_of_step
@@ -137,7 +137,7 @@ class LogMECallback(_AnyCallback):
             raise ValueError(
                 f"head must be the dotted name of a module, such as 'model.fc', got {type(head).__name__}."
             )
-        num_classes = positive("num_classes", num_classes, optional=True)
+        num_classes = positive_or_none("num_classes", num_classes)
         ignore_index = None if task == "regression" else ignore_index
         check_options(task, ignore_index, fit_intercept)
         if not isinstance(name, str) or not name:

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_logme.curve import CurvePoint
-from lightning_logme.distributed import agree, is_distributed
+from lightning_logme.distributed import agree
 from lightning_logme.evidence import Evidence
 from lightning_logme.metric import LogME
 from lightning_logme.moments import Moments, Task, is_exclusive, moments_device
@@ -113,30 +113,32 @@ class Collector:
                 start = stop
             part, end = part + 1, 2 * end
 
-    def results(self, device: torch.device) -> Iterator[tuple[Key, Result | None]]:
+    def results(self, device: torch.device, alone: bool) -> Iterator[tuple[Key, Result | None]]:
         """What there is for every key that any process has met, summed over processes; None after an error.
 
         To be run through by all processes, for their sums are added up in step.
 
         Args:
             device: for the sums of a process that has seen no data.
+            alone: whether the run has but one process.
         """
         shapes = {key: (metric.num_features, metric.num_outputs) for key, metric in self._metrics.items()}
         mine = self.broken
-        shapes, self.broken = agree(shapes, mine)
+        shapes, self.broken = agree(alone, shapes, mine)
         if self.broken is not None:
             if mine is None:
                 rank_zero_warn(f"LogME is NaN for these samples, after an error: {self.broken}")
             return
         for (source, loader), parts in groupby(sorted(shapes), lambda key: key[:2]):
             # First all sums, then what may fail in one process: none may wait for another.
-            sums = [self._summed(part, shapes[part], device) for part in parts]
+            sums = [self._sums(part, shapes[part], device) for part in parts]
+            if not alone:
+                sums = [part.all_reduce() for part in sums]
             yield (source, loader), self._result(sums)
 
-    def _summed(self, key: tuple[str, int, int], shape: tuple[int, int], device: torch.device) -> Moments:
+    def _sums(self, key: tuple[str, int, int], shape: tuple[int, int], device: torch.device) -> Moments:
         metric = self._metrics.pop(key, None)
-        sums = Moments.zeros(*shape, moments_device(device)) if metric is None else metric.moments()
-        return sums.all_reduce() if is_distributed() else sums
+        return Moments.zeros(*shape, moments_device(device)) if metric is None else metric.moments()
 
     def _result(self, parts: list[Moments]) -> Result | None:
         total, curve = None, []

@@ -16,22 +16,18 @@ _SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
 Shapes = dict[tuple[str, int, int], tuple[int, int]]
 
 
-def is_distributed() -> bool:
-    """Whether there are processes to talk to."""
-    return dist.is_available() and dist.is_initialized()
-
-
-def agree(shapes: Shapes, broken: str | None) -> tuple[Shapes, str | None]:
+def agree(alone: bool, shapes: Shapes, broken: str | None) -> tuple[Shapes, str | None]:
     """The shapes that any process has met, and what broke in any of them; the same in all.
 
     Processes that sum tensors must have the same tensors to sum, in the same order: one may have seen no data, or have
     failed.
 
     Args:
+        alone: whether the run has but one process, whatever others torch.distributed may know of.
         shapes: by source, loader and part of the curve, (num_features, num_outputs) met by this process.
         broken: what went wrong in this process, if anything.
     """
-    if not is_distributed():
+    if alone:
         return shapes, broken
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (shapes, broken))
@@ -62,7 +58,7 @@ def why_out_of_step(trainer: Trainer, pl_module: LightningModule) -> str | None:
     """Why processes could wait for each other in vain, or would not know of each other, if so."""
     if trainer.world_size == 1:
         return None
-    if not is_distributed():
+    if not (dist.is_available() and dist.is_initialized()):
         return (
             f"the {trainer.world_size} processes of {type(trainer.strategy).__name__} are not connected by "
             "torch.distributed, so that their sums cannot be added up"

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_logme.arguments import check_options, check_task, positive
+from lightning_logme.arguments import check_options, check_task, positive_or_none
 from lightning_logme.evidence import Evidence
 from lightning_logme.moments import Batch, Moments, Task, moments_device
 
@@ -102,7 +102,7 @@ def evidence(
     """
     check_task(task)
     check_options(task, ignore_index, fit_intercept)
-    num_classes = positive("num_classes", num_classes, optional=True)
+    num_classes = positive_or_none("num_classes", num_classes)
     if task == "binary" and num_classes not in (None, 2):
         raise ValueError(f"num_classes must be 2 or None for task='binary', got {num_classes}.")
     if task == "binary":

@@ -93,7 +93,7 @@ class LogME(Metric):
         check_task(task)
         check_options(task, ignore_index, fit_intercept)
         self.task: Task = task
-        self.num_features: int = positive("num_features", num_features)
+        self.num_features = positive("num_features", num_features)
         self.num_outputs = _number_of_outputs(task, num_classes, num_labels, num_outputs)
         self.ignore_index = ignore_index
         self.fit_intercept = fit_intercept
@@ -159,7 +159,7 @@ def _number_of_outputs(task: Task, num_classes: int | None, num_labels: int | No
             raise ValueError(f"num_classes must be 2 or None for task='binary', got {num_classes!r}.")
         return 2
     if task == "multiclass":
-        return int(positive("num_classes", num_classes))
+        return positive("num_classes", num_classes)
     if task == "multilabel":
-        return int(positive("num_labels", num_labels))
-    return int(positive("num_outputs", num_outputs))
+        return positive("num_labels", num_labels)
+    return positive("num_outputs", num_outputs)

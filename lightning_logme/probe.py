@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from lightning_logme.arguments import check_options, check_task, positive
+from lightning_logme.arguments import check_options, check_task, positive_or_none
 from lightning_logme.batch import TargetSpec, check_target, find_mask
 from lightning_logme.collector import Collector
 from lightning_logme.forward import Forward, call, copied
@@ -70,12 +70,12 @@ class Probe:
         check_target(target)
         if forward is not None and not callable(forward):
             raise ValueError(f"forward must be callable(module, batch) or None, got {forward!r}.")
-        limit_batches = positive("limit_batches", limit_batches, optional=True)
+        limit_batches = positive_or_none("limit_batches", limit_batches)
         ignore_index = None if task == "regression" else ignore_index
         check_options(task, ignore_index, fit_intercept=False)
         self.dataloader = dataloader
         self.task: Task = task
-        self.num_classes = positive("num_classes", num_classes, optional=True)
+        self.num_classes = positive_or_none("num_classes", num_classes)
         self.target = target
         self.forward = forward
         self.limit_batches = limit_batches

@@ -59,7 +59,7 @@ class Probes:
             self._prepared = {name: PreparedProbe(name, probe) for name, probe in self._probes.items()}
         except ValueError as caught:
             error = caught
-        _, reason = agree({}, None if error is None else str(error))
+        _, reason = agree(trainer.world_size == 1, {}, None if error is None else str(error))
         if error is not None and reason == str(error):
             raise error
         if reason is not None:  # in all processes, or one would wait for another

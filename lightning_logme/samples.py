@@ -21,7 +21,7 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-from lightning_logme.arguments import positive
+from lightning_logme.arguments import positive_or_none
 from lightning_logme.batch import LABEL_KEYS, TargetSpec, conform_target, find_target
 from lightning_logme.moments import Batch, Task, is_exclusive
 
@@ -125,7 +125,7 @@ class Samples:
         Raises:
             ValueError: the labels do not fit the task, or K cannot be known.
         """
-        num_classes = positive("num_classes", num_classes, optional=True)
+        num_classes = positive_or_none("num_classes", num_classes)
         if num_classes not in {"binary": (None, 2), "regression": (None,)}.get(self.task, (num_classes,)):
             raise ValueError(f"num_classes={num_classes} has no meaning for task={self.task!r}; leave it out.")
         first = self.first().target

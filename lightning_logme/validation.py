@@ -84,7 +84,7 @@ class Validation:
         self.drop()
         if collector is not None and not self._decided:
             self._decided = True
-            _, reason = agree({}, None if self._proven else collector.broken)
+            _, reason = agree(self._alone, {}, None if self._proven else collector.broken)
             if reason is not None:
                 if not self._optional:
                     raise ValueError(reason.removeprefix("ValueError: "))

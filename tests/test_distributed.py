@@ -277,6 +277,20 @@ def test_unused_parameters(tmp_path):
     fit(tmp_path, Unused(), [vectors(11)], loader(vectors(40)), loader(vectors(11), 3), strategy=strategy)
 
 
+def _runs_of_their_own(rank, world, path):
+    """As in a search of hyperparameters, whose processes know each other and train for themselves."""
+    if rank == 0:
+        callback = LogMECallback(probes={"news": loader(vectors(40))}, curve=True)
+        run = trainer(path, callback, max_epochs=1, num_sanity_val_steps=1)
+        run.fit(Quiet(), loader(vectors(40)), loader(vectors(40)))
+        assert [row["num_samples"] for row in callback.history] == [40, 40]
+
+
+@pytest.mark.timeout(120)
+def test_a_run_of_one_process_waits_for_no_other(tmp_path):
+    spawn(_runs_of_their_own, tmp_path)
+
+
 class ProbesOfOneProcess(pl.Callback):
     """Compares in each process, where the callback's curves are, with a run that is not distributed."""
 
