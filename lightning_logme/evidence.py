@@ -226,9 +226,10 @@ def _maximise(spectrum: Spectrum, n: int) -> Evidence:
     per_output, null = log_evidence / dof, null_evidence(spectrum) / dof
     defined = ~per_output.isnan()
 
-    used = (eigenvalues.log() - log_t[:, None]).sigmoid()  # λ/(λ+t), (K, R): 0 at t = ∞, 1 at t → 0
+    offset = eigenvalues.log() - log_t[:, None]
+    used, unused = offset.sigmoid(), (-offset).sigmoid()  # λ/(λ+t) and t/(λ+t), (K, R)
     x2 = spectrum.coordinates.square()
-    fit = spectrum.residual + (x2 * (1 - used)).sum(1)
+    fit = spectrum.residual + (x2 * unused).sum(1)
     beta = dof / fit
     # α = t β = n t / Q, in a form that stands both ends: Q/t = r₀/t + Σ x²/(λ+t).
     t = log_t.exp()

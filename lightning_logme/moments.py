@@ -77,10 +77,6 @@ class Moments:
     def num_features(self) -> int:
         return self.cross.shape[1]
 
-    @property
-    def num_outputs(self) -> int:
-        return self.cross.shape[0]
-
     def __add__(self, other: Moments) -> Moments:
         return Moments(**{name: value + getattr(other, name) for name, value in vars(self).items()})
 

@@ -9,7 +9,7 @@ import lightning
 import numpy as np
 import torch
 
-from tests.benchmarks import gpu, memory, noise, probes, ranking, ranking_quality, speed, sync, trainer
+from tests.benchmarks import gpu, memory, mutants, noise, probes, ranking, ranking_quality, speed, sync, trainer
 
 BENCHMARKS = {
     "speed": speed.report,
@@ -21,8 +21,9 @@ BENCHMARKS = {
     "gpu": gpu.report,
     "ranking": ranking.report,
     "quality": ranking_quality.report,
+    "mutants": mutants.report,
 }
-_OF_THE_ZOO = ("ranking", "quality")  # take long, and packages of their own: only when they are asked for
+_IF_ASKED_FOR = ("ranking", "quality", "mutants")  # take long; the first two need packages of their own, too
 
 
 def main() -> None:
@@ -36,7 +37,7 @@ def main() -> None:
         f"Python {platform.python_version()}, torch {torch.__version__}, NumPy {np.__version__}, "
         f"Lightning {lightning.__version__}\n"
     )
-    for name in options.only or [name for name in BENCHMARKS if name not in _OF_THE_ZOO]:
+    for name in options.only or [name for name in BENCHMARKS if name not in _IF_ASKED_FOR]:
         BENCHMARKS[name](2 if options.quick else options.repeats, options.quick)
 
 

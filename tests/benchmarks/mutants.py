@@ -1,0 +1,183 @@
+"""What the tests notice: the mathematics and the rule for padding, broken on purpose, one small change at a time."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import importlib
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import threadpoolctl
+
+from tests.benchmarks.common import print_table
+
+ROOT = Path(__file__).parents[2]
+_TIME_LIMIT = 90  # seconds for the tests of one mutant, which is noticed if they take longer
+
+# What takes long to import, and is imported once instead of for every mutant.
+_HEAVY = "lightning.pytorch torchmetrics.classification torch.multiprocessing matplotlib.pyplot scipy.stats"
+_HEAVY += " scipy.optimize sklearn.datasets sklearn.linear_model hypothesis.strategies pytest"
+# By file: the functions that are broken (all if none are named), and the fast tests that should notice.
+_SCORES = ("slips", "functional", "evidence")
+_TOGETHER = ("distributed.py::test_what_one_rank_spoils_is_nan_on_all_and_ends_nothing",)
+_RULE = ("distributed.py::test_padding_rule", "distributed.py::test_other_samplers_have_no_padding")
+SCOPE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    **dict.fromkeys(("spectrum", "maximum", "evidence", "functional"), ((), _SCORES)),
+    "moments": ((), (*_SCORES, "metric", "jackknife")),
+    "metric": ((), ("slips", "metric", "functional", "distributed.py::test_metric")),
+    "distributed": (("rows_without_padding", "agree"), ("slips", *_RULE, *_TOGETHER)),
+    "collector": (("_parts", "_sums", "_result"), ("slips", "curve", *_TOGETHER)),
+}
+_SLOW = ("jackknife.py::test_ties", "jackknife.py::test_error_bars", "evidence.py::test_brute_force")
+
+_PAIRS = [(ast.Add, ast.Sub), (ast.Mult, ast.Div), (ast.BitAnd, ast.BitOr), (ast.And, ast.Or), (ast.Is, ast.IsNot)]
+_PAIRS += [(ast.Lt, ast.LtE), (ast.Gt, ast.GtE), (ast.Eq, ast.NotEq), (ast.In, ast.NotIn)]
+_PAIRS += [(ast.MatMult, ast.Mult), (ast.FloorDiv, ast.Mult), (ast.Pow, ast.Mult)]
+_SWAPPED = {**{b: a for a, b in reversed(_PAIRS)}, **dict(_PAIRS)}
+_RENAMED = {"min": "max", "max": "min", "any": "all", "all": "any", "tril": "triu", "ceil": "floor"}
+
+
+class Mutant(NamedTuple):
+    """A file with one change: where, what, and all of its text."""
+
+    place: str
+    before: str
+    after: str
+    source: str
+
+
+def mutants(path: Path, functions: tuple[str, ...]) -> Iterator[Mutant]:
+    """Every change of a file, or of some of its functions."""
+    tree = ast.parse(path.read_text())
+    roots = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name in functions] or [tree]
+    for parent, siblings, place in (found for root in roots for found in _places(root)):
+        node, line = siblings[place], getattr(siblings[place], "lineno", 0)
+        for changed in _variants(node):
+            before = _shown(parent, node)
+            siblings[place] = changed
+            yield Mutant(f"{path.name}:{line}", before, _shown(parent, changed), ast.unparse(tree))
+            siblings[place] = node
+
+
+def _places(parent: ast.AST) -> Iterator[tuple[ast.AST, Any, Any]]:
+    """All that is computed below a node: by parent, list or fields, and index or name. No annotations or messages."""
+    for field, value in ast.iter_fields(parent):
+        if field in ("annotation", "returns", "decorator_list"):
+            continue
+        siblings = value if isinstance(value, list) else vars(parent)
+        for place in range(len(value)) if isinstance(value, list) else [field]:
+            node = siblings[place]
+            if isinstance(node, ast.AST) and not isinstance(node, (ast.Raise, ast.JoinedStr)):
+                yield parent, siblings, place
+                if not (isinstance(node, ast.Expr) and ast.unparse(node).startswith(("warnings.warn(", "rank_zero_"))):
+                    yield from _places(node)
+
+
+def _variants(node: ast.AST) -> Iterator[ast.AST]:
+    """What one small slip could have made of a node."""
+    match node:
+        case ast.BinOp(op=op) | ast.BoolOp(op=op) | ast.AugAssign(op=op) if type(op) in _SWAPPED:
+            yield _with(node, op=_SWAPPED[type(op)]())
+        case ast.Compare(ops=[op]) if type(op) in _SWAPPED:
+            yield _with(node, ops=[_SWAPPED[type(op)]()])
+        case ast.Call(func=ast.Attribute(attr="sum" | "mean" | "all"), args=[ast.Constant(value=1)]):
+            yield _with(node, args=[ast.Constant(0)])
+    match node:
+        case ast.Constant(value=bool() as value):
+            yield ast.Constant(not value)
+        case ast.Constant(value=int() as value):
+            yield ast.Constant(value + 1)
+        case ast.Constant(value=float() as value):
+            yield ast.Constant(value * 10 or 1.0)
+        case ast.UnaryOp(operand=value) | ast.Attribute(attr="T", value=value):
+            yield value
+        case ast.Attribute(attr=name) if name in _RENAMED:
+            yield _with(node, attr=_RENAMED[name])
+        case ast.Name(id=name) if name in _RENAMED:
+            yield _with(node, id=_RENAMED[name])
+        case ast.Expr(value=ast.Call()) | ast.AugAssign() | ast.Break() | ast.Continue():
+            yield ast.Pass()
+
+
+def _with(node: ast.AST, **fields: Any) -> ast.AST:
+    changed = copy.copy(node)
+    vars(changed).update(fields)
+    return changed
+
+
+def _shown(parent: ast.AST, node: ast.AST) -> str:
+    whole = isinstance(parent, (ast.expr, ast.keyword, ast.Assign, ast.AugAssign, ast.Return))
+    return " ".join(ast.unparse(parent if whole else node).split())
+
+
+def noticed(repository: Path, tests: tuple[str, ...]) -> bool:
+    """Whether one of the tests of a copy of the repository fails, or does not come to an end."""
+    process = multiprocessing.get_context("fork").Process(target=_test, args=(repository, tests))
+    process.start()
+    process.join(_TIME_LIMIT)
+    if process.is_alive():
+        os.killpg(process.pid or 0, signal.SIGKILL)
+        process.join()
+    return process.exitcode != 0
+
+
+def _test(repository: Path, tests: tuple[str, ...]) -> None:
+    import pytest
+    from hypothesis import Phase, settings
+
+    os.setsid()
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("lightning_logme", "tests")]:
+        del sys.modules[name]
+    os.chdir(repository)
+    sys.path.insert(0, str(repository))
+    settings.register_profile("fixed", derandomize=True, database=None, phases=(Phase.explicit, Phase.generate))
+    settings.load_profile("fixed")
+    paths = [f"tests/test_{name}" if "::" in name else f"tests/test_{name}.py" for name in tests]
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # to look for plugins takes a second
+    options = ["-xq", "--tb=no", "-pno:cacheprovider", "-ppytest_timeout", "-otimeout=10"]
+    sys.exit(pytest.main([*options, *(f"--deselect=tests/test_{name}" for name in _SLOW), *paths]))
+
+
+def surviving(repository: Path, path: Path, every: list[Mutant], tests: tuple[str, ...]) -> Iterator[Mutant]:
+    """The mutants of a file of a copy of the repository that no test notices."""
+    original = path.read_text()
+    for number, mutant in enumerate(every):
+        path.write_text(mutant.source)
+        os.utime(path, (number, number))  # the cache of bytecode goes by time and size, and could take it for another
+        if not noticed(repository, tests):
+            yield mutant
+    path.write_text(original)
+
+
+def report(repeats: int, quick: bool) -> None:
+    """Prints how many mutants are noticed, and those that are not; of every 20th only, where it is to be quick."""
+    for name in _HEAVY.split():
+        importlib.import_module(name)
+    threadpoolctl.threadpool_limits(1)  # small matrices: a second thread only waits for the first
+    survivors: list[Mutant] = []
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        repository = Path(folder) / "repository"
+        shutil.copytree(ROOT, repository, ignore=shutil.ignore_patterns(".*", "__pycache__", "runs", "*.ckpt"))
+        for name, (functions, tests) in SCOPE.items():
+            path = repository / "lightning_logme" / f"{name}.py"
+            every = list(mutants(path, functions))[:: 20 if quick else 1]
+            if noticed(repository, tests):
+                raise RuntimeError(f"the tests of {path.name} fail, or take too long, without any change")
+            alive = list(surviving(repository, path, every, tests))
+            number = len(every) - len(alive)
+            rows.append((path.name, str(len(every)), str(number), f"{number / len(every):.1%}"))
+            survivors += alive
+    print_table("Mutants", ("file", "mutants", "noticed", "share"), rows)
+    print("\n".join(f"- `{mutant.place}`: `{mutant.before}` → `{mutant.after}`" for mutant in survivors), "\n")
