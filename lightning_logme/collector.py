@@ -52,7 +52,7 @@ class Collector:
 
     Attributes:
         broken: why this pass can have no result, if so. What breaks in one process breaks in all of them.
-        rows: by loader, the rows this process has had from it.
+        seen: by loader, the batches and the rows that this process has had from it.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Collector:
         self.fit_intercept = fit_intercept
         self.ignore_index = ignore_index
         self.broken: str | None = None
-        self.rows: dict[int, int] = {}
+        self.seen: dict[int, tuple[int, int]] = {}
         self._metrics: dict[tuple[str, int, int], LogME] = {}
         self._warned = False
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from torch.utils.data import DistributedSampler
+from torch.utils.data import BatchSampler, DistributedSampler
 
 # Strategies that gather weights in every forward pass.
 _SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
@@ -68,6 +68,11 @@ def why_out_of_step(trainer: Trainer, pl_module: LightningModule) -> str | None:
             "under tensor parallelism a process holds parts of the features of samples that others see as well; save "
             "checkpoints, and score them afterwards with score_checkpoints"
         )
+    if getattr(trainer, "_val_check_time_interval", None) is not None:
+        return (
+            "with a time for val_check_interval each process goes by its own clock, and one that validates earlier "
+            "would wait for the others; give a number of batches"
+        )
     allows = "allow_zero_length_dataloader_with_multiple_devices"
     if getattr(pl_module, allows, False) or getattr(getattr(trainer, "datamodule", None), allows, False):
         return (
@@ -103,20 +108,42 @@ def _combined_loader(trainer: Trainer) -> Any:
     return loop._combined_loader
 
 
-def rows_without_padding(loader: Any, first: int, number: int) -> int:
-    """How many of the next ``number`` rows of this process are data.
+def rows_without_padding(loader: Any, batches: int, number: int) -> int | None:
+    """How many rows of the next batch of this process are data; None where that cannot be told.
 
-    ``DistributedSampler`` repeats samples until all processes have as many. Row i of rank r is sample i · world + r of
-    its list, whatever the order, and what is beyond the data set's length is repeated: always the last rows of a
-    process.
+    ``DistributedSampler`` repeats samples until all processes have as many. Its i-th index for process r is the sample
+    i · world + r of its list, whatever the order, and what is beyond the data set's length is repeated: always the last
+    indices of a process. Samplers of other kinds may have an order of their own, and a ``collate_fn`` may make more or
+    fewer rows than samples.
 
     Args:
         loader: the loader the rows come from.
-        first: rows this process has had from it before.
+        batches: that this process has had from it before.
         number: rows it gets now.
     """
-    sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None) or getattr(loader, "sampler", None)
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    sampler = getattr(batch_sampler, "sampler", None) or getattr(loader, "sampler", None)
     if not isinstance(sampler, DistributedSampler) or sampler.drop_last:
         return number
+    share = math.ceil(len(sampler.dataset) / sampler.num_replicas)  # type: ignore[arg-type]
+    if not _deals_out_in_turn(sampler) or len(sampler) != share:
+        return None
     own = math.ceil((len(sampler.dataset) - sampler.rank) / sampler.num_replicas)  # type: ignore[arg-type]
+    if batch_sampler is None:  # each index gives a batch
+        return number if batches < own else 0
+    if type(batch_sampler) is not BatchSampler:
+        return None
+    first = batches * batch_sampler.batch_size
+    if number != min(batch_sampler.batch_size, len(sampler) - first):
+        return None
     return max(0, min(number, own - first))
+
+
+def _deals_out_in_turn(sampler: DistributedSampler[Any]) -> bool:
+    """Whether it is torch's, or Lightning's around another sampler, and no subclass with rules of its own."""
+    for cls in type(sampler).__mro__:
+        if cls is DistributedSampler or cls.__name__ == "DistributedSamplerWrapper":
+            return True
+        if {"__iter__", "__len__"} & vars(cls).keys():
+            return False
+    return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -81,8 +82,12 @@ def is_state(value: Any) -> bool:
     if not (isinstance(value, Mapping) and {"history", "evidence"} <= value.keys()):
         return False
     history, evidence = value["history"], value["evidence"]
-    plain = isinstance(history, list) and all(isinstance(row, dict) for row in history)
+    plain = isinstance(history, list) and all(isinstance(row, dict) and _is_plain(row) for row in history)
     return plain and isinstance(evidence, dict) and all(isinstance(numbers, dict) for numbers in evidence.values())
+
+
+def _is_plain(row: Row) -> bool:
+    return all(isinstance(part, (str, int, float, NoneType)) for part in _identity(row))
 
 
 def _states(path: str | PathLike[str]) -> list[dict[str, Any]]:

@@ -117,8 +117,12 @@ class Journal:
             (key, numbers["logme"], not suffix),
             (f"{self.name}_gain{suffix}", numbers["gain"], False),
         ):
-            # The values are equal on all ranks; sync_dist tells Lightning so.
-            pl_module.log(logged, value, prog_bar=in_bar, sync_dist=trainer.world_size > 1, add_dataloader_idx=False)
+            try:
+                # The values are equal on all ranks; sync_dist tells Lightning so.
+                together = trainer.world_size > 1
+                pl_module.log(logged, value, prog_bar=in_bar, sync_dist=together, add_dataloader_idx=False)
+            except Exception as error:  # as where the module logs something under the same key
+                warnings.warn(f"{logged} could not be logged: {type(error).__name__}: {error}", stacklevel=2)
         epoch, global_step = position or (trainer.current_epoch, trainer.global_step)
         fn = str(trainer.state.fn.value) if trainer.state.fn is not None else ""
         row: Row = {"epoch": epoch, "global_step": global_step, "key": key, "stage": fn}

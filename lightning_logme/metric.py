@@ -127,6 +127,20 @@ class LogME(Metric):
         self._computed = None
         self._update_count += 1
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Copies of states that fit; what was computed before is forgotten."""
+        for name, value in vars(self.moments()).items():
+            loaded = state_dict.get(prefix + name)
+            if loaded is not None and loaded.shape != value.shape:
+                raise ValueError(
+                    f"the state {name!r} must have shape {tuple(value.shape)}, got {tuple(loaded.shape)}; load it into "
+                    "a metric of the same num_features and number of outputs."
+                )
+        self._computed, self._evidence = None, None
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        for name, value in vars(self.moments()).items():
+            setattr(self, name, value.clone())
+
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
         """Plot one or several values, see :meth:`torchmetrics.Metric.plot`."""
         return self._plot(val, ax)

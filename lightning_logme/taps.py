@@ -28,25 +28,30 @@ class Tap:
         self.name = name
         self.open = False
         self._seen: list[Tensor | None] = []
+        self._error: Exception | None = None
         if side == "input":
-            # Other heads than a linear layer may begin with an activation that works in place.
-            self._clone = not isinstance(module, nn.Linear)
             self._handle = module.register_forward_pre_hook(self._on_input, with_kwargs=True)
         else:
-            self._clone = True  # as may be one after the layer
             self._handle = module.register_forward_hook(self._on_output)
 
     def _on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.open:
-            self._seen.append(_detach(first_tensor((args, kwargs)), self._clone))
+        self._remember((args, kwargs))
 
     def _on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._remember(output)
+
+    def _remember(self, value: Any) -> None:
         if self.open:
-            self._seen.append(_detach(first_tensor(output), self._clone))
+            try:
+                tensor = first_tensor(value)
+                # A copy, for what comes after may work in place.
+                self._seen.append(None if tensor is None else tensor.detach().clone())
+            except Exception as error:  # which must not end the user's forward pass
+                self._error = error
 
     def start(self) -> None:
         """Forget what was seen, and listen."""
-        self._seen = []
+        self._seen, self._error = [], None
         self.open = True
 
     @property
@@ -58,10 +63,12 @@ class Tap:
         """What the module was called with, or returned, since the start; listen no more.
 
         Raises:
-            ValueError: it was not called, or more than once, or there was no tensor.
+            ValueError: it was not called, or more than once, or there was no tensor. What else went wrong in a call.
         """
-        seen = self._seen
+        seen, error = self._seen, self._error
         self.stop()
+        if error is not None:
+            raise error
         if len(seen) == 0:
             raise ValueError(
                 f"{self.name} was not called for this batch. Name a module that is; or, if the model was compiled and "
@@ -80,7 +87,7 @@ class Tap:
     def stop(self) -> None:
         """Forget what was seen, and listen no more."""
         self.open = False
-        self._seen = []
+        self._seen, self._error = [], None
 
     def remove(self) -> None:
         """Leave the module as it was."""
@@ -90,7 +97,7 @@ class Tap:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the user's module takes this along: idle, without the features.
-        return {"name": self.name, "open": False, "_seen": [], "_clone": self._clone, "_handle": None}
+        return {"name": self.name, "open": False, "_seen": [], "_error": None, "_handle": None}
 
 
 def first_tensor(value: Any) -> Tensor | None:
@@ -105,12 +112,6 @@ def first_tensor(value: Any) -> Tensor | None:
             if tensor is not None:
                 return tensor
     return None
-
-
-def _detach(tensor: Tensor | None, clone: bool) -> Tensor | None:
-    if tensor is None:
-        return None
-    return tensor.detach().clone() if clone else tensor.detach()
 
 
 def check_pooling(pooling: Any) -> None:

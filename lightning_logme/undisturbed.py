@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
@@ -28,11 +30,13 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
     """A module in eval mode and without gradients; afterwards all is as it was.
 
     That is the attributes of its parts (modes, counters, caches, the states of metrics), its buffers, and the random
-    generators. What it logs meanwhile is dropped. Lists and dicts of its own that it adds to keep what was added.
+    generators: the global ones, and those that are attributes of its parts. What it logs meanwhile is dropped. Lists
+    and dicts of its own that it adds to keep what was added.
     """
     parts = list(module.modules())
     kept = [(part, dict(vars(part)), dict(part._buffers), set(part._non_persistent_buffers_set)) for part in parts]
     contents = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    generators = [(value, _state(value)) for _, attributes, _, _ in kept for value in attributes.values()]
     try:
         for part in parts:
             if isinstance(part, Metric):  # which may write to its states: to copies of them
@@ -49,10 +53,32 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
                 now.update(before)
             part._non_persistent_buffers_set.clear()
             part._non_persistent_buffers_set.update(transient)
+        for generator, state in generators:
+            _set_state(generator, state)
         with torch.no_grad():
             for buffer, content in contents:
                 if not torch.equal(buffer, content):
                     buffer.copy_(content)
+
+
+def _state(generator: Any) -> Any:
+    """Of a random generator; None of anything else."""
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    if isinstance(generator, np.random.RandomState):
+        return generator.get_state()
+    return generator.getstate() if isinstance(generator, random.Random) else None
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    elif isinstance(generator, (torch.Generator, np.random.RandomState)):
+        generator.set_state(state)
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
 
 
 def _drop(*_: Any, **__: Any) -> None:

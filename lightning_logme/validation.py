@@ -49,6 +49,7 @@ class Validation:
         self._optional = optional
         self._options = options
         self._explained = False
+        self._unmatched = False  # whether it has been said that padding is counted
         self._origin: tuple[str, str | None] = "", None
         # Of a run
         self._alone = True  # whether this is the only process: if not, all must raise together, or some would wait
@@ -145,9 +146,9 @@ class Validation:
     ) -> None:
         # A validation_step that fetches its own batches (dataloader_iter) has had another one by now.
         target, mask = self._labels if self._labels and batch is self._batch else self._read(batch)
-        first = collector.rows.get(dataloader_idx, 0)
-        collector.rows[dataloader_idx] = first + len(target)
-        real = rows_without_padding(validation_loader(trainer, dataloader_idx), first, len(target))
+        batches, first = collector.seen.get(dataloader_idx, (0, 0))
+        collector.seen[dataloader_idx] = batches + 1, first + len(target)
+        real = self._real(validation_loader(trainer, dataloader_idx), batches, len(target))
         with trainer.precision_plugin.forward_context():
             seen = self._sources.seen(pl_module, batch)
         rank, world = trainer.global_rank, trainer.world_size  # as DistributedSampler deals samples out
@@ -161,6 +162,18 @@ class Validation:
             shapes = [f"{self._sources.describe(source)}: {tuple(seen[source].shape)}" for source in pooled]
             self._explain(shapes[:2] + ["…"] * (len(shapes) > 2), mask)
         self._batch, self._labels, self._proven = None, None, True
+
+    def _real(self, loader: Any, batches: int, number: int) -> int:
+        """How many of the rows of a batch are data, and not what a sampler repeats."""
+        real = rows_without_padding(loader, batches, number)
+        if real is None and not self._unmatched:
+            self._unmatched = True
+            warnings.warn(
+                f"{self._name}: the rows of a batch are not the samples that the loader's sampler names, one by one, "
+                "so that those it repeats to fill up cannot be told: they are counted.",
+                stacklevel=2,
+            )
+        return number if real is None else real
 
     def _explain(self, pooled: list[str], mask: Tensor | None) -> None:
         """Say once what was taken without being told, for a wrong guess would give a plausible number."""
@@ -181,7 +194,8 @@ class Validation:
             )
 
     def _read(self, batch: Any) -> tuple[Tensor, Tensor | None]:
-        labels = conform_target(find_target(batch, self._target), self._task)
+        # A copy, for validation_step may write to them: -100 is often replaced before tokens are decoded.
+        labels = conform_target(find_target(batch, self._target), self._task).clone()
         if not self._explained:  # while the labels are still in the batch
             self._origin = describe_target(batch, self._target)
         return labels, find_mask(batch)

@@ -203,6 +203,26 @@ def test_labels_that_validation_step_takes_out_of_the_batch(tmp_path, caplog):
     assert callback.history[0]["num_samples"] == 96
 
 
+def test_labels_and_features_that_are_written_to_afterwards(tmp_path):
+    """As -100 is replaced before tokens are decoded, and as features are normalised in place for another loss."""
+
+    class Writing(Classifier):
+        def validation_step(self, batch, batch_idx):
+            features = self.model[:2](batch[0])
+            self.model[2](features)
+            features.div_(features.norm(dim=1, keepdim=True) + 1)
+            batch[1].masked_fill_(batch[1] == -100, 0)
+
+    x, y = vectors().tensors
+    data = TensorDataset(x, torch.where(torch.arange(96) % 3 == 0, -100, y))
+    module, callback = Writing(), LogMECallback()
+    trainer(tmp_path, callback).validate(module, loader(data), verbose=False)
+    features, labels = penultimate(module, "model.2", data)
+    expected = float(logme(features, labels, ignore_index=-100))
+    assert callback.history[0]["num_samples"] == 64
+    assert callback.history[0]["logme"] == pytest.approx(expected, rel=1e-6)
+
+
 def test_dataloader_iter_flavour(tmp_path):
     class Iterating(Classifier):
         def validation_step(self, dataloader_iter):
@@ -489,6 +509,42 @@ class TestErrors:
             callback = LogMECallback()
             trainer(tmp_path, callback).validate(module, loader(), verbose=False)
         assert callback.history[0]["num_samples"] == 96
+
+
+def test_what_cannot_be_remembered_is_nan_and_ends_no_forward_pass(tmp_path):
+    class Cyclic(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.extra = Loop()
+
+        def validation_step(self, batch, batch_idx):
+            self(batch[0])
+            self.extra(batch[0], batch_idx)
+
+    class Loop(nn.Module):
+        def forward(self, x, batch_idx):
+            if batch_idx == 0:
+                return x
+            around = []
+            around.append(around)
+            return around
+
+    callback = LogMECallback(layers=["extra"])
+    run = trainer(tmp_path, callback, max_epochs=1)
+    with pytest.warns(UserWarning, match="after an error in batch 1: RecursionError"):
+        run.fit(Cyclic(), loader(), loader())
+    assert all(math.isnan(row["logme"]) for row in callback.history)
+
+
+def test_a_key_that_the_module_logs_too_ends_nothing(tmp_path):
+    class Logging(Classifier):
+        def on_validation_epoch_end(self):
+            self.log("logme", 1.0, prog_bar=True)
+
+    callback = LogMECallback()
+    with pytest.warns(UserWarning, match="logme could not be logged: MisconfigurationException"):
+        trainer(tmp_path, callback, max_epochs=1).fit(Logging(), loader(), loader())
+    assert [row["num_samples"] for row in callback.history] == [96]
 
 
 def test_two_callbacks_need_two_names(tmp_path):

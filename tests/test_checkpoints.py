@@ -149,6 +149,7 @@ def test_several_callbacks(tmp_path):
         {"history": []},
         {"history": 5, "evidence": {}},
         {"history": [1], "evidence": {}},
+        {"history": [{"key": [1]}], "evidence": {}},
         {"history": [], "evidence": [1]},
     ],
 )

@@ -408,17 +408,92 @@ def test_padding_rule(world, number, shuffle, batch_size):
     for rank in range(world):
         sampler = DistributedSampler(range(number), world, rank, shuffle=shuffle)
         data = DataLoader(range(number), batch_size=batch_size, sampler=sampler)
-        first = 0
-        for batch in data:
-            kept += batch[: rows_without_padding(data, first, len(batch))].tolist()
-            first += len(batch)
+        for index, batch in enumerate(data):
+            kept += batch[: rows_without_padding(data, index, len(batch))].tolist()
     assert sorted(kept) == list(range(number))
 
 
+def test_a_data_set_of_batches_has_whole_batches_of_padding():
+    kept = []
+    for rank in range(2):
+        data = DataLoader(vectors(5), batch_size=None, sampler=DistributedSampler(range(5), 2, rank, shuffle=False))
+        kept += [rows_without_padding(data, index, 7) for index in range(3)]
+    assert kept == [7, 7, 7, 7, 7, 0]
+
+
+class Blocks(DistributedSampler):
+    """The first process has the first samples."""
+
+    def __iter__(self):
+        share = len(self)
+        return iter([index % 11 for index in range(self.rank * share, (self.rank + 1) * share)])
+
+
+class Twice(DistributedSampler):
+    """Every sample comes two times."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.num_samples *= 2
+        self.total_size *= 2
+
+
+class Sorted(torch.utils.data.BatchSampler):
+    """By length, for instance."""
+
+    def __iter__(self):
+        return iter(sorted(super().__iter__()))
+
+
+@pytest.mark.parametrize(
+    ("data", "number"),
+    [
+        (DataLoader(range(11), sampler=Blocks(range(11), 2, 1), batch_size=3), 3),
+        (DataLoader(range(11), sampler=Twice(range(11), 2, 1), batch_size=3), 3),
+        (DataLoader(range(11), batch_sampler=Sorted(DistributedSampler(range(11), 2, 1), 3, False)), 3),
+        (DataLoader(range(11), sampler=DistributedSampler(range(11), 2, 1), batch_size=3), 6),  # two crops a sample
+        (DataLoader(range(11), sampler=DistributedSampler(range(11), 2, 1), batch_size=3), 2),  # one was dropped
+    ],
+)
+def test_padding_of_other_orders_and_rows_is_not_guessed(data, number):
+    assert rows_without_padding(data, 0, number) is None
+
+
+class Crops(Quiet):
+    """Two views of a sample, one after the other."""
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return [tensor.repeat_interleave(2, 0) for tensor in batch]
+
+
+class CropsCounted(pl.Callback):
+    def __init__(self, callback):
+        self.callback = callback
+
+    def on_validation_end(self, trainer, pl_module):
+        if not trainer.sanity_checking:
+            assert self.callback.history[-1]["num_samples"] == 2 * 12  # one sample comes twice
+
+
+@pytest.mark.filterwarnings("ignore:logme. the rows of a batch are not the samples")
+def test_two_rows_a_sample(tmp_path):
+    callback = LogMECallback()
+    run = trainer(
+        tmp_path,
+        callback,
+        CropsCounted(callback),
+        devices=2,
+        strategy=DDPStrategy(start_method="forkserver"),
+        max_epochs=1,
+    )
+    run.fit(Crops(), loader(vectors(40)), loader(vectors(11), 3))
+    assert "logme" in run.callback_metrics
+
+
 def test_other_samplers_have_no_padding():
-    assert rows_without_padding(DataLoader(range(5), batch_size=2), 4, 2) == 2
+    assert rows_without_padding(DataLoader(range(5), batch_size=2), 2, 2) == 2
     assert rows_without_padding(None, 0, 3) == 3
     sampler = DistributedSampler(range(5), 2, 1, drop_last=True)
     assert rows_without_padding(DataLoader(range(5), sampler=sampler), 0, 2) == 2
     batched = torch.utils.data.BatchSampler(DistributedSampler(range(5), 2, 1), 2, drop_last=False)
-    assert rows_without_padding(DataLoader(range(5), batch_sampler=batched), 2, 1) == 0
+    assert rows_without_padding(DataLoader(range(5), batch_sampler=batched), 1, 1) == 0

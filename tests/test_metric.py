@@ -136,6 +136,37 @@ def test_state_dict_is_empty_unless_persistent():
     assert float(other.compute()) == pytest.approx(EXPECTED, rel=1e-12)
 
 
+def persistent():
+    metric = LogME("multiclass", 8, num_classes=4)
+    metric.persistent(True)
+    return metric
+
+
+def test_loaded_states_are_copies_and_forget_what_was_computed():
+    saved = filled()
+    saved.persistent(True)
+    state = saved.state_dict()
+    first, second = persistent(), persistent()
+    first.update(FEATURES[:50], TARGET[:50])
+    first.compute()
+    for metric in (first, second):
+        metric.load_state_dict(state)
+    first.update(FEATURES[:50], TARGET[:50])
+    second.update(FEATURES[:0], TARGET[:0])
+    assert first.evidence().num_samples == 250
+    assert float(second.compute()) == float(saved.compute())
+    assert float(state["count"]) == 200
+
+
+def test_states_of_other_shapes_are_refused():
+    other = LogME("multiclass", 6, num_classes=4)
+    other.persistent(True)
+    metric = persistent()
+    with pytest.raises(ValueError, match=r"state 'gram' must have shape \(8, 8\), got \(6, 6\)"):
+        metric.load_state_dict(other.state_dict())
+    assert metric.gram.shape == (8, 8)
+
+
 @pytest.mark.parametrize(
     "cast",
     [

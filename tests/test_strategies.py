@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from models import Classifier, hooks, loader, penultimate, trainer, vectors
 from torch import nn
@@ -80,3 +81,15 @@ def test_processes_that_are_not_connected_are_told(tmp_path):
     callback = LogMECallback()
     with pytest.warns(UserWarning, match="logme will not be scored: the 2 processes of XLAStrategy are not connected"):
         callback.setup(run, Classifier(), "fit")
+
+
+def test_a_time_between_validations_is_told():
+    """Each process goes by its own clock, and validates when it likes."""
+    mesh = SimpleNamespace(device_mesh=None)
+    run = SimpleNamespace(world_size=2, strategy=mesh, _val_check_time_interval=1.0)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.warns(UserWarning, match="logme will not be scored: with a time for val_check_interval"):
+            LogMECallback().setup(run, Classifier(), "fit")
+    finally:
+        dist.destroy_process_group()

@@ -32,7 +32,7 @@ _RULE = ("distributed.py::test_padding_rule", "distributed.py::test_other_sample
 SCOPE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     **dict.fromkeys(("spectrum", "maximum", "evidence", "functional"), ((), _SCORES)),
     "moments": ((), (*_SCORES, "metric", "jackknife")),
-    "metric": ((), ("slips", "metric", "functional", "distributed.py::test_metric")),
+    "metric": ((), ("slips", "metric", "functional")),
     "distributed": (("rows_without_padding", "agree"), ("slips", *_RULE, *_TOGETHER)),
     "collector": (("_parts", "_sums", "_result"), ("slips", "curve", *_TOGETHER)),
 }
