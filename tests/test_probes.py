@@ -608,6 +608,26 @@ class TestNoTrace:
         trainer(tmp_path, callback).fit(Classifier(), loader(), loader())
         torch.testing.assert_close(batches[0][0], other()[:][0])
 
+    def test_generators_of_the_module(self, tmp_path):
+        class Noisy(Classifier):
+            def __init__(self):
+                super().__init__()
+                self.of_torch = torch.Generator().manual_seed(1)
+                self.of_numpy, self.older = np.random.default_rng(1), np.random.RandomState(1)
+                self.model.of_python = random.Random(1)
+
+            def forward(self, x):
+                scale = self.of_numpy.random() + self.older.rand() + self.model.of_python.random()
+                return super().forward(scale * x + torch.randn(x.shape, generator=self.of_torch))
+
+        weights = []
+        for probes in ({}, {"news": loader(other())}):
+            torch.manual_seed(0)
+            module = Noisy()
+            trainer(tmp_path, LogMECallback(probes=probes)).fit(module, loader(), loader())
+            weights.append(module.state_dict())
+        torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=0)
+
     def test_the_generator_of_a_shared_sampler(self, tmp_path):
         def order(probes):
             generator = torch.Generator().manual_seed(5)
