@@ -9,7 +9,7 @@ import lightning
 import numpy as np
 import torch
 
-from tests.benchmarks import gpu, memory, mutants, noise, probes, ranking, ranking_quality, speed, sync, trainer
+from tests.benchmarks import digits, gpu, memory, mutants, noise, probes, ranking, ranking_quality, speed, sync, trainer
 
 BENCHMARKS = {
     "speed": speed.report,
@@ -17,6 +17,7 @@ BENCHMARKS = {
     "sync": sync.report,
     "trainer": trainer.report,
     "noise": noise.report,
+    "digits": digits.report,
     "probes": probes.report,
     "gpu": gpu.report,
     "ranking": ranking.report,
