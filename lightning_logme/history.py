@@ -34,12 +34,8 @@ def figures(evidence: Evidence) -> dict[str, Any]:
 
 def merge(earlier: list[Row], later: list[Row]) -> list[Row]:
     """Both histories, rows that both hold once."""
-    known = {_identity(row) for row in earlier}
-    return earlier + [row for row in later if _identity(row) not in known]
-
-
-def _identity(row: Row) -> tuple[Any, ...]:
-    return tuple(row.get(name) for name in ("key", "stage", "epoch", "global_step"))
+    known = set(map(repr, earlier))  # NaN is not equal to itself, but written as itself
+    return earlier + [row for row in later if repr(row) not in known]
 
 
 def read_history(path: str | PathLike[str]) -> list[Row]:
@@ -87,7 +83,8 @@ def is_state(value: Any) -> bool:
 
 
 def _is_plain(row: Row) -> bool:
-    return all(isinstance(part, (str, int, float, NoneType)) for part in _identity(row))
+    named = (row.get(name) for name in ("key", "stage", "epoch", "global_step"))
+    return all(isinstance(part, (str, int, NoneType)) for part in named)
 
 
 def _states(path: str | PathLike[str]) -> list[dict[str, Any]]:

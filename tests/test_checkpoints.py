@@ -110,6 +110,18 @@ def test_validating_a_checkpoint_in_a_new_process_adds_to_its_history(run, tmp_p
     assert callback.history[-1]["logme"] == pytest.approx(before.history[1]["logme"], rel=1e-6)
 
 
+def test_validating_a_checkpoint_on_several_sets_keeps_every_row(run, tmp_path):
+    done, module, _ = run
+    done.validate(module, loader(), verbose=False)
+    done.save_checkpoint(tmp_path / "validated.ckpt")
+    callback = LogMECallback()
+    again = trainer(tmp_path, callback)
+    for number in (40, 60):
+        data = loader(vectors(number))
+        again.validate(Classifier(), data, ckpt_path=tmp_path / "validated.ckpt", verbose=False)
+    assert [row["num_samples"] for row in callback.history] == [96, 96, 96, 96, 40, 60]
+
+
 def test_testing_and_predicting_with_a_checkpoint_lose_nothing(run, tmp_path):
     class Tested(Classifier):
         def test_step(self, batch, batch_idx):
