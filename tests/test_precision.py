@@ -1,6 +1,7 @@
 """What numbers of all kinds and sizes do to the score."""
 
 import math
+import re
 import warnings
 
 import numpy as np
@@ -212,6 +213,19 @@ class TestMeanFarAboveSpread:
         with pytest.warns(UserWarning, match=r"LogME has lost digits: the mean .* is about .*e\+0\d times"):
             exact, score = self.score(ratio, fit_intercept, "moments")
         assert exact - tolerance < score < exact + 1e-3
+
+    @pytest.mark.parametrize(("n", "d"), [(500, 20), (30, 90)])
+    def test_the_warning_says_how_much(self, n, d):
+        features, labels = problem(n, d, 3)
+        features = features + 3e4
+        with pytest.warns(UserWarning) as caught:
+            logme(features, labels)
+        said = re.search(r"about (\S+) times their spread, .* less than (\S+) of the average", str(caught[0].message))
+        centred = np.square(features - features.mean(0)).sum()
+        assert float(said[1]) == pytest.approx(math.sqrt(n * np.square(features.mean(0)).sum() / centred), rel=0.5)
+        largest = np.linalg.norm(features, 2) ** 2
+        unseen = d * np.finfo(float).eps * largest / (centred / min(n - 1, d))
+        assert float(said[2]) == pytest.approx(unseen, rel=0.5)
 
     def test_fewer_samples_than_features(self):
         with pytest.warns(UserWarning, match="LogME has lost digits"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from oracles import one_hot, problem, without_mean
+from oracles import log_density, one_hot, problem, without_mean
 from test_evidence import streamed
 
 from lightning_logme import Evidence
@@ -209,6 +209,15 @@ def test_value_of_a_perfect_fit_is_the_evidence_at_the_resolution(path, scale):
     expected = -n / 2 * (np.log(2 * np.pi * fit / n) + 1) - np.log1p(eigenvalues / t).sum() / 2
     assert result.saturated.all()
     assert float(result.per_output) == pytest.approx(expected / n, rel=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_evidence_is_the_density_at_its_own_precisions_in_any_unit(scale):
+    features, labels = problem(40, 7, 3)
+    y = scale * (labels + np.random.default_rng(0).normal(size=40))
+    result = evidence(features, y, "regression")
+    density = log_density(features, y, math.log(result.alpha), math.log(result.beta))
+    assert float(result.per_output) == pytest.approx(density / 40, rel=1e-9, abs=1e-9)
 
 
 @PATHS
