@@ -218,7 +218,7 @@ class TestMeanFarAboveSpread:
     def test_the_warning_says_how_much(self, n, d):
         features, labels = problem(n, d, 3)
         features = features + 3e4
-        with pytest.warns(UserWarning) as caught:
+        with pytest.warns(UserWarning, match="LogME has lost digits") as caught:
             logme(features, labels)
         said = re.search(r"about (\S+) times their spread, .* less than (\S+) of the average", str(caught[0].message))
         centred = np.square(features - features.mean(0)).sum()
