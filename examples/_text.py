@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_logme.taps import pool
+from lightning_logme.pooling import pool
 
 Batch = dict[str, Tensor]
 

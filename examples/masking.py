@@ -51,7 +51,7 @@ from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader
 
 from lightning_logme import LogMECallback
-from lightning_logme.taps import pool
+from lightning_logme.pooling import pool
 
 LAYERS = 3  # the first ones of MiniLM's six
 OUTPUTS = {"encoder.embeddings": "embeddings", **{f"encoder.encoder.layer.{i}": f"layer {i}" for i in range(LAYERS)}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -19,10 +20,10 @@ from lightning_logme.history import Row
 from lightning_logme.journal import Journal
 from lightning_logme.moments import Task
 from lightning_logme.packages import CALLBACKS
+from lightning_logme.pooling import Pooling
 from lightning_logme.probe import Probe
 from lightning_logme.probes import Every, Probes
-from lightning_logme.sources import Features, Sources, attach
-from lightning_logme.taps import Pooling, check_pooling
+from lightning_logme.sources import AUTO, Features, Head, Sources, attach, check_poolings, checked_head
 from lightning_logme.validation import Validation
 
 if TYPE_CHECKING:
@@ -53,8 +54,9 @@ class LogMECallback(_AnyCallback):
     Checkpoints carry the history: see :func:`lightning_logme.read_history`.
 
     Args:
-        head: dotted name of the module whose **input** is the feature; None finds the classifier head and says which
-            it took.
+        head: where the feature is: "auto" finds the classifier head, reports which module it took, and scores its
+            **input**; a dotted name names the head; several names stand for several heads, whose inputs are
+            concatenated; None takes the output of the module's ``forward``.
         layers: dotted names of modules whose **output** is scored as well, or glob patterns such as
             "encoder.layer.*", in which * stands for one part of the name.
         layer_mean: score the mean of the layers' pooled features, too.
@@ -64,9 +66,11 @@ class LogMECallback(_AnyCallback):
         num_classes: the number of classes or labels; None takes what the head puts out.
         target: where the labels are in a batch: a key, an index, or a callable(batch) -> Tensor; None finds them in
             the usual forms.
-        pooling: how tokens (N, T, D) and maps (N, C, H, W) become (N, D): "auto" and "mean" average (tokens under the
-            batch's attention mask), "cls" takes the first token, "last" the last one, a callable(Tensor) -> Tensor
-            does what it does.
+        pooling: how tokens (N, T, D) and maps (N, C, H, W) become (N, D). "auto" and "mean" average, tokens under the
+            batch's attention mask; the layers that made a map show which of its axes holds the channels.
+            "channels_first" and "channels_last" average and say it; "cls" takes the first token and "last" the last one
+            that are not masked; a callable(Tensor) -> Tensor does it itself. One for all, or a mapping by layer (name
+            or pattern, "head" for the head's input).
         name: prefix of everything that is logged; callbacks in one Trainer need different ones.
         fit_intercept: centre features and targets first. The papers do not.
         ignore_index: rows with this label are left out, as in ``torch.nn.functional.cross_entropy``; has no part in
@@ -78,7 +82,9 @@ class LogMECallback(_AnyCallback):
             random one.
         probes: by name, labelled loaders of other tasks, or :class:`~lightning_logme.Probe`: at each validation, or at
             the end of each epoch in a run without one, the module's forward runs on them in eval mode, and leaves no
-            trace. The feature is that of ``head``; without one, of ``features`` or the last of ``layers``.
+            trace. The feature is that of ``head`` or ``features``; where only ``layers`` are named, of the last of
+            them. One batch of each is run in the sanity check, or before the first step of a run without validation,
+            so that mistakes surface early.
         probe_every: run the probes at the first of every so many validations, or "checkpoint" for those only whose
             weights a ModelCheckpoint will save. Between them monitors see the values of the last time.
         validation: whether the validation set itself is scored. Where there are probes, and nothing is said of its
@@ -87,8 +93,8 @@ class LogMECallback(_AnyCallback):
 
     Raises:
         ValueError: an argument does not fit; when the run starts, a module is not found or the head cannot be told; on
-            the first batch, features or labels do not fit. After the first batch nothing raises: the validation is
-            logged as NaN with a warning. So is a probe whose forward pass fails, even the first one.
+            the first batch, features or labels do not fit; before training starts, a probe cannot be scored. After that
+            nothing raises: what cannot be scored is logged as NaN, with a warning.
 
     Attributes:
         history: one dict a validation and key, oldest first, as :func:`lightning_logme.read_history` returns it.
@@ -108,7 +114,7 @@ class LogMECallback(_AnyCallback):
 
     def __init__(
         self,
-        head: str | None = None,
+        head: str | Sequence[str] | None = AUTO,
         *,
         layers: Sequence[str] = (),
         layer_mean: bool = False,
@@ -116,7 +122,7 @@ class LogMECallback(_AnyCallback):
         task: Task = "multiclass",
         num_classes: int | None = None,
         target: TargetSpec = None,
-        pooling: Pooling = "auto",
+        pooling: Pooling | Mapping[str, Pooling] = "auto",
         name: str = "logme",
         fit_intercept: bool = False,
         ignore_index: int | None = -100,
@@ -128,15 +134,12 @@ class LogMECallback(_AnyCallback):
         validation: bool = True,
     ) -> None:
         check_task(task)
-        check_pooling(pooling)
+        check_poolings(pooling)
         check_target(target)
         check_flags(layer_mean=layer_mean, plots=plots, curve=curve, validation=validation)
         layers = names("layers", layers)
         class_names = None if class_names is None else names("class_names", class_names)
-        if head is not None and not isinstance(head, str):
-            raise ValueError(
-                f"head must be the dotted name of a module, such as 'model.fc', got {type(head).__name__}."
-            )
+        head = checked_head(head)
         num_classes = positive_or_none("num_classes", num_classes)
         ignore_index = None if task == "regression" else ignore_index
         check_options(task, ignore_index, fit_intercept)
@@ -146,21 +149,21 @@ class LogMECallback(_AnyCallback):
             )
         if layer_mean and not layers:
             raise ValueError("layer_mean is the mean of layers: name them, as in layers=['encoder.layer.*'].")
-        if features is not None and (head is not None or not callable(features)):
+        if features is not None and (head != AUTO or not callable(features)):
             raise ValueError(
                 f"features must be callable(module, batch), and takes the place of head; got features={features!r} and "
                 f"head={head!r}."
             )
         if not (validation or probes):
             raise ValueError("validation=False leaves nothing to score without probes.")
-        self.head = head
+        self.head: Head = head
         self.layers = layers
         self.layer_mean = layer_mean
         self.features = features
         self.task: Task = task
         self.num_classes = num_classes
         self.target = target
-        self.pooling: Pooling = pooling
+        self.pooling = pooling
         self.name = name
         self.fit_intercept = fit_intercept
         self.ignore_index = ignore_index
@@ -176,7 +179,6 @@ class LogMECallback(_AnyCallback):
             name,
             task,
             target,
-            pooling,
             class_names,
             optional=self._optional,
             curve=curve,
@@ -186,6 +188,7 @@ class LogMECallback(_AnyCallback):
         # Of a run
         self._sources = Sources()
         self._announced = False
+        self._compared = False
         self._checkpoint_position: tuple[int, int] | None = None
         self._out_of_step: str | None = None
 
@@ -240,18 +243,22 @@ class LogMECallback(_AnyCallback):
                 "logged."
             )
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.enable_validation:  # or the sanity check has done so
+            self.probes.rehearse(trainer, pl_module, self._sources)
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._sources.names:
             self._attach(pl_module)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.validation and self._out_of_step is None:
-            self._validation.open(self._sources)
+            self._validation.open(self._sources, trainer.global_rank, trainer.world_size)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._validation.start_batch(batch, batch_idx)
+        self._validation.start_batch(batch)
 
     def on_validation_batch_end(
         self,
@@ -267,9 +274,9 @@ class LogMECallback(_AnyCallback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._out_of_step is not None:
             return
-        collector = self._validation.close()
+        collector = self._validation.close(trainer.sanity_checking)
         if trainer.sanity_checking:
-            self.probes.rehearse(trainer, pl_module, self._sources, self.pooling, self.name)
+            self.probes.rehearse(trainer, pl_module, self._sources)
             return
         if collector is not None:
             self._journal.enter(
@@ -281,6 +288,7 @@ class LogMECallback(_AnyCallback):
                 class_names=self.class_names,
                 position=self._checkpoint_position,
             )
+            self._compare_width(trainer)
         self._run_probes(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -309,12 +317,35 @@ class LogMECallback(_AnyCallback):
             self.num_classes,
             features=self.features,
             layer_mean=self.layer_mean,
+            pooling=self.pooling,
             optional=self._optional or not self.validation,
+            validated=self.validation,
         )
         self.probes.check_names(self._sources)
         if self._sources.announcement and not self._announced:
             self._announced = True
             rank_zero_info(f"LogMECallback: {self._sources.announcement}.")
+
+    def _compare_width(self, trainer: Trainer) -> None:
+        """Report once where the head has outputs that no label names: it may not be the classifier."""
+        head = self._sources.head
+        if head is None or head.outputs is None or self.num_classes is not None or self.task != "multiclass":
+            return
+        if self._compared or trainer.limit_val_batches != 1.0 or getattr(trainer, "fast_dev_run", False):
+            return
+        keys = [self.name, *(f"{self.name}/dataloader_idx_{index}" for index in range(number_of_loaders(trainer)))]
+        present = [self.evidence[key].per_output.isfinite() for key in keys if key in self.evidence]
+        known = torch.stack(present).any(0).nonzero() if present else torch.empty(0)
+        if len(known) == 0:
+            return
+        self._compared = True
+        classes = int(known.max()) + 1
+        if classes < head.outputs:
+            rank_zero_info(
+                f"LogMECallback: {head} has {head.outputs} outputs, and the labels have {classes} classes (0 to "
+                f"{classes - 1}). If it is not the classifier, name another head=, or layers=[…], or write head=None; "
+                f"if it is, num_classes={head.outputs} says so."
+            )
 
     def _detach(self) -> None:
         self._sources.remove()
@@ -326,7 +357,6 @@ class LogMECallback(_AnyCallback):
             trainer,
             pl_module,
             self._sources,
-            self.pooling,
             self._journal,
             self._checkpoint_position,
             curve=self.curve,

@@ -34,7 +34,7 @@ config.yaml holds candidates and a LightningDataModule, in the form of Lightning
         init_args:
           by: transformers.AutoModel.from_pretrained
           arguments: {pretrained_model_name_or_path: ./all-MiniLM-L6-v2}
-    head: {small: auto}                          # the input of its classifier head; the others' output
+    head: {minilm: null}                         # its output; the input of the others' classifier head
     data:
       class_path: my_project.MyDataModule
       init_args: {batch_size: 64}
@@ -119,7 +119,8 @@ def _parse(command: str, arguments: list[str]) -> Any:
     parser.add_argument("--split", type=Literal["train", "val", "test"], default="train", help="of the data module")
     parser.add_argument("--task", type=Task, default="multiclass")
     parser.add_argument("--num_classes", type=int | None, default=None)
-    parser.add_argument("--head", type=str | dict[str, str | None] | None, default=None)
+    heads = str | list[str] | dict[str, str | list[str] | None] | None
+    parser.add_argument("--head", type=heads, default="auto", help="whose input is the feature; null: the output")
     parser.add_argument("--target", type=int | str | None, default=None, help="where labels are in a batch")
     parser.add_argument("--pooling", type=str | dict[str, str], default="auto")
     parser.add_argument("--transforms", type=dict[str, Callable[[Any], Any]] | None, default=None)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -12,12 +13,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_logme.curve import CurvePoint
-from lightning_logme.distributed import agree
+from lightning_logme.distributed import gathered
 from lightning_logme.evidence import Evidence
 from lightning_logme.metric import LogME
-from lightning_logme.moments import Moments, Task, is_exclusive, moments_device
+from lightning_logme.moments import Moments, Task, is_exclusive, is_token_level, moments_device
 
 Key = tuple[str, int]  # source of features, index of the loader
+Shapes = dict[tuple[str, int, int], tuple[int, int]]  # by source, loader and part of the curve: (D, K)
 
 # Samples behind the first point of a curve, or twice as many as there are classes.
 _FIRST_POINT = 32
@@ -49,10 +51,16 @@ class Collector:
         curve: whether the score is followed from few samples to all.
         fit_intercept: of the evidence.
         ignore_index: of all metrics.
+        rank: of this process.
+        world: the number of processes.
 
     Attributes:
-        broken: why this pass can have no result, if so. What breaks in one process breaks in all of them.
-        seen: by loader, the batches and the rows that this process has had from it.
+        broken: by source, why this pass has no result; None stands for all sources. A source that breaks in one process
+            breaks in all of them.
+        batches: by loader, the batches that this process has had from it.
+        rows: by loader, the samples in them.
+        unseen: by loader, the batches in which no module was called.
+        uncalled: sources whose module was not called in a batch.
     """
 
     def __init__(
@@ -62,33 +70,61 @@ class Collector:
         curve: bool = False,
         fit_intercept: bool = False,
         ignore_index: int | None = None,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         self.task: Task = task
         self.num_outputs = num_outputs
         self.curve = curve
         self.fit_intercept = fit_intercept
         self.ignore_index = ignore_index
-        self.broken: str | None = None
-        self.seen: dict[int, tuple[int, int]] = {}
+        self.broken: dict[str | None, str] = {}
+        self.batches: Counter[int] = Counter()
+        self.rows: Counter[int] = Counter()
+        self.unseen: Counter[int] = Counter()
+        self.uncalled: set[str | None] = set()
+        self._rank, self._world = rank, world
+        self._scored: Counter[int] = Counter()  # by loader, the rows of this process without those that are ignored
+        self._counted_here: set[int] = set()  # loaders whose rows are not the samples of ``places``
         self._metrics: dict[tuple[str, int, int], LogME] = {}
         self._warned = False
 
-    def add(self, key: Key, features: Tensor, target: Tensor, places: range) -> None:
-        """Add samples.
+    def add(
+        self, loader: int, rows: Mapping[str, Tensor], target: Tensor, places: range
+    ) -> dict[str | None, Exception]:
+        """Add the rows of a batch; returns the errors by source, of those that could not be added.
 
         Args:
-            key: source and loader.
-            features: (n, D), or tokens (n, T, D).
+            loader: index of the loader.
+            rows: by source, (n, D), or tokens (n, T, D).
             target: of the task.
             places: of these samples among those of all processes.
         """
         outputs = self.num_outputs or (target.shape[1] if target.ndim > 1 else 1)
-        for part, rows in self._parts(places, outputs):
+        errors: dict[str | None, Exception] = {}
+        parts = self._parts(loader, target, places, outputs)
+        for source, features in rows.items():
+            try:
+                self._add((source, loader), features, target, parts, outputs)
+            except Exception as error:
+                errors[source] = error
+        return errors
+
+    def _add(
+        self, key: Key, features: Tensor, target: Tensor, parts: Sequence[tuple[int, slice]], num_outputs: int
+    ) -> None:
+        if self.curve and is_token_level(features, target, self.task):
+            features, target = features.flatten(0, 1), target.flatten()
+        for part, rows in parts:
             place = (*key, part)
             if place not in self._metrics:
-                self._metrics[place] = self._metric(features.shape[-1], outputs, features.device)
+                self._metrics[place] = self._metric(features.shape[-1], num_outputs, features.device)
                 self._check_memory()
             self._metrics[place].update(features[rows], target[rows])
+
+    def has(self, source: str) -> bool:
+        """Whether this process has added rows of a source."""
+        return any(key[0] == source for key in self._metrics)
 
     def _check_memory(self) -> None:
         memory = sum(metric.gram.nbytes for metric in self._metrics.values())
@@ -99,37 +135,63 @@ class Collector:
                 "features, loaders and points of curves; score fewer layers if that is too much."
             )
 
-    def _parts(self, places: range, num_outputs: int) -> Iterator[tuple[int, slice]]:
-        """The parts of the curve that rows belong to: the i-th ends where the samples have doubled i times."""
+    def _parts(self, loader: int, target: Tensor, places: range, num_outputs: int) -> list[tuple[int, slice]]:
+        """The parts of the curve that rows belong to: the i-th ends where the scored samples have doubled i times.
+
+        Rows that are ignored do not count, and every token counts. Processes do not know of each other how many of
+        their rows count: each takes the others to have as many as itself.
+        """
         if not self.curve:
-            yield 0, slice(None)
-            return
-        start, part = 0, 0
+            return [(0, slice(None))]
+        kept = self._kept(target)
+        number = int(kept.sum())
+        if len(kept) != len(places) or number < len(kept):
+            self._counted_here.add(loader)
+        if loader in self._counted_here:
+            own = self._scored[loader] + kept.cumsum(0) - 1
+            positions = own.clamp(min=0) * self._world + self._rank
+        else:
+            positions = torch.arange(places.start, places.stop, places.step)
+        self._scored[loader] += number
         end = max(_FIRST_POINT, 2 * num_outputs if is_exclusive(self.task) else 0)
-        while start < len(places):
-            stop = len(range(places.start, min(end, places.stop), places.step))
+        parts, start, part = [], 0, 0
+        while start < len(positions):
+            stop = int((positions < end).sum())
             if stop > start:
-                yield part, slice(start, stop)
+                parts.append((part, slice(start, stop)))
                 start = stop
             part, end = part + 1, 2 * end
+        return parts
+
+    def _kept(self, target: Tensor) -> Tensor:
+        """Which rows are scored, on the CPU: one for each label, or for each sample of several outputs."""
+        if is_exclusive(self.task):
+            target = target.flatten()
+        if self.ignore_index is None:
+            return torch.ones(len(target), dtype=torch.bool)
+        kept = (target != self.ignore_index).cpu()
+        return kept if kept.ndim == 1 else kept.all(1)
 
     def results(self, device: torch.device, alone: bool) -> Iterator[tuple[Key, Result | None]]:
         """What there is for every key that any process has met, summed over processes; None after an error.
 
-        To be run through by all processes, for their sums are added up in step.
+        To be run through by all processes, whose sums are added up in step: all must have the same tensors to sum, in
+        the same order, though one may have seen no data, or have failed.
 
         Args:
-            device: for the sums of a process that has seen no data.
+            device: for the sums.
             alone: whether the run has but one process.
         """
-        shapes = {key: (metric.num_features, metric.num_outputs) for key, metric in self._metrics.items()}
-        mine = self.broken
-        shapes, self.broken = agree(alone, shapes, mine)
-        if self.broken is not None:
-            if mine is None:
-                rank_zero_warn(f"LogME is NaN for these samples, after an error: {self.broken}")
+        mine = {key: (metric.num_features, metric.num_outputs) for key, metric in self._metrics.items()}
+        shapes, broken = _together(gathered(alone, (mine, self.broken)))
+        for reason in dict.fromkeys(broken[source] for source in broken if source not in self.broken):
+            rank_zero_warn(f"LogME is NaN for these samples, after an error: {reason}")
+        self.broken = broken
+        if None in broken:
             return
         for (source, loader), parts in groupby(sorted(shapes), lambda key: key[:2]):
+            if source in broken:
+                continue
             # First all sums, then what may fail in one process: none may wait for another.
             sums = [self._sums(part, shapes[part], device) for part in parts]
             if not alone:
@@ -138,7 +200,8 @@ class Collector:
 
     def _sums(self, key: tuple[str, int, int], shape: tuple[int, int], device: torch.device) -> Moments:
         metric = self._metrics.pop(key, None)
-        return Moments.zeros(*shape, moments_device(device)) if metric is None else metric.moments()
+        on = moments_device(device)
+        return Moments.zeros(*shape, on) if metric is None else metric.moments().to(on)
 
     def _result(self, parts: list[Moments]) -> Result | None:
         total, curve = None, []
@@ -165,3 +228,19 @@ class Collector:
             ignore_index=self.ignore_index,
         )
         return metric.to(moments_device(device))
+
+
+def _together(everyone: Sequence[tuple[Shapes, dict[str | None, str]]]) -> tuple[Shapes, dict[str | None, str]]:
+    """The shapes that any process has met, and what broke in any of them."""
+    together: Shapes = {}
+    broken: dict[str | None, str] = {}
+    for rank, (shapes, reasons) in enumerate(everyone):
+        for source, reason in reasons.items():
+            broken.setdefault(source, reason if len(everyone) == 1 else f"{reason} (process {rank})")
+        for key, shape in shapes.items():
+            if together.setdefault(key, shape) != shape:
+                broken.setdefault(
+                    key[0],
+                    f"features or targets of lengths {shape} in process {rank}, and {together[key]} in another",
+                )
+    return together, broken

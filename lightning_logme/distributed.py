@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
@@ -13,35 +14,34 @@ from torch.utils.data import BatchSampler, DistributedSampler
 # Strategies that gather weights in every forward pass.
 _SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
 
-Shapes = dict[tuple[str, int, int], tuple[int, int]]
+T = TypeVar("T")
 
 
-def agree(alone: bool, shapes: Shapes, broken: str | None) -> tuple[Shapes, str | None]:
-    """The shapes that any process has met, and what broke in any of them; the same in all.
-
-    Processes that sum tensors must have the same tensors to sum, in the same order: one may have seen no data, or have
-    failed.
+def gathered(alone: bool, mine: T) -> list[T]:
+    """What each process has, by rank.
 
     Args:
         alone: whether the run has but one process, whatever others torch.distributed may know of.
-        shapes: by source, loader and part of the curve, (num_features, num_outputs) met by this process.
-        broken: what went wrong in this process, if anything.
+        mine: of this process; must be picklable.
     """
     if alone:
-        return shapes, broken
+        return [mine]
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (shapes, broken))
-    together: Shapes = {}
-    reasons = []
-    for rank, (theirs, reason) in enumerate(everyone):
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def reason_of(error: Exception) -> str:
+    """An error as part of a message: its kind matters where it is not one of ours."""
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+
+
+def first_reason(reasons: Sequence[str | None]) -> str | None:
+    """The first reason that a process has, by rank, and which process it is."""
+    for rank, reason in enumerate(reasons):
         if reason is not None:
-            reasons.append(f"{reason} (process {rank})")
-        for key, shape in theirs.items():
-            if together.setdefault(key, shape) != shape:
-                reasons.append(
-                    f"features or targets of lengths {shape} in process {rank}, and {together[key]} in another"
-                )
-    return together, next(iter(reasons), None)
+            return reason if len(reasons) == 1 else f"{reason} (process {rank})"
+    return None
 
 
 def is_sharded(trainer: Trainer) -> bool:

@@ -87,13 +87,13 @@ class Journal:
         prefix = "" if probe is None else f"/{probe}"
         for index in range(loaders):
             ending = f"/dataloader_idx_{index}" if loaders > 1 else ""
+            if not (collector.broken or collector.unseen[index] or any(loader == index for _, loader in results)):
+                loader = "the validation loader" if probe is None else "its loader"
+                warnings.warn(f"{self.name}{prefix}{ending} is NaN: {loader} gave no batch.", stacklevel=2)
             suffixes = {source: prefix + (f"/{source}" if source else "") + ending for source in sources}
             known = {source: results.get((source or head, index)) for source in sources}
             for source, suffix in suffixes.items():
                 result = known[source]
-                if (source or head, index) not in results and collector.broken is None:
-                    loader = "the validation loader" if probe is None else "its loader"
-                    warnings.warn(f"{self.name}{suffix} is NaN: {loader} gave no batch.", stacklevel=2)
                 self._enter(trainer, pl_module, suffix, result, collector.curve, position)
                 if result is not None:
                     key = self.name + suffix

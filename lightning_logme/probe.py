@@ -12,11 +12,12 @@ from tqdm.auto import tqdm
 from lightning_logme.arguments import check_options, check_task, positive_or_none
 from lightning_logme.batch import TargetSpec, check_target, find_mask
 from lightning_logme.collector import Collector
+from lightning_logme.distributed import reason_of
 from lightning_logme.forward import Forward, call, copied
 from lightning_logme.moments import Task
 from lightning_logme.samples import Portion, Samples
 from lightning_logme.sources import Sources
-from lightning_logme.taps import Pooling
+from lightning_logme.taps import NotCalledError
 from lightning_logme.undisturbed import same_generators, undisturbed
 
 # Seconds of a pass after which there is a bar.
@@ -98,15 +99,13 @@ class PreparedProbe:
                 self._samples = Samples(probe.dataloader, probe.task, probe.target, seed=0, repeatable=False)
                 self._num_outputs = self._samples.num_outputs(probe.num_classes, probe.ignore_index, tokens=True)
         except Exception as error:
-            what = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-            raise ValueError(f"probes[{name!r}]: {what}{error}") from error
+            raise ValueError(f"probes[{name!r}]: {reason_of(error)}") from error
 
     def collect(
         self,
         trainer: Trainer,
         module: LightningModule,
         sources: Sources,
-        pooling: Pooling,
         limit_batches: int | None = None,
         **options: Any,
     ) -> Collector:
@@ -116,33 +115,49 @@ class PreparedProbe:
             trainer: whose device, precision and number of processes it is.
             module: is left as it was.
             sources: attached to the module.
-            pooling: to one vector a sample.
             limit_batches: fewer than the probe's own.
             options: of the :class:`~lightning_logme.collector.Collector`.
 
         Returns:
-            The metrics; an exception on the way makes them broken.
+            The metrics; what fails on the way is broken in them.
         """
         probe = self._probe
-        collector = Collector(probe.task, self._num_outputs, ignore_index=probe.ignore_index, **options)
+        collector = Collector(
+            probe.task,
+            self._num_outputs,
+            ignore_index=probe.ignore_index,
+            rank=trainer.global_rank,
+            world=trainer.world_size,
+            **options,
+        )
         try:
             with undisturbed(module):
                 for portion in self._portions(trainer, limit_batches or probe.limit_batches):
-                    batch = _prepared(portion.batch, trainer, module)
-                    sources.start()
-                    with trainer.precision_plugin.forward_context():
-                        if sources.taps:
-                            (probe.forward or self._call)(module, batch)
-                        seen = sources.seen(module, batch)
-                    rows = sources.pooled(seen, portion.target, find_mask(batch), pooling, probe.task)
-                    places = range(portion.start, portion.start + len(portion.target))
-                    for source, features in rows.items():
-                        collector.add((source, 0), features, portion.target, places)
+                    errors = self._add(collector, portion, trainer, module, sources)
+                    for source, error in errors.items():
+                        collector.broken.setdefault(source, reason_of(error))
+                        if isinstance(error, NotCalledError):
+                            collector.uncalled.add(source)
+                    if collector.broken.keys() >= set(sources.names):
+                        break
         except Exception as error:
-            collector.broken = f"{type(error).__name__}: {error}"
+            collector.broken[None] = reason_of(error)
         finally:
             sources.stop()
         return collector
+
+    def _add(
+        self, collector: Collector, portion: Portion, trainer: Trainer, module: LightningModule, sources: Sources
+    ) -> dict[str | None, Exception]:
+        """Add the rows of a batch; returns the errors of sources that failed."""
+        batch = _prepared(portion.batch, trainer, module)
+        sources.start()
+        with trainer.precision_plugin.forward_context():
+            if sources.taps:
+                (self._probe.forward or self._call)(module, batch)
+            rows, failed = sources.rows(module, batch, portion.target, find_mask(batch), self._probe.task)
+        places = range(portion.start, portion.start + len(portion.target))
+        return {**failed, **collector.add(0, rows, portion.target, places)}
 
     def _call(self, module: LightningModule, batch: Any) -> Any:
         return call(module, batch, self._probe.target)

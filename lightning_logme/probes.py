@@ -10,11 +10,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_logme.distributed import agree, is_one_of, is_sharded
+from lightning_logme.distributed import first_reason, gathered, is_one_of, is_sharded
 from lightning_logme.journal import Journal
 from lightning_logme.probe import PreparedProbe, Probe
 from lightning_logme.sources import HEAD, LAYER_MEAN, Sources
-from lightning_logme.taps import Pooling
 
 Every = int | Literal["checkpoint"]
 
@@ -38,6 +37,7 @@ class Probes:
         self._prepared: dict[str, PreparedProbe] = {}
         self._keys: tuple[str, ...] = ()
         self._validations = 0
+        self._rehearsed = False
 
     def __bool__(self) -> bool:
         return bool(self._probes)
@@ -51,7 +51,7 @@ class Probes:
         """
         if not self:
             return
-        self._validations = 0
+        self._validations, self._rehearsed = 0, False
         self._keys = tuple(f"{prefix}/{probe}" for probe in self._probes for prefix in (name, f"{name}_gain"))
         self._check_run(trainer, owner)
         self._prepared, error = {}, None
@@ -59,9 +59,7 @@ class Probes:
             self._prepared = {name: PreparedProbe(name, probe) for name, probe in self._probes.items()}
         except ValueError as caught:
             error = caught
-        _, reason = agree(trainer.world_size == 1, {}, None if error is None else str(error))
-        if error is not None and reason == str(error):
-            raise error
+        reason = first_reason(gathered(trainer.world_size == 1, None if error is None else str(error)))
         if reason is not None:  # in all processes, or one would wait for another
             raise ValueError(reason) from error
 
@@ -101,21 +99,40 @@ class Probes:
                 )
             taken |= keys
 
-    def rehearse(
-        self, trainer: Trainer, pl_module: LightningModule, sources: Sources, pooling: Pooling, name: str
-    ) -> None:
-        """One batch of each, so that who waits for the first validation need not wait to learn of a mistake."""
-        for probe, prepared in self._prepared.items():
-            collector = prepared.collect(trainer, pl_module, sources, pooling, limit_batches=trainer.world_size)
-            if collector.broken is not None:
-                rank_zero_warn(f"{name}/{probe} will be NaN unless this changes: {collector.broken}")
+    def rehearse(self, trainer: Trainer, pl_module: LightningModule, sources: Sources) -> None:
+        """Run one batch of each probe before training, once a run, so that mistakes surface early.
+
+        Raises:
+            ValueError: a probe cannot be scored, in one process or more: raised in all.
+        """
+        if self._rehearsed or not self._prepared:
+            return
+        self._rehearsed = True
+        reason, guess = None, None
+        for name, prepared in self._prepared.items():
+            collector = prepared.collect(trainer, pl_module, sources, limit_batches=trainer.world_size)
+            if HEAD in collector.uncalled and sources.is_head_guessed and sources.layers:
+                guess = collector.broken.pop(HEAD)
+            if reason is None and collector.broken:
+                reason = f"probes[{name!r}]: its first batch cannot be scored: {next(iter(collector.broken.values()))}"
+                if None in collector.broken:
+                    reason += (
+                        "; if the module is not called as module(inputs) or module(**batch), give "
+                        "Probe(forward=callable(module, batch))."
+                    )
+        everyone = gathered(trainer.world_size == 1, (reason, guess))
+        reason, guess = (first_reason(reasons) for reasons in zip(*everyone, strict=True))
+        if reason is not None:
+            raise ValueError(reason)
+        if guess is not None:
+            sources.drop_guess()
+            rank_zero_warn(f"probes: '{sources.layers[-1]}' stands for the head: {guess}")
 
     def run(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
         sources: Sources,
-        pooling: Pooling,
         journal: Journal,
         position: tuple[int, int] | None,
         **options: Any,
@@ -126,7 +143,6 @@ class Probes:
             trainer: of the run.
             pl_module: is run, and left as it was.
             sources: of its features.
-            pooling: to one vector a sample.
             journal: for the results.
             position: see :meth:`Journal.enter`.
             options: of :class:`~lightning_logme.collector.Collector`.
@@ -134,12 +150,13 @@ class Probes:
         if not self._prepared or not self._are_due(trainer):
             return
         scored = list(dict.fromkeys([HEAD, *sources.names]))
-        head = HEAD if HEAD in sources.names else sources.layers[-1]
+        head = HEAD if sources.head is not None else sources.layers[-1]
         for name, prepared in self._prepared.items():
             few = int(getattr(trainer, "fast_dev_run", 0)) * trainer.world_size
-            collector = prepared.collect(trainer, pl_module, sources, pooling, few or None, **options)
-            if collector.broken is not None:
-                warnings.warn(f"{journal.name}/{name} is NaN, after an error: {collector.broken}", stacklevel=2)
+            collector = prepared.collect(trainer, pl_module, sources, few or None, **options)
+            for source, reason in collector.broken.items():
+                key = f"{journal.name}/{name}" + (f"/{source}" if source else "")
+                warnings.warn(f"{key} is NaN, after an error: {reason}", stacklevel=2)
             journal.enter(trainer, pl_module, collector, scored, probe=name, head=head, position=position)
 
     def _are_due(self, trainer: Trainer) -> bool:

@@ -1,14 +1,15 @@
-"""Where features come from: hooks that remember what passes a module, and pooling to one vector a sample."""
+"""Where features come from: hooks that remember what passes a module."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
-Pooling = Literal["auto", "mean", "cls", "last"] | Callable[[Tensor], Tensor]
+
+class NotCalledError(ValueError):
+    """A module was not called for a batch."""
 
 
 class Tap:
@@ -25,6 +26,8 @@ class Tap:
     """
 
     def __init__(self, module: nn.Module, side: Literal["input", "output"], name: str) -> None:
+        self.module = module
+        self.side = side
         self.name = name
         self.open = False
         self._seen: list[Tensor | None] = []
@@ -35,12 +38,13 @@ class Tap:
             self._handle = module.register_forward_hook(self._on_output)
 
     def _on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._remember((args, kwargs))
+        self.receive((args, kwargs))
 
     def _on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._remember(output)
+        self.receive(output)
 
-    def _remember(self, value: Any) -> None:
+    def receive(self, value: Any) -> None:
+        """Remember a value that passes, or the first tensor in it."""
         if self.open:
             try:
                 tensor = first_tensor(value)
@@ -57,20 +61,21 @@ class Tap:
     @property
     def called(self) -> bool:
         """Whether the module was called since the start."""
-        return bool(self._seen)
+        return bool(self._seen) or self._error is not None
 
     def take(self) -> Tensor:
         """What the module was called with, or returned, since the start; listen no more.
 
         Raises:
-            ValueError: it was not called, or more than once, or there was no tensor. What else went wrong in a call.
+            NotCalledError: it was not called.
+            ValueError: it was called more than once, or there was no tensor. What else went wrong in a call.
         """
         seen, error = self._seen, self._error
         self.stop()
         if error is not None:
             raise error
         if len(seen) == 0:
-            raise ValueError(
+            raise NotCalledError(
                 f"{self.name} was not called for this batch. Name a module that is; or, if the model was compiled and "
                 'run before the hooks were attached, call torch.compiler.set_stance("force_eager") or compile it anew, '
                 "so that its hooks are seen."
@@ -97,87 +102,19 @@ class Tap:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the user's module takes this along: idle, without the features.
-        return {"name": self.name, "open": False, "_seen": [], "_error": None, "_handle": None}
+        idle = {"open": False, "_seen": [], "_error": None, "_handle": None, "module": None}
+        return {**vars(self), **idle}
 
 
 def first_tensor(value: Any) -> Tensor | None:
-    """The first tensor in nested tuples, lists and mappings; the last hidden state of a Hugging Face output."""
+    """The first tensor in nested tuples, lists and mappings: the last hidden state, or the logits, of Hugging Face."""
     if isinstance(value, Tensor):
         return value
     if isinstance(value, Mapping):
-        value = (value.get("last_hidden_state"), *value.values())
+        value = (value.get("last_hidden_state"), value.get("logits"), *value.values())
     if isinstance(value, (tuple, list)):
         for item in value:
             tensor = first_tensor(item)
             if tensor is not None:
                 return tensor
     return None
-
-
-def check_pooling(pooling: Any) -> None:
-    """Raise ``ValueError`` unless ``pooling`` is one of its values."""
-    if not callable(pooling) and not (isinstance(pooling, str) and pooling in ("auto", "mean", "cls", "last")):
-        raise ValueError(
-            f"pooling must be 'auto', 'mean', 'cls', 'last' or a callable(Tensor) -> Tensor, got {pooling!r}."
-        )
-
-
-def pool(
-    features: Tensor, pooling: Pooling = "auto", num_features: int | None = None, mask: Tensor | None = None
-) -> Tensor:
-    """Reduce a batch of features to one vector a sample.
-
-    Args:
-        features: (N, D), tokens (N, T, D), or a map (N, C, H, W) of any number of dimensions.
-        pooling: "auto" and "mean" average over tokens or positions, "cls" takes the first token, "last" the last one
-            that is not masked; a callable does what it does.
-        num_features: D, if known: tells maps with channels last (N, H, W, C) from maps with channels first.
-        mask: (N, T), non-zero where a token counts.
-
-    Returns:
-        (N, D), averages of half precision in float32.
-
-    Raises:
-        ValueError: the shape does not allow it, or a callable returns something else than (N, D).
-    """
-    if callable(pooling):
-        pooled = pooling(features)
-        if not isinstance(pooled, Tensor) or pooled.ndim != 2:
-            shape = tuple(pooled.shape) if isinstance(pooled, Tensor) else type(pooled).__name__
-            raise ValueError(f"pooling must return a tensor of shape (N, D), got {shape} from {tuple(features.shape)}.")
-        return pooled
-    if features.ndim == 2:
-        return features
-    if features.ndim < 2:
-        raise ValueError(
-            f"pooling={pooling!r} needs features of shape (N, D), (N, T, D) or (N, C, H, W), got "
-            f"{tuple(features.shape)}."
-        )
-    if mask is not None and mask.shape != features.shape[:2]:
-        mask = None  # of something else
-    if pooling in ("cls", "last"):
-        if features.ndim != 3:
-            raise ValueError(
-                f"pooling={pooling!r} needs tokens of shape (N, T, D), got {tuple(features.shape)}; "
-                "use 'mean' or a callable."
-            )
-        if pooling == "cls":
-            return features[:, 0]
-        if mask is None:
-            return features[:, -1]
-        positions = torch.arange(mask.shape[1], device=mask.device)
-        last = torch.where(mask != 0, positions, 0).amax(1).to(features.device)
-        return features[torch.arange(len(features), device=features.device), last]
-    dtype = torch.promote_types(features.dtype, torch.float32)
-    if features.ndim == 3:
-        if mask is None:
-            return features.mean(1, dtype=dtype)
-        weight = (mask != 0).to(features.device, dtype)[:, :, None]
-        # Padding may hold anything, NaN too: selected, not multiplied away.
-        total = torch.where(weight > 0, features.to(dtype), 0.0).sum(1)
-        return total / weight.sum(1).clamp(min=1)
-    channels_last = (
-        num_features is not None and features.shape[1] != num_features and features.shape[-1] == num_features
-    )
-    places = range(1, features.ndim - 1) if channels_last else range(2, features.ndim)
-    return features.mean(tuple(places), dtype=dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -12,10 +12,10 @@ from torch import Tensor
 
 from lightning_logme.batch import TargetSpec, conform_target, describe_target, find_mask, find_target
 from lightning_logme.collector import Collector
-from lightning_logme.distributed import agree, rows_without_padding, validation_loader
+from lightning_logme.distributed import first_reason, gathered, reason_of, rows_without_padding, validation_loader
 from lightning_logme.moments import Task
-from lightning_logme.sources import Sources
-from lightning_logme.taps import Pooling
+from lightning_logme.sources import HEAD, Sources
+from lightning_logme.taps import NotCalledError
 
 
 class Validation:
@@ -25,7 +25,6 @@ class Validation:
         name: of the score, for messages.
         task: of the labels.
         target: where they are in a batch.
-        pooling: to one vector a sample.
         class_names: are checked against the labels.
         optional: whether a validation set that cannot be scored is left out, as there are probes.
         options: of :class:`~lightning_logme.collector.Collector`.
@@ -36,7 +35,6 @@ class Validation:
         name: str,
         task: Task,
         target: TargetSpec,
-        pooling: Pooling,
         class_names: Sequence[str] | None,
         optional: bool = False,
         **options: Any,
@@ -44,7 +42,6 @@ class Validation:
         self._name = name
         self._task: Task = task
         self._target = target
-        self._pooling: Pooling = pooling
         self._class_names = class_names
         self._optional = optional
         self._options = options
@@ -59,43 +56,81 @@ class Validation:
         # Of a validation
         self._sources = Sources()
         self._collector: Collector | None = None
+        self._wrong_guess: str | None = None  # why a head that was guessed is none
         # Of a batch
         self._batch: Any = None
-        self._labels: tuple[Tensor, Tensor | None] | None = None
+        self._labels: tuple[Tensor, Tensor | None] | Exception | None = None
 
     def prepare(self, alone: bool) -> None:
         """For a new run, in one process alone or in several."""
         self._alone, self._proven, self._decided, self._left_out = alone, False, False, False
 
-    def open(self, sources: Sources) -> None:
+    def open(self, sources: Sources, rank: int, world: int) -> None:
         """For a new validation."""
         if sources.obstacle is not None and not self._left_out:
             self._leave_out(sources.obstacle)
+        if self._left_out:
+            sources.drop_guess()
         if not self._left_out:
             self._sources = sources
-            self._collector = Collector(self._task, sources.num_outputs, **self._options)
+            self._collector = Collector(self._task, sources.num_outputs, rank=rank, world=world, **self._options)
 
-    def close(self) -> Collector | None:
+    def close(self, sanity_checking: bool) -> Collector | None:
         """What has been added up; None where nothing is. To be called by all processes in step.
 
         Raises:
             ValueError: the first batch could not be scored, in one process or more: raised in all.
         """
-        collector = self._collector
+        collector, sources, guess = self._collector, self._sources, self._wrong_guess
         self.drop()
-        if collector is not None and not self._decided:
-            self._decided = True
-            _, reason = agree(self._alone, {}, None if self._proven else collector.broken)
-            if reason is not None:
-                if not self._optional:
-                    raise ValueError(reason.removeprefix("ValueError: "))
-                self._leave_out(reason)
-                return None
+        if collector is None:
+            return None
+        if not sanity_checking and not collector.broken:
+            self._warn_of_unseen(collector, sources)
+        if self._decided:
+            return collector
+        error = None if self._proven else next(iter(collector.broken.values()), None)
+        everyone = gathered(self._alone, (self._proven, error, guess))
+        reason = first_reason([error for _, error, _ in everyone])
+        self._decided = reason is not None or any(proven for proven, _, _ in everyone)
+        if reason is not None:
+            if not self._optional:
+                raise ValueError(reason)
+            self._leave_out(reason)
+            sources.drop_guess()
+            return None
+        guess = first_reason([guess for _, _, guess in everyone])
+        if guess is not None:
+            sources.drop_guess()
+            rank_zero_warn(f"{self._name} is logged for {', '.join(sources.names)} only: {guess}")
         return collector
+
+    def _warn_of_unseen(self, collector: Collector, sources: Sources) -> None:
+        """Say which batches called none of the modules that are scored."""
+        causes = [
+            "validation_step left out its forward pass",
+            "it ran another network, such as an averaged copy: name its head with head=",
+            "the model was compiled and run before the hooks were attached: call "
+            'torch.compiler.set_stance("force_eager") or compile it anew',
+        ]
+        causes = causes[::-1] if sources.is_compiled else causes
+        for loader, unseen in collector.unseen.items():
+            batches = collector.batches[loader]
+            where = f" of loader {loader}" if len(collector.batches) > 1 else ""
+            what = f"{unseen} of {batches} batches{where} called none of the modules that are scored"
+            if unseen < batches and not sources.is_compiled:
+                warnings.warn(f"{self._name}: {what}, and are left out.", stacklevel=2)
+                continue
+            if unseen < batches:  # compiled code may call hooks for batches of one shape only
+                collector.broken[None] = what
+            warnings.warn(
+                f"{self._name} is NaN: {what}. Likely causes, the likeliest first: {'; '.join(causes)}.", stacklevel=2
+            )
 
     def drop(self) -> None:
         """Forget what has been added up."""
-        self._sources, self._collector, self._batch, self._labels = Sources(), None, None, None
+        self._sources, self._collector, self._wrong_guess = Sources(), None, None
+        self._batch, self._labels = None, None
 
     def _leave_out(self, reason: str) -> None:
         self._left_out = True
@@ -104,64 +139,101 @@ class Validation:
             f"validation=False: {reason}"
         )
 
-    def start_batch(self, batch: Any, batch_idx: int) -> None:
-        self._attempt(batch_idx, self._start, batch)
+    def start_batch(self, batch: Any) -> None:
+        """Read the labels before ``validation_step``, which may take them out of the batch, and listen."""
+        if self._collector is None or None in self._collector.broken:
+            return
+        self._batch, self._labels = batch, None
+        if batch is not None:
+            try:
+                self._labels = self._read(batch)
+            except Exception as error:  # raised when it is known that the batch is not left out
+                self._labels = error
+        self._sources.start()
 
     def end_batch(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int
     ) -> None:
-        self._attempt(batch_idx, self._end, trainer, pl_module, batch, dataloader_idx)
+        """Add what has been seen of a batch.
 
-    def _attempt(self, batch_idx: int, step: Callable[..., None], *args: Any) -> None:
-        """Errors of a run's first batch are the user's to know at once; a later one must not end the run."""
+        Nothing is decided by a loader's first batches in which no module was called: ``validation_step`` may leave out
+        the first batch, or all of the sanity check.
+
+        Raises:
+            Exception: the first batch cannot be scored. Later errors must not end the run.
+        """
         collector = self._collector
-        if collector is None or collector.broken is not None:
+        if collector is None or None in collector.broken:
             return
+        called = self._sources.called or collector.rows[dataloader_idx] > 0
+        errors: dict[str | None, Exception]
         try:
-            step(collector, *args)
+            errors = self._add(collector, trainer, pl_module, batch, dataloader_idx) if called else {}
         except Exception as error:
+            errors = {None: error}
+        finally:
             self._sources.stop()
-            if self._alone and not (self._proven or self._optional):
-                raise
-            collector.broken = f"{type(error).__name__}: {error}"
+            self._batch, self._labels = None, None
+        collector.batches[dataloader_idx] += 1
+        if not called:
+            collector.unseen[dataloader_idx] += 1
+            return
+        errors = self._without_wrong_guess(collector, errors)
+        if errors and self._alone and not (self._proven or self._optional):
+            raise next(iter(errors.values()))
+        self._proven = self._proven or not errors
+        self._note(collector, batch_idx, errors)
+
+    def _add(
+        self, collector: Collector, trainer: Trainer, pl_module: LightningModule, batch: Any, dataloader_idx: int
+    ) -> dict[str | None, Exception]:
+        """Add the rows of a batch; returns the errors of sources that failed."""
+        # A validation_step that fetches its own batches (dataloader_iter) has had another one by now.
+        labels = self._labels if self._labels and batch is self._batch else self._read(batch)
+        if isinstance(labels, Exception):
+            raise labels
+        target, mask = labels
+        with trainer.precision_plugin.forward_context():
+            rows, failed = self._sources.rows(pl_module, batch, target, mask, self._task)
+        first = collector.rows[dataloader_idx]
+        collector.rows[dataloader_idx] += len(target)
+        real = self._real(validation_loader(trainer, dataloader_idx), collector.batches[dataloader_idx], len(target))
+        rank, world = trainer.global_rank, trainer.world_size  # as DistributedSampler deals samples out
+        places = range(first * world + rank, (first + real) * world + rank, world)
+        rows = {source: features[:real] for source, features in rows.items()}
+        errors = {**failed, **collector.add(dataloader_idx, rows, target[:real], places)}
+        self._check_class_names(self._sources.num_outputs or (target.shape[1] if target.ndim > 1 else 1))
+        self._explain()
+        return errors
+
+    def _without_wrong_guess(
+        self, collector: Collector, errors: Mapping[str | None, Exception]
+    ) -> dict[str | None, Exception]:
+        """The errors without that of a head that was guessed and is not called, where layers were."""
+        error = errors.get(HEAD)
+        uncalled = isinstance(error, NotCalledError) and not collector.has(HEAD)
+        if self._decided or not (uncalled and self._sources.is_head_guessed):
+            return dict(errors)
+        self._wrong_guess = str(error)
+        return {source: error for source, error in errors.items() if source != HEAD}
+
+    def _note(self, collector: Collector, batch_idx: int, errors: Mapping[str | None, Exception]) -> None:
+        """Remember what failed, and warn once for each cause."""
+        new = {source: reason_of(error) for source, error in errors.items() if source not in collector.broken}
+        collector.broken.update(new)
+        for text in dict.fromkeys(new.values()):
+            failed = [source for source in new if new[source] == text]
+            several = None in failed or HEAD in failed
+            key = self._name if several else " and ".join(f"{self._name}/{source}" for source in failed)
             if self._proven or self._decided:
                 warnings.warn(
-                    f"{self._name} is NaN for this validation, after an error in batch {batch_idx}: {collector.broken}",
-                    stacklevel=2,
+                    f"{key} is NaN for this validation, after an error in batch {batch_idx}: {text}", stacklevel=2
                 )
             elif not self._optional:
                 warnings.warn(
-                    f"{self._name} cannot be scored, which will end the run after this validation, in all processes: "
-                    f"{collector.broken}",
+                    f"{key} cannot be scored, which will end the run after this validation, in all processes: {text}",
                     stacklevel=2,
                 )
-
-    def _start(self, collector: Collector, batch: Any) -> None:
-        # Labels are read before validation_step, which may take them out of the batch.
-        self._batch, self._labels = batch, None if batch is None else self._read(batch)
-        self._sources.start()
-
-    def _end(
-        self, collector: Collector, trainer: Trainer, pl_module: LightningModule, batch: Any, dataloader_idx: int
-    ) -> None:
-        # A validation_step that fetches its own batches (dataloader_iter) has had another one by now.
-        target, mask = self._labels if self._labels and batch is self._batch else self._read(batch)
-        batches, first = collector.seen.get(dataloader_idx, (0, 0))
-        collector.seen[dataloader_idx] = batches + 1, first + len(target)
-        real = self._real(validation_loader(trainer, dataloader_idx), batches, len(target))
-        with trainer.precision_plugin.forward_context():
-            seen = self._sources.seen(pl_module, batch)
-        rank, world = trainer.global_rank, trainer.world_size  # as DistributedSampler deals samples out
-        places = range(first * world + rank, (first + real) * world + rank, world)
-        rows = self._sources.pooled(seen, target, mask, self._pooling, self._task)
-        for source, features in rows.items():
-            collector.add((source, dataloader_idx), features[:real], target[:real], places)
-        self._check_class_names(self._sources.num_outputs or (target.shape[1] if target.ndim > 1 else 1))
-        if not self._explained:
-            pooled = [source for source, tensor in seen.items() if tensor.ndim > 2 == rows[source].ndim]
-            shapes = [f"{self._sources.describe(source)}: {tuple(seen[source].shape)}" for source in pooled]
-            self._explain(shapes[:2] + ["…"] * (len(shapes) > 2), mask)
-        self._batch, self._labels, self._proven = None, None, True
 
     def _real(self, loader: Any, batches: int, number: int) -> int:
         """How many of the rows of a batch are data, and not what a sampler repeats."""
@@ -170,18 +242,21 @@ class Validation:
             self._unmatched = True
             warnings.warn(
                 f"{self._name}: the rows of a batch are not the samples that the loader's sampler names, one by one, "
-                "so that those it repeats to fill up cannot be told: they are counted.",
+                "so padding cannot be detected, and padded rows are counted.",
                 stacklevel=2,
             )
         return number if real is None else real
 
-    def _explain(self, pooled: list[str], mask: Tensor | None) -> None:
-        """Say once what was taken without being told, for a wrong guess would give a plausible number."""
+    def _explain(self) -> None:
+        """Report once which labels and pooling were inferred: a wrong guess would still give a plausible number."""
+        if self._explained:
+            return
         self._explained = True
         labels, rivals = self._origin
-        how = "the callable" if callable(self._pooling) else repr(self._pooling)
-        shapes = f"; pooled by {how}{' under attention_mask' if mask is not None else ''}: {', '.join(pooled)}"
-        rank_zero_info(f"LogMECallback: the labels are {labels}{shapes if pooled else ''}.")
+        poolings = self._sources.poolings()
+        if len(poolings) > 2:
+            poolings[2:] = ["…"]
+        rank_zero_info("; ".join([f"LogMECallback: the labels are {labels}", *poolings]) + ".")
         if rivals:
             rank_zero_warn(
                 f"LogMECallback took {labels} for the labels, and {rivals} could be as well; say which with target=."

@@ -48,12 +48,12 @@ class TestPatterns:
         ],
     )
     def test_stand_for_one_part_of_a_name(self, patterns, expected):
-        assert attach(Classifier(Deep()), None, patterns, "multiclass", None).layers == expected
+        assert attach(Classifier(Deep()), "auto", patterns, "multiclass", None).layers == expected
 
     def test_wrappers_have_no_part_in_names(self):
         module = Classifier(Deep(3))
         module.model = torch.compile(module.model, backend="eager")
-        layers = attach(module, None, ["model.blocks.*"], "multiclass", None).layers
+        layers = attach(module, "auto", ["model.blocks.*"], "multiclass", None).layers
         assert layers == [f"model.blocks.{index}" for index in range(3)]
 
     def test_nothing_matches(self, tmp_path):
@@ -147,8 +147,7 @@ def test_what_is_nan_ends_no_plots(tmp_path, curve):
 
 
 def test_a_curve_is_drawn_where_there_is_a_new_one(tmp_path):
-    """Not once more where a later pass has none, and not lost where its points are of equally many samples."""
-    labels = torch.where(torch.arange(64) < 32, torch.arange(64) % CLASSES, -100)
+    """Not once more where a later pass has none."""
     calls = []
 
     def forward(module, batch):
@@ -157,12 +156,12 @@ def test_a_curve_is_drawn_where_there_is_a_new_one(tmp_path):
             raise RuntimeError("on purpose")
         return module(batch[0])
 
-    probe = Probe([(vectors(64).tensors[0], labels)], num_classes=CLASSES, forward=forward)
+    probe = Probe([vectors(64).tensors], num_classes=CLASSES, forward=forward)
     callback = LogMECallback(probes={"news": probe}, curve=True, validation=False)
     options = {"logger": TensorBoardLogger(tmp_path, "", ""), "log_every_n_steps": 1, "num_sanity_val_steps": 0}
     with pytest.warns(UserWarning, match="logme/news is NaN"):
         trainer(tmp_path, callback, max_epochs=3, **options).fit(Classifier(), loader(), loader())
-    assert [point.num_samples for point in callback.curves["logme/news"]] == [32, 32]
+    assert [point.num_samples for point in callback.curves["logme/news"]] == [32, 64]
     assert len(events(tmp_path).Images("logme/news/gain_by_samples")) == 2
 
 

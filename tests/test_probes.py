@@ -438,18 +438,41 @@ class TestFailures:
         assert [math.isnan(score) for score in scores] == [False, True, False]
         assert not any(math.isnan(row["logme"]) for row in rows_of(callback, "logme"))
 
-    def test_what_always_fails_is_announced_before_training(self, tmp_path):
+    @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+    @pytest.mark.parametrize("validated", [True, False])
+    def test_what_always_fails_raises_before_training(self, tmp_path, validated):
+        class Untouched(Classifier):
+            def training_step(self, batch, batch_idx):
+                pytest.fail("training began")
+
         probes = {"news": Probe(loader(TensorDataset(torch.randn(20, 5), torch.arange(20) % 3)))}
-        callback, module = LogMECallback(probes=probes), Classifier()
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            run = trainer(tmp_path, callback)
-            run.fit(module, loader(), loader())
-        messages = [str(warning.message) for warning in caught]
-        assert any(m.startswith("logme/news will be NaN unless this changes: RuntimeError: mat1 and") for m in messages)
-        assert math.isnan(run.callback_metrics["logme/news"])
-        assert math.isnan(run.callback_metrics["logme_gain/news"])
-        assert run.current_epoch == 2
+        callback = LogMECallback(probes=probes, validation=validated)
+        message = r"probes\['news'\]: its first batch cannot be scored: RuntimeError: mat1 and.*Probe\(forward="
+        with pytest.raises(ValueError, match=message):
+            trainer(tmp_path, callback).fit(Untouched(), loader(), loader() if validated else None)
+
+    def test_a_module_without_forward_raises_before_training(self, tmp_path):
+        class NoForward(pl.LightningModule):
+            def __init__(self):
+                super().__init__()
+                self.backbone = mlp(16, 8)
+
+            def training_step(self, batch, batch_idx):
+                pytest.fail("training began")
+
+            def validation_step(self, batch, batch_idx):
+                self.backbone(batch[0])
+
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.parameters(), 0.1)
+
+        callback = LogMECallback(layers=["backbone"], probes={"news": loader(other())}, validation=False)
+        with pytest.raises(ValueError, match=r"probes\['news'\]: .*Probe\(forward=callable\(module, batch\)\)"):
+            trainer(tmp_path, callback).fit(NoForward(), loader(), loader())
+        probe = Probe(loader(other()), forward=lambda module, batch: module.backbone(batch[0]))
+        callback = LogMECallback(layers=["backbone"], probes={"news": probe}, validation=False)
+        trainer(tmp_path, callback).validate(NoForward(), loader(), verbose=False)
+        assert math.isfinite(callback.history[0]["logme"])
 
     def test_nan_features(self, tmp_path):
         callback = LogMECallback(probes={"news": Probe(loader(other()), forward=lambda m, b: m(b[0] * math.nan))})

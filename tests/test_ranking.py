@@ -262,7 +262,7 @@ class TestBadInput:
             ({"pooling": "max"}, "pooling must be"),
             ({"seed": None}, "seed must be an integer, got None"),
             ({"logger": True}, "logger must be a Lightning logger, or several, got True"),
-            ({"head": 3}, "head of 'bad' must be the name of a module or None, got 3"),
+            ({"head": 3}, "head must be 'auto', the dotted name of a module .* got 3"),
             ({"forward": {"good": "x"}}, "forward of 'good' must be callable or None, got 'x'"),
             ({"transforms": {"good": "x"}}, "transforms of 'good' must be callable or None, got 'x'"),
             ({"num_classes": True}, "num_classes must be a positive integer, got True"),

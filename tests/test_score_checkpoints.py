@@ -190,7 +190,7 @@ class TestWhichFeature:
             features = module.model[0](target().tensors[0]).detach()
         assert ranking.scores[path] == pytest.approx(float(logme(features, target().tensors[1])), rel=1e-6)
 
-    def test_no_head(self, tmp_path):
+    def test_without_a_head_the_output_is_scored(self, tmp_path):
         class Headless(nn.Module):
             def __init__(self):
                 super().__init__()
@@ -201,12 +201,9 @@ class TestWhichFeature:
 
         module = Headless()
         torch.save(module.state_dict(), tmp_path / "a.ckpt")
-        with pytest.raises(RuntimeError, match="has no torch.nn.Linear"):
-            score_checkpoints(module, tmp_path, loader(target()), **QUIET)
-        ranking = score_checkpoints(
-            module, tmp_path, loader(target()), forward=lambda module, batch: module(batch[0]), **QUIET
-        )
-        assert ranking.rows[0].num_features == 6
+        for options in ({}, {"forward": lambda module, batch: module(batch[0])}):
+            ranking = score_checkpoints(module, tmp_path, loader(target()), **options, **QUIET)
+            assert (ranking.rows[0].num_features, ranking.rows[0].feature) == (6, "output")
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from oracles import log_density, one_hot, problem, without_mean
 from test_evidence import streamed
 
 from lightning_logme import Evidence
-from lightning_logme.collector import Collector
-from lightning_logme.distributed import agree
+from lightning_logme.collector import Collector, _together
 from lightning_logme.functional import evidence, logme
 from lightning_logme.moments import Batch, Moments
 
@@ -160,32 +158,28 @@ FIRST, SECOND = ("", 0, 0), ("model.0", 0, 0)
 
 
 @pytest.mark.parametrize(
-    ("everyone", "together", "message"),
+    ("everyone", "shapes", "broken"),
     [
-        ([({FIRST: (4, 3)}, None), ({FIRST: (4, 3)}, None)], {FIRST: (4, 3)}, None),
-        ([({FIRST: (4, 3)}, None), ({}, None)], {FIRST: (4, 3)}, None),
-        ([({}, None), ({FIRST: (4, 3), SECOND: (5, 3)}, None)], {FIRST: (4, 3), SECOND: (5, 3)}, None),
-        ([({FIRST: (4, 3)}, None), ({FIRST: (4, 3)}, "no memory")], {FIRST: (4, 3)}, "no memory (process 1)"),
-        ([({}, "no memory"), ({}, "no disk")], {}, "no memory (process 0)"),
+        ([({FIRST: (4, 3)}, {})], {FIRST: (4, 3)}, {}),
+        ([({}, {None: "no memory"})], {}, {None: "no memory"}),
+        ([({FIRST: (4, 3)}, {}), ({FIRST: (4, 3)}, {})], {FIRST: (4, 3)}, {}),
+        ([({FIRST: (4, 3)}, {}), ({}, {})], {FIRST: (4, 3)}, {}),
+        ([({}, {}), ({FIRST: (4, 3), SECOND: (5, 3)}, {})], {FIRST: (4, 3), SECOND: (5, 3)}, {}),
         (
-            [({FIRST: (4, 3)}, None), ({FIRST: (5, 3)}, None)],
+            [({FIRST: (4, 3)}, {}), ({FIRST: (4, 3)}, {"": "no memory"})],
             {FIRST: (4, 3)},
-            "lengths (5, 3) in process 1, and (4, 3)",
+            {"": "no memory (process 1)"},
+        ),
+        ([({}, {None: "no memory"}), ({}, {None: "no disk"})], {}, {None: "no memory (process 0)"}),
+        (
+            [({SECOND: (4, 3)}, {}), ({SECOND: (5, 3)}, {})],
+            {SECOND: (4, 3)},
+            {"model.0": "features or targets of lengths (5, 3) in process 1, and (4, 3) in another"},
         ),
     ],
 )
-def test_processes_agree_on_what_all_of_them_met(monkeypatch, everyone, together, message):
-    monkeypatch.setattr(dist, "get_world_size", lambda: len(everyone))
-    monkeypatch.setattr(dist, "all_gather_object", lambda into, mine: into.__setitem__(slice(None), everyone))
-    shapes, broken = agree(False, *everyone[0])
-    assert shapes == together
-    assert (broken is None) == (message is None)
-    assert message is None or message in broken
-
-
-def test_one_process_agrees_with_itself():
-    assert agree(True, {FIRST: (4, 3)}, None) == ({FIRST: (4, 3)}, None)
-    assert agree(True, {}, "no memory") == ({}, "no memory")
+def test_processes_share_what_each_has_met_and_what_broke(everyone, shapes, broken):
+    assert _together(everyone) == (shapes, broken)
 
 
 def test_ignored_labels_may_have_any_value():
@@ -258,7 +252,7 @@ def test_shapes_are_the_same_without_evidence(path):
 
 def collected(number):
     collector = Collector("multiclass", 3, curve=True)
-    collector.add(("", 0), torch.randn(number, 4), torch.zeros(number, dtype=torch.long), range(number))
+    collector.add(0, {"": torch.randn(number, 4)}, torch.zeros(number, dtype=torch.long), range(number))
     return list(collector.results(torch.device("cpu"), alone=True))
 
 

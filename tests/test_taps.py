@@ -11,7 +11,8 @@ from models import mlp
 from torch import nn
 
 from lightning_logme.batch import conform_target, describe_target, find_mask, find_target
-from lightning_logme.taps import Tap, check_pooling, pool
+from lightning_logme.pooling import check_pooling, pool
+from lightning_logme.taps import Tap
 
 X = torch.randn(5, 16)
 
@@ -125,11 +126,20 @@ class TestPool:
         pooled = pool(tokens, mask=mask)
         torch.testing.assert_close(pooled[1], self.tokens[1, :4].mean(0))
         torch.testing.assert_close(pooled[0], self.tokens[0].mean(0))
-        torch.testing.assert_close(
-            pool(self.tokens, mask=mask[:, :3]), self.tokens.mean(1)
-        )  # of something else  def test_maps(self):
+        with pytest.raises(ValueError, match=r"attention_mask has shape \(3, 3\), but there are 7 tokens"):
+            pool(self.tokens, mask=mask[:, :3])
+        torch.testing.assert_close(pool(self.maps, mask=mask), self.maps.mean((2, 3)))  # which has no tokens
+
+    def test_first_token_that_is_not_padding(self):
+        left = torch.ones(3, 7, dtype=torch.long)
+        left[1, :4] = 0
+        pooled = pool(self.tokens, "cls", mask=left)
+        torch.testing.assert_close(pooled[1], self.tokens[1, 4])
+        torch.testing.assert_close(pooled[0], self.tokens[0, 0])
+
+    def test_maps(self):
         torch.testing.assert_close(pool(self.maps), self.maps.mean((2, 3)))
-        torch.testing.assert_close(pool(self.maps.permute(0, 2, 3, 1), num_features=4), self.maps.mean((2, 3)))
+        torch.testing.assert_close(pool(self.maps.permute(0, 2, 3, 1), channel_axis=-1), self.maps.mean((2, 3)))
         torch.testing.assert_close(pool(self.maps.to(memory_format=torch.channels_last)), self.maps.mean((2, 3)))
         torch.testing.assert_close(pool(self.maps[:, :, None].repeat(1, 1, 2, 1, 1)), self.maps.mean((2, 3)))
 
@@ -152,7 +162,7 @@ class TestPool:
             pool(self.maps, "cls")
         with pytest.raises(ValueError, match=r"got \(3,\)"):
             pool(self.maps[:, 0, 0, 0])
-        with pytest.raises(ValueError, match="pooling must be 'auto', 'mean', 'cls', 'last' or a callable.*got 'max'"):
+        with pytest.raises(ValueError, match="pooling must be 'auto', 'mean', 'cls', .* or a callable.*got 'max'"):
             check_pooling("max")
 
 

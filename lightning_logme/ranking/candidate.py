@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +16,12 @@ from torch import Tensor, nn
 from lightning_logme.batch import TargetSpec, find_mask
 from lightning_logme.forward import Forward, call, copied
 from lightning_logme.heads import find_head, get_module
+from lightning_logme.moments import Task
+from lightning_logme.output_layer import OutputLayer
+from lightning_logme.pooling import Pooling
 from lightning_logme.samples import seed_generators
-from lightning_logme.taps import Pooling, Tap, first_tensor, pool
+from lightning_logme.sources import AUTO, HEAD, Head, Source, Sources
+from lightning_logme.taps import Tap, first_tensor
 
 Transform = Callable[[Any], Any]
 
@@ -29,8 +33,8 @@ class Candidate:
     Attributes:
         name: of the row.
         source: the module, or a factory that makes it.
-        head: dotted name of the module whose input is the feature, "auto" to find the classifier head, None for the
-            output; with ``forward``, "auto" is the output where no such head is called.
+        head: dotted names of the modules whose input is the feature; "auto" for the layer that makes the output, if
+            there is one; None for the output.
         pooling: to one vector a sample.
         forward: (module, batch) -> features; None calls the module on the inputs of the batch.
         transform: of the loader's batches, on the CPU.
@@ -40,7 +44,7 @@ class Candidate:
 
     name: str
     source: nn.Module | Callable[[], nn.Module]
-    head: str | None
+    head: Head
     pooling: Pooling
     forward: Forward | None
     transform: Transform | None
@@ -48,11 +52,11 @@ class Candidate:
     target: TargetSpec
 
     @contextmanager
-    def on_device(self, fabric: Fabric, seed: int, num_outputs: int | None) -> Iterator[Backbone]:
+    def on_device(self, fabric: Fabric, seed: int, task: Task, heads: Sequence[str] | None) -> Iterator[Backbone]:
         """The backbone, ready to be called; afterwards a module that was passed in is as it was before."""
         if not isinstance(self.source, nn.Module):
             module = _converted(self._made(seed), fabric)
-            with Backbone(self, fabric.to_device(module), num_outputs) as backbone:
+            with Backbone(self, fabric.to_device(module), task, heads) as backbone:
                 yield backbone
             return
         module, devices = self.source, {tensor.device for tensor in self.source.parameters()}
@@ -61,7 +65,7 @@ class Candidate:
             in_precision = _converted(module, fabric, keep=True)
             # A module that somebody has spread over several devices stays there.
             moved = in_precision if len(devices) > 1 else fabric.to_device(in_precision)
-            with Backbone(self, moved, num_outputs) as backbone:
+            with Backbone(self, moved, task, heads) as backbone:
                 yield backbone
         finally:
             if len(devices) == 1:
@@ -81,67 +85,116 @@ class Candidate:
 class Backbone:
     """A module that gives features (n, D) of batches while it lasts.
 
+    Args:
+        candidate: what it is made of.
+        module: ready to be called.
+        task: of the labels.
+        heads: the modules whose input is the feature, where an earlier round has found them.
+
     Attributes:
         num_parameters: of the module.
         fingerprint: of its weights and its class.
+        heads: the modules whose input is the feature, empty for the output; None until the first batch shows it.
     """
 
-    def __init__(self, candidate: Candidate, module: nn.Module, num_outputs: int | None) -> None:
+    def __init__(self, candidate: Candidate, module: nn.Module, task: Task, heads: Sequence[str] | None) -> None:
         self._candidate = candidate
         self._module = module.eval()
+        self._task: Task = task
         self.num_parameters = sum(parameter.numel() for parameter in module.parameters())
         self.fingerprint = _digest(module)
-        self._tap: Tap | None = None
-        self._num_features: int | None = None
-        self._optional = candidate.head == "auto" and candidate.forward is not None
-        name = self._name_of_head(num_outputs)
-        if name is not None:
-            head = get_module(module, name, "head")
-            self._num_features = getattr(head, "in_features", None)
-            self._tap = Tap(head, "input", f"the head '{name}'")
+        self.heads: Sequence[str] | None = heads
+        if candidate.head != AUTO:
+            named = () if candidate.head is None else candidate.head
+            self.heads = (named,) if isinstance(named, str) else named
+        self._made: Any = None  # the output of the last batch
+        self._sources = Sources() if self.heads is None else self._listen(self.heads)
 
     def __enter__(self) -> Backbone:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._tap is not None:
-            self._tap.remove()
+        self._sources.remove()
 
     @torch.no_grad()  # not inference mode, whose tensors a module may keep, and could not be trained with
-    def features(self, batch: Any, fabric: Fabric) -> Tensor:
-        """Pooled features (n, D) of a batch as the loader made it."""
-        batch = copied(batch)
-        if self._candidate.transform is not None:
-            batch = self._candidate.transform(batch)
-        batch = fabric.to_device(fabric.strategy.precision.convert_input(batch))
-        if self._tap is not None:
-            self._tap.start()
-        with fabric.autocast():
-            output = self._output(batch)
-        if self._tap is None or (self._optional and not self._tap.called):
-            seen = first_tensor(output)
-        else:
-            seen = self._tap.take()
-        if seen is None:
-            by = "the module" if self._candidate.forward is None else "forward"
-            raise ValueError(
-                f"{by} returned {type(output).__name__} without a tensor in it; give forward=callable(model, batch) "
-                "that returns features as a torch.Tensor."
-            )
-        pooled = pool(seen, self._candidate.pooling, self._num_features, find_mask(batch))
+    def features(self, batch: Any, target: Tensor, fabric: Fabric) -> Tensor:
+        """Pooled features (n, D) of a batch as the loader made it, with labels (n, …).
+
+        Raises:
+            ValueError: the module gives no features, or not one for each label.
+        """
+        prepared = self._prepared(batch, fabric)
+        try:
+            if self.heads is None:
+                self._find_heads(prepared, fabric)
+                if not self._sources.called:  # the input of the layer that was found is not at hand
+                    self._run(self._prepared(batch, fabric), fabric)
+            else:
+                self._run(prepared, fabric)
+            with fabric.autocast():
+                rows, errors = self._sources.rows(self._module, prepared, target, find_mask(prepared), self._task)
+        finally:
+            self._sources.stop()
+            self._made = None
+        for error in errors.values():
+            raise error
+        pooled = rows[HEAD]
         if self._candidate.normalize:
             pooled = nn.functional.normalize(pooled.to(torch.promote_types(pooled.dtype, torch.float32)))
         return pooled
 
-    def _name_of_head(self, num_outputs: int | None) -> str | None:
-        if self._candidate.head != "auto":
-            return self._candidate.head
+    def _run(self, prepared: Any, fabric: Fabric) -> None:
+        self._sources.start()
+        with fabric.autocast():
+            self._made = self._output(prepared)
+
+    def _find_heads(self, prepared: Any, fabric: Fabric) -> None:
+        """Run the first batch, and find which layer makes the output."""
+        self._sources = self._listen(())
+        with OutputLayer(self._module) as layers:
+            self._run(prepared, fabric)
+        made = first_tensor(self._made)
+        name = None if made is None else layers.find(made)
+        if self._candidate.forward is not None and name != self._classifier():
+            name = None  # a forward of the user's own returns features, unless it runs the classifier
+        self.heads = () if name is None else (name,)
+        if name is not None:
+            self._sources.stop()
+            self._sources = self._listen(self.heads)
+            for tap in self._sources.taps:
+                tap.start()
+                layers.replay(name, tap)
+
+    def _classifier(self) -> str | None:
         try:
-            return find_head(self._module, num_outputs)
+            return find_head(self._module)
         except ValueError:
-            if not self._optional:
-                raise
             return None
+
+    def _listen(self, heads: Sequence[str]) -> Sources:
+        pooling = self._candidate.pooling
+        if not heads:
+            return Sources(self._module, [Source(HEAD, features=self._feature_made, pooling=pooling)])
+        modules = {name: get_module(self._module, name, "head") for name in heads}
+        taps = [Tap(module, "input", f"the head '{name}'") for name, module in modules.items()]
+        return Sources(self._module, [Source(HEAD, taps, pooling=pooling)])
+
+    def _prepared(self, batch: Any, fabric: Fabric) -> Any:
+        batch = copied(batch)  # the module may write to it
+        if self._candidate.transform is not None:
+            batch = self._candidate.transform(batch)
+        return fabric.to_device(fabric.strategy.precision.convert_input(batch))
+
+    def _feature_made(self, *_: Any) -> Tensor:
+        """The output of the batch that has been run, as a feature."""
+        tensor = first_tensor(self._made)
+        if tensor is None:
+            by = "the module" if self._candidate.forward is None else "forward"
+            raise ValueError(
+                f"{by} returned {type(self._made).__name__} without a tensor in it; give "
+                "forward=callable(model, batch) that returns features as a torch.Tensor."
+            )
+        return tensor
 
     def _output(self, batch: Any) -> Any:
         if self._candidate.forward is not None:

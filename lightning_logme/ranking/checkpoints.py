@@ -15,7 +15,7 @@ from torch import nn
 from lightning_logme.packages import to_uncompiled
 from lightning_logme.ranking.rank import rank_backbones
 from lightning_logme.ranking.result import Ranking
-from lightning_logme.sources import plain_name
+from lightning_logme.sources import AUTO, Head, plain_name
 
 PathLike = str | os.PathLike[str]
 
@@ -25,7 +25,7 @@ def score_checkpoints(
     paths: PathLike | Iterable[PathLike],
     dataloader: Any,
     *,
-    head: str | Mapping[Any, str | None] | None = None,
+    head: Head | Mapping[Any, Head] = AUTO,
     **options: Any,
 ) -> Ranking:
     """Rank the checkpoints of one network by how well their features suit a target task, without training any.
@@ -39,9 +39,7 @@ def score_checkpoints(
         paths: of checkpoints of Lightning, or of state dicts saved by ``torch.save``; or of one folder, for its
             ``.ckpt`` files. They are read with ``weights_only=True``: nothing in them is executed.
         dataloader: of the target task, as in :func:`~lightning_logme.rank_backbones`.
-        head: dotted name of the module whose **input** is the feature; None finds the classifier head, as
-            :class:`~lightning_logme.LogMECallback` does. With ``forward=`` and no such head in its way, the feature is
-            what ``forward`` returns.
+        head: where the feature is, as in :func:`~lightning_logme.rank_backbones`; one for all, or a mapping by path.
         options: all others of :func:`~lightning_logme.rank_backbones`.
 
     Returns:
@@ -72,10 +70,9 @@ def score_checkpoints(
         raise ValueError(f"module must be the torch.nn.Module that the checkpoints belong to, got {module!r:.60}.")
     names = _names(paths)
     if isinstance(head, Mapping):
-        head = {os.fspath(name): value or "auto" for name, value in head.items()}
-        head = {**dict.fromkeys(names, "auto"), **head}
+        head = {os.fspath(path): value for path, value in head.items()}
     candidates = [(name, partial(_loaded, module, name)) for name in names]
-    return rank_backbones(candidates, dataloader, head=head or "auto", **options)
+    return rank_backbones(candidates, dataloader, head=head, **options)
 
 
 def _names(paths: PathLike | Iterable[PathLike]) -> list[str]:

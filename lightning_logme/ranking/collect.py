@@ -107,12 +107,7 @@ def collect(
         if portion.start < start:
             skipped += portion.digest()
             continue
-        features = backbone.features(portion.batch, fabric)
-        if len(features) != len(portion.target):
-            raise ValueError(
-                f"{len(features)} features for {len(portion.target)} labels, shapes {tuple(features.shape)} and "
-                f"{tuple(portion.target.shape)}; a backbone and its transform must give one feature a sample."
-            )
+        features = backbone.features(portion.batch, portion.target, fabric)
         sums.add(features, portion.target, portion.block)
         labels += portion.digest()
         probe = probe or (features[:PROBE].float().cpu(), portion.target[:PROBE])

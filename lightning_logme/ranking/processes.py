@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-import torch.distributed as dist
 from lightning.fabric import Fabric
 
+from lightning_logme.distributed import gathered
 from lightning_logme.moments import Moments, moments_device
 from lightning_logme.samples import BLOCKS
 
@@ -35,11 +35,7 @@ def together(fabric: Fabric, step: Callable[[], T]) -> T:
 
 def everyone(fabric: Fabric, mine: Info) -> list[Info]:
     """What each process has, by rank."""
-    if fabric.world_size == 1:
-        return [mine]
-    gathered: list[Info | None] = [None] * fabric.world_size
-    dist.all_gather_object(gathered, mine)
-    return gathered  # type: ignore[return-value]
+    return gathered(fabric.world_size == 1, mine)
 
 
 def summed(fabric: Fabric, blocks: list[Moments], num_outputs: int) -> list[Moments]:

@@ -52,6 +52,7 @@ class Progress:
         probe: the features and the labels of the first samples.
         fingerprint: of the module.
         num_parameters: of the module.
+        heads: the modules whose input is the feature, none for the output of the module.
         seconds: spent.
         peak_memory: bytes of the accelerator's memory, where it has one.
     """
@@ -63,6 +64,7 @@ class Progress:
     probe: tuple[Tensor, Tensor] | None = None
     fingerprint: str | None = None
     num_parameters: int | None = None
+    heads: list[str] | None = None
     seconds: float = 0.0
     peak_memory: int | None = None
 

@@ -142,7 +142,7 @@ class Race:
         if self._fabric.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._fabric.device)
         candidate, rules = self._candidates[name], self._rules
-        ready = candidate.on_device(self._fabric, rules.seed, rules.num_outputs)
+        ready = candidate.on_device(self._fabric, rules.seed, self.samples.task, self.progress[name].heads)
         backbone = together(self._fabric, lambda: stack.enter_context(ready))
         known = self.progress[name].fingerprint
         if known not in (None, backbone.fingerprint):
@@ -186,6 +186,7 @@ class Race:
             probe=part.probe if before.probe is None else before.probe,
             fingerprint=backbone.fingerprint,
             num_parameters=backbone.num_parameters,
+            heads=before.heads if backbone.heads is None else list(backbone.heads),
             seconds=before.seconds + time.perf_counter() - started,
             peak_memory=torch.cuda.max_memory_allocated(fabric.device) if fabric.device.type == "cuda" else None,
         )
@@ -227,7 +228,7 @@ class Race:
                 with ExitStack() as stack:
                     backbone = self._build(name, stack)
                     first = self.samples.first()
-                    features = together(fabric, lambda: backbone.features(first.batch, fabric))  # noqa: B023
+                    features = together(fabric, lambda: backbone.features(first.batch, first.target, fabric))  # noqa: B023
                     same = is_same(candidate, saved, backbone.fingerprint, features, first.target)
             except Failure as failure:
                 self._fail(name, failure)

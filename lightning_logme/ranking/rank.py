@@ -19,6 +19,7 @@ from lightning_logme.batch import TargetSpec
 from lightning_logme.forward import Forward
 from lightning_logme.moments import Task
 from lightning_logme.packages import LOGGERS
+from lightning_logme.pooling import Pooling, check_pooling
 from lightning_logme.ranking.candidate import Candidate, Transform
 from lightning_logme.ranking.progress import Store
 from lightning_logme.ranking.race import Race, Rules
@@ -26,7 +27,7 @@ from lightning_logme.ranking.report import Report
 from lightning_logme.ranking.result import Ranking
 from lightning_logme.ranking.standing import standing
 from lightning_logme.samples import Samples
-from lightning_logme.taps import Pooling, check_pooling
+from lightning_logme.sources import AUTO, Head, checked_head
 from lightning_logme.undisturbed import same_generators
 
 Source = nn.Module | Callable[[], nn.Module]
@@ -38,7 +39,7 @@ def rank_backbones(
     *,
     task: Task = "multiclass",
     num_classes: int | None = None,
-    head: str | Mapping[str, str | None] | None = None,
+    head: Head | Mapping[str, Head] = AUTO,
     target: TargetSpec = None,
     pooling: Pooling | Mapping[str, Pooling] = "auto",
     forward: Forward | Mapping[str, Forward | None] | None = None,
@@ -72,14 +73,15 @@ def rank_backbones(
             the same batches every time it is iterated over.
         task: "binary", "multiclass", "multilabel" or "regression".
         num_classes: K of "multiclass", or labels of "multilabel"; None takes it from labels at hand.
-        head: where the feature is: None for the module's output, "auto" for the input of its classifier head (with
-            ``forward``, if it goes through one), or the dotted name of the module whose input it is; one for all, or a
-            mapping by candidate.
+        head: where the feature is: "auto" runs one batch, and takes the input of the linear layer or 1 × 1 convolution
+            that makes the module's output; where there is none, as in an encoder without a head, the output itself. A
+            dotted name names the module whose input it is; several names stand for several heads, whose inputs are
+            concatenated; None takes the output. One for all, or a mapping by candidate. The table says which it was.
         target: where the labels are in a batch: a key, an index, or a callable(batch) -> Tensor; None finds them in
             the usual forms.
         pooling: how tokens (N, T, D) and maps (N, C, H, W) become (N, D), as in
             :class:`~lightning_logme.LogMECallback`; one for all, or a mapping by candidate.
-        forward: callable(model, batch) -> features, for modules that are not called as model(inputs) or
+        forward: callable(model, batch) -> output, for modules that are not called as model(inputs) or
             model(**batch); one for all, or a mapping by candidate.
         transforms: by candidate, callable(batch) -> batch: the preprocessing of its own, on the CPU. Labels are read
             before it.
@@ -126,14 +128,14 @@ def rank_backbones(
     pairs = _pairs(candidates)
     names = [name for name, _ in pairs]
     options = {
-        "head": _by_candidate("head", head, names, None),
+        "head": _by_candidate("head", head, names, AUTO),
         "pooling": _by_candidate("pooling", pooling, names, "auto"),
         "forward": _by_candidate("forward", forward, names, None),
         "transform": _by_candidate("transforms", transforms, names, None),
     }
     for name in names:
         check_pooling(options["pooling"][name])
-        _check("head", name, options["head"][name], lambda value: isinstance(value, str), "the name of a module")
+        options["head"][name] = checked_head(options["head"][name])
         for argument, values in (("forward", options["forward"]), ("transforms", options["transform"])):
             _check(argument, name, values[name], callable, "callable")
     if type(seed) is not int:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_TEXT = (0, 1, 6, 10)  # columns of words, which begin at the left
+
 Ended = Literal["finished", "dropped", "failed", "interrupted"]
 
 
@@ -31,6 +33,7 @@ class RankingRow:
         gain: what it exceeds the score of useless features by; 0 means that they explain nothing.
         stderr: standard error of ``logme``, by the block jackknife. Differences between candidates are far surer.
         tied_with_best: whether the paired difference from the best is within chance; true of the best itself.
+        feature: what was scored: "input of 'fc'", or "output" of the module.
         num_features: D.
         num_parameters: of the module.
         num_samples: that it was scored on.
@@ -45,6 +48,7 @@ class RankingRow:
     gain: float
     stderr: float
     tied_with_best: bool
+    feature: str
     num_features: int | None
     num_parameters: int | None
     num_samples: int
@@ -152,7 +156,7 @@ class Ranking:
         widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
         lines = (
             "  ".join(
-                cell.ljust(width) if index in (0, 1, len(widths) - 1) else cell.rjust(width)
+                cell.ljust(width) if index in _TEXT else cell.rjust(width)
                 for index, (cell, width) in enumerate(zip(line, widths, strict=True))
             ).rstrip()
             for line in (header, *body)
@@ -160,7 +164,9 @@ class Ranking:
         return "\n".join(lines)
 
     def _cells(self) -> list[list[str]]:
-        cells = [["", "candidate", "gain", "± s.e.", "LogME", "samples", "D", "parameters", "seconds", "ended"]]
+        cells = [
+            ["", "candidate", "gain", "± s.e.", "LogME", "samples", "feature", "D", "parameters", "seconds", "ended"]
+        ]
         for place, row in enumerate(self.rows, 1):
             tied = row.tied_with_best and place > 1
             cells.append(
@@ -171,6 +177,7 @@ class Ranking:
                     _number(row.stderr),
                     _number(row.logme),
                     str(row.num_samples),
+                    printable(row.feature),
                     "" if row.num_features is None else str(row.num_features),
                     _count(row.num_parameters),
                     f"{row.seconds:.1f}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from lightning_logme.curve import CurvePoint
 from lightning_logme.ranking.jackknife import quantile_of_ties, standard_error, trailing
@@ -54,6 +55,7 @@ def _row(race: Race, name: str, tied: bool) -> RankingRow:
         gain=last.gain,
         stderr=standard_error(last.replicates) if progress.rounds else math.nan,
         tied_with_best=tied,
+        feature=_feature(progress.heads),
         num_features=progress.num_features,
         num_parameters=progress.num_parameters,
         num_samples=last.num_samples,
@@ -79,3 +81,10 @@ def _end(race: Race, name: str, progress: Progress) -> tuple[Ended, str]:
     if saturated:
         return "finished", f"a perfect fit of {saturated} outputs, whose evidence has no bound: are labels leaked?"
     return "finished", ""
+
+
+def _feature(heads: Sequence[str] | None) -> str:
+    """What was scored, in words; nothing where no batch has shown it."""
+    if heads is None:
+        return ""
+    return "input of " + " and ".join(map(repr, heads)) if heads else "output"

@@ -28,7 +28,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.regression import R2Score
 
 from lightning_logme.batch import find_mask
-from lightning_logme.taps import pool
+from lightning_logme.pooling import pool
 from tests.benchmarks.common import peak, reset_peak
 from tests.benchmarks.frozen import Backbone, call, headless, target
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_logme.batch import find_mask
-from lightning_logme.taps import Tap, pool
+from lightning_logme.pooling import pool
+from lightning_logme.taps import Tap
 
 sys.path.append(str(Path(__file__).parents[2] / "examples"))  # a folder of scripts, not a package
 

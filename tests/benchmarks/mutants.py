@@ -37,7 +37,7 @@ SCOPE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     **dict.fromkeys(("spectrum", "maximum", "evidence", "functional"), ((), _SCORES)),
     "moments": ((), (*_SCORES, "metric", "jackknife")),
     "metric": ((), ("slips", "metric", "functional")),
-    "distributed": (("rows_without_padding", "_deals_out_in_turn", "agree"), ("slips", *_RULE)),
+    "distributed": (("rows_without_padding", "_deals_out_in_turn", "first_reason"), ("slips", *_RULE)),
     "collector": (("_parts", "_sums", "_result"), ("slips", "curve")),
 }
 _SLOW = (

@@ -1,0 +1,141 @@
+"""Which layer makes the output of a module, found by running one batch."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_logme.taps import Tap
+
+_SAMPLES = 2  # whose numbers are compared: all of a batch would keep the activations of the whole network
+_INPUTS = 4  # of the last layers that ran are kept: a head is nearly always one of them
+
+
+class OutputLayer:
+    """Finds the linear layer, or 1 × 1 convolution, whose output is a module's output, while one batch runs.
+
+    It counts as the output where the numbers are the same: also in another shape, for one token of several, averaged
+    over positions (after a ReLU too), times a scalar, or after a softmax, log-softmax or sigmoid.
+
+    Args:
+        module: the network. Its layers have hooks inside the ``with`` block.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._names = {part: name for name, part in module.named_modules() if _is_linear(part)}
+        self._calls: list[tuple[str, tuple[int, ...], Tensor]] = []
+        self._inputs: deque[tuple[str, Tensor]] = deque(maxlen=_INPUTS)
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> OutputLayer:
+        for part in self._names:
+            self._handles.append(part.register_forward_pre_hook(self._on_input))
+            self._handles.append(part.register_forward_hook(self._on_output))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _on_input(self, part: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor):
+            self._inputs.append((self._names[part], args[0].detach().clone()))
+
+    def _on_output(self, part: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if isinstance(output, Tensor) and output.ndim:
+            few = output.detach()[:_SAMPLES].float().clone()
+            self._calls.append((self._names[part], tuple(output.shape), few))
+
+    def find(self, output: Tensor) -> str | None:
+        """Return the dotted name of the layer; None where there is none, as in an encoder without a head.
+
+        Raises:
+            ValueError: the output is the mean of several heads.
+        """
+        if output.ndim < 2:
+            return None
+        shape, numbers = tuple(output.shape), output.detach()[:_SAMPLES].float()
+        for name, made, seen in reversed(self._calls):  # an adapter's wrapper comes after the layer in it
+            if name and any(_are_close(version, numbers) for version in _versions(made, seen, shape, numbers)):
+                return name
+        heads = _several(self._module, self._calls, shape, numbers)
+        if heads:
+            raise ValueError(
+                f"head: the output of {type(self._module).__name__} is made by several heads, "
+                f"{', '.join(map(repr, heads))}; name one of them, or all to score their inputs together: "
+                f"head={heads!r}."
+            )
+        return None
+
+    def replay(self, name: str, tap: Tap) -> None:
+        """Give a tap the inputs of a layer in the batch, as far as they are at hand."""
+        for layer, seen in self._inputs:
+            if layer == name:
+                tap.receive(seen)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether it maps features linearly to outputs: adapters around a linear layer do, too."""
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return module.groups == 1 and all(size == 1 for size in module.kernel_size)
+    widths = (getattr(module, name, None) for name in ("in_features", "out_features"))
+    return all(isinstance(width, int) for width in widths)
+
+
+def _versions(made: tuple[int, ...], seen: Tensor, shape: tuple[int, ...], numbers: Tensor) -> Iterator[Tensor]:
+    """What the output would be if it were made of a layer's output, by each of the maps that leave it the output.
+
+    Args:
+        made: shape of the layer's output.
+        seen: its first samples.
+        shape: of the module's output.
+        numbers: its first samples.
+    """
+    if seen.numel() >= numbers.numel() and math.prod(made) == math.prod(shape):
+        yield seen.flatten()[: numbers.numel()].view_as(numbers)
+    if made == shape:
+        dim = -1 if numbers.ndim == 2 else 1
+        yield from (seen.softmax(dim), seen.log_softmax(dim), seen.sigmoid())
+        square = seen.square().sum()
+        if square > 0 and numbers.numel() > _SAMPLES:  # one number is a multiple of any other
+            yield seen * ((seen * numbers).sum() / square)
+    if seen.ndim > 2 == numbers.ndim and made[0] == shape[0]:
+        if made[1] == shape[1]:  # a map, channels first
+            positions = tuple(range(2, seen.ndim))
+            yield from (seen.mean(positions), seen.relu().mean(positions))
+        if made[-1] == shape[1]:  # tokens, or a map with channels last
+            tokens = seen.flatten(1, -2)
+            yield from (tokens.mean(1), tokens.relu().mean(1))
+            distance = (tokens - numbers[:, None]).square().sum(2)
+            yield tokens[torch.arange(len(tokens), device=tokens.device), distance.argmin(1)]
+
+
+def _several(
+    module: nn.Module, calls: list[tuple[str, tuple[int, ...], Tensor]], shape: tuple[int, ...], numbers: Tensor
+) -> list[str]:
+    """The heads whose mean is the output, or which timm's convention names."""
+    alike = [(name, seen) for name, made, seen in calls if made == shape]
+    total = torch.zeros_like(numbers)
+    for number, (_, seen) in enumerate(reversed(alike), 1):
+        total += seen
+        if number > 1 and _are_close(total / number, numbers):
+            return [name for name, _ in alike[-number:]]
+    called = {name for name, _, _ in calls}
+    for prefix, part in module.named_modules():
+        config = getattr(part, "default_cfg", None)
+        named = config.get("classifier") if isinstance(config, dict) else None
+        if isinstance(named, (list, tuple)):
+            heads = [f"{prefix}.{name}" if prefix else name for name in named]
+            if len(heads) > 1 and called.issuperset(heads):
+                return heads
+    return []
+
+
+def _are_close(left: Tensor, right: Tensor) -> bool:
+    return left.shape == right.shape and torch.allclose(left, right, rtol=1e-3, atol=1e-5)
