@@ -11,21 +11,24 @@ from typing import Any, NamedTuple
 from torch import nn
 from torchmetrics import Metric
 
-_HEAD_WORDS = frozenset(
+_SURE_WORDS = frozenset(("head", "heads", "classifier", "classification", "score", "logits"))
+_HEAD_WORDS = _SURE_WORDS | {"fc", "regressor", "predictor"}
+_LAYER_WORDS = frozenset(("output", "out"))  # Only layers count: transformers have whole networks of these names.
+_INNER_WORDS = frozenset(
     (
-        "head",
-        "heads",
-        "classifier",
-        "classification",
-        "fc",
-        "score",
-        "logits",
-        "regressor",
-        "predictor",
-        "output",
-        "out",
+        "embed",
+        "embedding",
+        "embeddings",
+        "key",
+        "merger",
+        "pooler",
+        "pos",
+        "position",
+        "proj",
+        "projection",
+        "projector",
     )
-)
+) | {"query", "reference", "value"}
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _GLOBAL_POOLINGS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 _LINKS = (nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Sigmoid, nn.LogSigmoid)  # from logits to predictions
@@ -58,18 +61,17 @@ def find_head(root: nn.Module, num_outputs: int | None = None) -> str:
         candidates = [candidate for candidate in candidates if candidate.outputs == num_outputs] or candidates
     candidates = _without_frozen_copies(candidates)
     if len(candidates) > 1:
-        named = [candidate for candidate in candidates if not _HEAD_WORDS.isdisjoint(candidate.name.split("."))]
-        candidates = named or candidates
+        candidates = [candidate for candidate in candidates if candidate.path.likeness == 2] or candidates
     if len(candidates) == 1:
-        return candidates[0].name
+        return candidates[0].path.name
     model = type(root).__name__
     if not candidates:
         raise ValueError(
             f"head: {model} has no linear layer that surely makes its output; give head=None to score its output, "
             "layers=['…'] to score the output of modules, features=callable(module, batch), or the name of its head."
         )
-    listed = ", ".join(f"'{name}' ({inputs} → {outputs})" for name, _, inputs, outputs in candidates)
-    names = [candidate.name for candidate in candidates]
+    listed = ", ".join(f"'{c.path.name}' ({c.inputs} → {c.outputs})" for c in candidates)
+    names = [candidate.path.name for candidate in candidates]
     raise ValueError(
         f"head: {model} has several layers that could be its classifier head: {listed}; give head={names} to score "
         "their inputs together, or one of the names."
@@ -97,10 +99,28 @@ def get_module(root: nn.Module, name: str, argument: str) -> nn.Module:
     )
 
 
+class _Path(NamedTuple):
+    """How a module is reached from the root.
+
+    Attributes:
+        name: Its dotted name.
+        likeness: How much that name says "head"; 2 for the very word.
+        last: Whether no other weights can come after its output.
+    """
+
+    name: str = ""
+    likeness: int = 0
+    last: bool = True
+
+    def child(self, name: str, likeness: int, last: bool = True) -> _Path:
+        dotted = f"{self.name}.{name}" if self.name else name
+        return _Path(dotted, likeness, self.last and last)
+
+
 class _Candidate(NamedTuple):
     """A layer that may be the head."""
 
-    name: str
+    path: _Path
     module: nn.Module
     inputs: int
     outputs: int
@@ -110,26 +130,34 @@ class _Candidate(NamedTuple):
         return any(parameter.requires_grad for parameter in self.module.parameters())
 
 
-class _Path(NamedTuple):
-    """How a module is reached from the root.
+class _Branch(NamedTuple):
+    """A child of a module, and the candidates in it."""
 
-    Attributes:
-        name: its dotted name.
-        named: whether that name has the word of a head.
-        last: whether no other weights can come after its output.
-    """
+    name: str
+    module: nn.Module
+    likeness: int
+    is_layer: bool
+    candidates: list[_Candidate]
 
-    name: str = ""
-    named: bool = False
-    last: bool = True
+    @property
+    def rank(self) -> tuple[int, bool]:
+        return self.likeness, self.is_layer
 
-    def child(self, name: str, last: bool) -> _Path:
-        dotted = f"{self.name}.{name}" if self.name else name
-        return _Path(dotted, self.named or _likeness(name) == 2, self.last and last)
+    @property
+    def is_idle(self) -> bool:
+        """Whether it is a network without a head."""
+        return not self.candidates and len(_layers(self.module.modules())) > 1
+
+    @property
+    def had_head(self) -> bool:
+        """Whether it stands where the head was, so that no other branch holds the head."""
+        if _has_linear(self.module):
+            return self.likeness == 2
+        return self.likeness > 0 and any(isinstance(child, nn.Identity) for child in self.module.modules())
 
 
 class _Search:
-    """The candidates of a network."""
+    """The search for the candidates of a network."""
 
     def __init__(self, root: nn.Module) -> None:
         self._root = root
@@ -143,73 +171,116 @@ class _Search:
         if isinstance(module, (Metric, nn.MultiheadAttention)):
             return  # A metric's network is not part of the model. An attention never calls its `out_proj`.
         linear = _linear(module)
-        children = dict(module.named_children())
         if linear is not None:
-            if path.named or path.last or (isinstance(linear, nn.Linear) and not self._is_taken(linear, siblings)):
-                yield _Candidate(path.name, module, *_sizes(linear))
+            if self._may_be_last(linear, path, siblings):
+                yield _Candidate(path, module, *_sizes(linear))
         elif hasattr(type(module), "adapter_layer_names"):
-            yield from self._ends_of_adapter(module, path, children)
+            yield from self._ends_of_adapter(module, path)
         elif (names := _classifiers(module)) is not None:
             for name in names:
                 child, name = _resolve(module, name)
                 if name:
-                    yield from self._ends(child, path.child(name, True)._replace(named=True), ())
+                    yield from self._ends(child, path.child(name, 2), ())
         elif isinstance(module, nn.Sequential):
-            yield from self._ends_of_sequence(path, children)
+            yield from self._ends_of_sequence(module, path)
         else:
-            yield from self._ends_of_branches(module, path, children)
+            yield from self._ends_of_branches(module, path)
 
-    def _ends_of_adapter(self, module: Any, path: _Path, children: Mapping[str, nn.Module]) -> Iterator[_Candidate]:
+    def _may_be_last(self, linear: nn.Module, path: _Path, siblings: Sequence[nn.Module]) -> bool:
+        """Whether no other layer takes the outputs of this one, by its name and the sizes of all layers."""
+        if path.last:
+            return True
+        if not isinstance(linear, nn.Linear):
+            return path.likeness == 2  # Convolutions of this size are in all parts of networks.
+        inputs, outputs = _sizes(linear)
+        if path.likeness == 2 and (inputs != outputs or path.name.rpartition(".")[2] in _SURE_WORDS):
+            return True
+        return self._inputs[outputs] == _inputs({linear, *siblings})[outputs]  # Siblings are compared as a chain.
+
+    def _ends_of_adapter(self, module: Any, path: _Path) -> Iterator[_Candidate]:
         """PEFT keeps a frozen original beside trained copies, and calls one of them."""
-        copies = children.get("modules_to_save")
+        copies = getattr(module, "modules_to_save", None)
         if not isinstance(copies, nn.ModuleDict):
             return
         active = [] if module.disable_adapters else module.active_adapter
         called = [name for name in ([active] if isinstance(active, str) else active) if name in copies]
         name = f"modules_to_save.{called[0]}" if called else "original_module"
-        yield from self._ends(module.get_submodule(name), path.child(name, True), ())
+        yield from self._ends(module.get_submodule(name), path.child(name, path.likeness), ())
 
-    def _ends_of_sequence(self, path: _Path, children: Mapping[str, nn.Module]) -> Iterator[_Candidate]:
-        siblings = _layers(children.values())
-        kinds = Counter(map(_kind, children.values()))
+    def _ends_of_sequence(self, module: nn.Sequential, path: _Path) -> Iterator[_Candidate]:
+        children = list(module.named_children())
+        siblings = _layers(child for _, child in children)
         pooled = False
-        for name, child in reversed(list(children.items())):
+        for name, child in reversed(children):
             if _has_linear(child):
                 # Blocks of one kind are hidden layers, unless plain sequences are all there is.
-                is_block = kinds[_kind(child)] > 1 and not (path.last and isinstance(child, nn.Sequential))
+                is_block = _are_blocks(module, type(child)) and not (path.last and isinstance(child, nn.Sequential))
                 if _linear(child) is not None or not is_block:
-                    yield from self._ends(child, path.child(name, True), siblings)
+                    below = path.child(name, max(path.likeness, _likeness(name, child)))
+                    yield from self._ends(child, below, siblings)
                 return
             # SqueezeNet's classifier pools relu(convolution).
-            if not _keeps_logits(child) and not (pooled and path.named and isinstance(child, nn.ReLU)):
+            if not _keeps_logits(child) and not (pooled and path.likeness == 2 and isinstance(child, nn.ReLU)):
                 return
             pooled = pooled or isinstance(child, _GLOBAL_POOLINGS)
 
-    def _ends_of_branches(
-        self, module: nn.Module, path: _Path, children: Mapping[str, nn.Module]
-    ) -> Iterator[_Candidate]:
-        siblings = _layers(children.values())
-        is_last = sum(_has_weights(child) for child in children.values()) == 1
-        best: tuple[int, bool] = (0, False)
-        found: list[_Candidate] = []
-        for name, child in children.items():
-            is_layer = _linear(child) is not None
-            if isinstance(module, nn.ModuleList) and not is_layer and not path.named:
-                continue  # blocks of an encoder
-            candidates = list(self._ends(child, path.child(name, is_last), siblings))
-            likeness = _likeness(name), is_layer
-            if not candidates and not _had_head(child, likeness[0]):
-                continue
-            if likeness > best:
-                best, found = likeness, []
-            if likeness == best:
-                found += candidates
-        yield from _ends_of_chain(found) if best[1] else found
+    def _ends_of_branches(self, module: nn.Module, path: _Path) -> Iterator[_Candidate]:
+        branches = [branch for branch in self._branches(module, path) if branch.candidates or branch.had_head]
+        if not branches:
+            return
+        best = max(branch.rank for branch in branches)
+        found = [candidate for branch in branches if branch.rank == best for candidate in branch.candidates]
+        if best[0] == 2:  # "head" and "head_dist" of equal sizes are two heads.
+            sizes = {candidate[2:] for candidate in found}
+            found += [
+                twin for branch in branches if branch.likeness == 1 for twin in branch.candidates if twin[2:] in sizes
+            ]
+            found = [candidate._replace(path=candidate.path._replace(likeness=2)) for candidate in found]
+        yield from found
 
-    def _is_taken(self, linear: nn.Module, siblings: Sequence[nn.Module]) -> bool:
-        """Whether a layer elsewhere takes as many inputs as this one gives outputs. Siblings are compared later."""
-        outputs = _sizes(linear)[1]
-        return self._inputs[outputs] > _inputs({linear, *siblings})[outputs]
+    def _branches(self, module: nn.Module, path: _Path) -> list[_Branch]:
+        """Return the children of a module that is no sequence, without the candidates that are hidden layers."""
+        if path.likeness == 2 and any(True for _ in (*module.parameters(False), *module.buffers(False))):
+            return []  # This head computes more than its layers do.
+        children = dict(module.named_children())
+        siblings = _layers(children.values())
+        ends = _ends_of_chain(children)
+        beside_blocks = any(isinstance(child, nn.ModuleList) and _are_blocks(child) for child in children.values())
+        is_last = sum(map(_has_weights, children.values())) == 1
+        is_only = sum(map(_has_linear, children.values())) == 1
+        branches = []
+        for name, child in children.items():
+            branch = _Branch(name, child, _likeness(name, child), _linear(child) is not None, [])
+            branches.append(branch)
+            if branch.is_layer:
+                is_inner = name not in ends
+            elif isinstance(module, nn.ModuleList):
+                is_inner = path.likeness < 2  # a block of an encoder
+            else:
+                is_inner = beside_blocks and branch.likeness < 2 and not isinstance(child, nn.Sequential)
+            if is_inner or (branch.likeness == 0 and not is_last and _words(name) & _INNER_WORDS):
+                continue
+            is_alone = is_last if isinstance(child, _CONVOLUTIONS) else is_only
+            inherited = path.likeness if is_alone or branch.likeness or isinstance(module, nn.ModuleList) else 0
+            below = path.child(name, max(branch.likeness, inherited), is_last)
+            branch.candidates.extend(self._ends(child, below, siblings))
+        return _in_last_place(branches)
+
+
+def _in_last_place(branches: list[_Branch]) -> list[_Branch]:
+    """Drop the candidates whose output a later network may take, unless their name says "head"."""
+    idle = [index for index, branch in enumerate(branches) if branch.is_idle]
+    kept = []
+    is_first = True
+    for index, branch in enumerate(branches):
+        is_inner = bool(idle) and index < idle[-1]
+        if branch.is_layer:
+            is_inner = is_inner and not is_first
+        elif idle:
+            is_inner = is_inner or any(map(_are_blocks, branch.module.modules()))
+        is_first = is_first and not _has_weights(branch.module)
+        kept.append(branch._replace(candidates=[]) if is_inner and branch.likeness < 2 else branch)
+    return kept
 
 
 def _linear(module: nn.Module) -> nn.Module | None:
@@ -260,11 +331,18 @@ def _has_weights(module: nn.Module) -> bool:
     return not isinstance(module, Metric) and any(True for _ in module.parameters())
 
 
-def _had_head(module: nn.Module, likeness: int) -> bool:
-    """Whether a module without candidates stands where the head was, so that no other branch holds the head."""
-    if _has_linear(module):
-        return likeness == 2
-    return likeness > 0 and any(isinstance(child, nn.Identity) for child in module.modules())
+def _are_blocks(module: nn.Module, kind: type | None = None) -> bool:
+    """Whether a module is a list of networks or a sequence of networks of one kind, as the blocks of an encoder."""
+    networks = [child for child in module.children() if _linear(child) is None and any(True for _ in child.children())]
+    if isinstance(module, nn.ModuleList):
+        return bool(networks)
+    kinds = Counter(map(_kind, networks)) if isinstance(module, nn.Sequential) else Counter()
+    return any(number > 1 and kind in (None, shared[0]) for shared, number in kinds.items())
+
+
+def _kind(module: nn.Module) -> tuple[type, ...]:
+    """Return what blocks of one kind have in common. Plain sequences are of one kind where all their modules are."""
+    return tuple(map(type, module.modules())) if isinstance(module, nn.Sequential) else (type(module),)
 
 
 def _keeps_logits(module: nn.Module) -> bool:
@@ -276,11 +354,6 @@ def _keeps_logits(module: nn.Module) -> bool:
         isinstance(child, _LINKS) or type(child).__module__.rpartition(".")[2] not in hidden
         for child in module.modules()
     )
-
-
-def _kind(module: nn.Module) -> Any:
-    """Return what blocks of one kind have in common."""
-    return tuple(map(type, module.modules())) if isinstance(module, nn.Sequential) else type(module)
 
 
 def _classifiers(module: Any) -> list[str] | None:
@@ -304,22 +377,31 @@ def _resolve(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     return module, ".".join(found)
 
 
-def _likeness(name: str) -> int:
-    """Return how much a name says "head"."""
-    name = name.lower().strip("_")
-    words = set(re.split(r"[_\d]+", name))
-    return 2 if name in _HEAD_WORDS else 1 if words & _HEAD_WORDS else 0
+def _words(name: str) -> set[str]:
+    return set(re.split(r"[_\d]+", name.lower()))
+
+
+def _likeness(name: str, module: nn.Module) -> int:
+    """Return how much a name says "head": 2 for the very word, 1 for a name that has the word."""
+    words = _HEAD_WORDS if _linear(module) is None else _HEAD_WORDS | _LAYER_WORDS
+    return 2 if name.lower().strip("_") in words else 1 if words & _words(name) else 0
 
 
 def _without_frozen_copies(candidates: list[_Candidate]) -> list[_Candidate]:
+    """Drop what is frozen beside a trained layer with as many outputs: a teacher, a copy, a layer out of use."""
     trained = {candidate.outputs for candidate in candidates if candidate.trained}
     return [candidate for candidate in candidates if candidate.trained or candidate.outputs not in trained]
 
 
-def _ends_of_chain(layers: list[_Candidate]) -> list[_Candidate]:
-    """Return the layers whose output no later one takes."""
+def _ends_of_chain(children: Mapping[str, nn.Module]) -> set[str]:
+    """Return the names of the layers whose output no later sibling takes."""
+    layers = [
+        _Candidate(_Path(name), child, *_sizes(linear))
+        for name, child in children.items()
+        if (linear := _linear(child)) is not None
+    ]
     layers = _without_frozen_copies(layers)
-    return [layer for i, layer in enumerate(layers) if not any(_feeds(layer, later) for later in layers[i + 1 :])]
+    return {layer.path.name for i, layer in enumerate(layers) if not any(_feeds(layer, x) for x in layers[i + 1 :])}
 
 
 def _feeds(layer: _Candidate, later: _Candidate) -> bool:
@@ -328,5 +410,5 @@ def _feeds(layer: _Candidate, later: _Candidate) -> bool:
     if later.inputs != later.outputs:
         return True
     # A square layer fits behind any other one and beside any square one. Only numbers in the names give an order.
-    numbered = re.sub(r"\d+", "", layer.name) == re.sub(r"\d+", "", later.name)
+    numbered = re.sub(r"\d+", "", layer.path.name) == re.sub(r"\d+", "", later.path.name)
     return numbered and layer.inputs != layer.outputs
