@@ -61,7 +61,7 @@ def find_head(root: nn.Module, num_outputs: int | None = None) -> str:
         candidates = [candidate for candidate in candidates if candidate.outputs == num_outputs] or candidates
     candidates = _without_frozen_copies(candidates)
     if len(candidates) > 1:
-        candidates = [candidate for candidate in candidates if candidate.path.likeness == 2] or candidates
+        candidates = [c for c in candidates if c.path.likeness == 2 and not c.is_taken] or candidates
     if len(candidates) == 1:
         return candidates[0].path.name
     model = type(root).__name__
@@ -118,12 +118,21 @@ class _Path(NamedTuple):
 
 
 class _Candidate(NamedTuple):
-    """A layer that may be the head."""
+    """A layer that may be the head.
+
+    Attributes:
+        path: How it is reached.
+        module: The layer, or the adapter around it.
+        inputs: The number of its inputs.
+        outputs: The number of its outputs.
+        is_taken: Whether a layer elsewhere takes as many inputs as this one gives outputs.
+    """
 
     path: _Path
     module: nn.Module
     inputs: int
     outputs: int
+    is_taken: bool = False
 
     @property
     def trained(self) -> bool:
@@ -172,8 +181,12 @@ class _Search:
             return  # A metric's network is not part of the model. An attention never calls its `out_proj`.
         linear = _linear(module)
         if linear is not None:
-            if self._may_be_last(linear, path, siblings):
-                yield _Candidate(path, module, *_sizes(linear))
+            inputs, outputs = _sizes(linear)
+            # Siblings are compared as a chain.
+            is_taken = self._inputs[outputs] > _inputs({linear, *siblings})[outputs]
+            candidate = _Candidate(path, module, inputs, outputs, is_taken)
+            if _may_be_last(candidate, isinstance(linear, nn.Linear)):
+                yield candidate
         elif hasattr(type(module), "adapter_layer_names"):
             yield from self._ends_of_adapter(module, path)
         elif (names := _classifiers(module)) is not None:
@@ -185,17 +198,6 @@ class _Search:
             yield from self._ends_of_sequence(module, path)
         else:
             yield from self._ends_of_branches(module, path)
-
-    def _may_be_last(self, linear: nn.Module, path: _Path, siblings: Sequence[nn.Module]) -> bool:
-        """Whether no other layer takes the outputs of this one, by its name and the sizes of all layers."""
-        if path.last:
-            return True
-        if not isinstance(linear, nn.Linear):
-            return path.likeness == 2  # Convolutions of this size are in all parts of networks.
-        inputs, outputs = _sizes(linear)
-        if path.likeness == 2 and (inputs != outputs or path.name.rpartition(".")[2] in _SURE_WORDS):
-            return True
-        return self._inputs[outputs] == _inputs({linear, *siblings})[outputs]  # Siblings are compared as a chain.
 
     def _ends_of_adapter(self, module: Any, path: _Path) -> Iterator[_Candidate]:
         """PEFT keeps a frozen original beside trained copies, and calls one of them."""
@@ -231,9 +233,9 @@ class _Search:
         best = max(branch.rank for branch in branches)
         found = [candidate for branch in branches if branch.rank == best for candidate in branch.candidates]
         if best[0] == 2:  # "head" and "head_dist" of equal sizes are two heads.
-            sizes = {candidate[2:] for candidate in found}
+            sizes = {candidate[2:4] for candidate in found}
             found += [
-                twin for branch in branches if branch.likeness == 1 for twin in branch.candidates if twin[2:] in sizes
+                twin for branch in branches if branch.likeness == 1 for twin in branch.candidates if twin[2:4] in sizes
             ]
             found = [candidate._replace(path=candidate.path._replace(likeness=2)) for candidate in found]
         yield from found
@@ -265,6 +267,19 @@ class _Search:
             below = path.child(name, max(branch.likeness, inherited), is_last)
             branch.candidates.extend(self._ends(child, below, siblings))
         return _in_last_place(branches)
+
+
+def _may_be_last(candidate: _Candidate, is_linear: bool) -> bool:
+    """Whether a layer may make the output of the module, by its path and the sizes of all layers."""
+    path = candidate.path
+    if path.last:
+        return True
+    if not is_linear:
+        return path.likeness == 2  # Convolutions of this size are in all parts of networks.
+    if not candidate.is_taken:
+        return True
+    word = path.name.rstrip("0123456789.").rpartition(".")[2]
+    return path.likeness == 2 and (candidate.inputs != candidate.outputs or word in _SURE_WORDS)
 
 
 def _in_last_place(branches: list[_Branch]) -> list[_Branch]:
