@@ -1,10 +1,16 @@
 import os
+import sys
+from pathlib import Path
 
+sys.path.append(str(Path(__file__).parent / "site"))
+# Python finds sitecustomize.py there when a test launches a process.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (sys.path[-1], os.environ.get("PYTHONPATH"))))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
 
 import pytest
 import torch
+import torchvision_operators  # noqa: F401
 
 torch.set_num_threads(1)  # small matrices: a second thread only waits for the first
 

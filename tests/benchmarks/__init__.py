@@ -1,1 +1,7 @@
-"""Speed, memory and cost in a Trainer, measured: ``python -m tests.benchmarks`` from the root of the repository."""
+"""Measurements of speed, memory and quality: ``python -m tests.benchmarks``."""
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1] / "site"))
+import torchvision_operators  # noqa: F401

@@ -9,7 +9,20 @@ import lightning
 import numpy as np
 import torch
 
-from tests.benchmarks import digits, gpu, memory, mutants, noise, probes, ranking, ranking_quality, speed, sync, trainer
+from tests.benchmarks import (
+    digits,
+    gpu,
+    heads,
+    memory,
+    mutants,
+    noise,
+    probes,
+    ranking,
+    ranking_quality,
+    speed,
+    sync,
+    trainer,
+)
 
 BENCHMARKS = {
     "speed": speed.report,
@@ -20,11 +33,12 @@ BENCHMARKS = {
     "digits": digits.report,
     "probes": probes.report,
     "gpu": gpu.report,
+    "heads": heads.report,
     "ranking": ranking.report,
     "quality": ranking_quality.report,
     "mutants": mutants.report,
 }
-_IF_ASKED_FOR = ("ranking", "quality", "mutants")  # take long; the first two need packages of their own, too
+_IF_ASKED_FOR = ("heads", "ranking", "quality", "mutants")  # take long; the first three need packages of their own
 
 
 def main() -> None:

@@ -1,0 +1,78 @@
+"""Models of timm, torchvision and transformers without memory for weights, and which layer is their head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+NUM_LABELS = 37  # No other layer of any model has this number of outputs.
+
+T = TypeVar("T")
+
+_WITHOUT_DEFAULT = {"vocab_size": 33, "head_dim": 64, "num_key_value_heads": 1, "prediction_length": 2}
+_DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "encoder_layers", "decoder_layers")
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Put weights on the meta device, and leave the tensors that a constructor computes with on the CPU."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return func(*args, **{**(kwargs or {}), **({"device": "meta"} if func is torch.empty else {})})
+
+
+def without_memory(build: Callable[[], T]) -> T:
+    """Call a constructor so that the weights lie on the meta device."""
+    try:
+        with torch.device("meta"):
+            return build()
+    except (NotImplementedError, RuntimeError):  # The constructor reads numbers from a tensor.
+        with _EmptyOnMeta():
+            return build()
+
+
+def transformer(cls: Any, labels: bool = True) -> nn.Module:
+    """Build a model of transformers with the default configuration, and at most two layers where possible."""
+
+    def build(shallow: bool) -> nn.Module:
+        config = cls.config_class()
+        for name, value in _WITHOUT_DEFAULT.items():
+            if getattr(config, name, value) is None:
+                setattr(config, name, value)
+        if labels:
+            config.num_labels = NUM_LABELS
+        if shallow:
+            _limit_depth(config)
+        return cls(config)
+
+    try:
+        return without_memory(lambda: build(True))
+    except Exception:
+        return without_memory(lambda: build(False))
+
+
+def _limit_depth(config: Any) -> None:
+    for name in _DEPTHS:
+        if isinstance(getattr(config, name, None), int):
+            setattr(config, name, min(2, getattr(config, name)))
+    for part in vars(config).values():
+        if hasattr(part, "model_type"):
+            _limit_depth(part)
+
+
+def layers_with_outputs(model: nn.Module, number: int = NUM_LABELS) -> list[str]:
+    """Return the names of the modules whose weight makes so many outputs."""
+    weights = ((name, getattr(module, "weight", None)) for name, module in model.named_modules())
+    return [name for name, weight in weights if isinstance(weight, nn.Parameter) and weight.shape[:1] == (number,)]
+
+
+def behead(model: nn.Module, head: str) -> nn.Module:
+    """Put an identity in the place of the head, as users do."""
+    parent, _, name = head.rpartition(".")
+    setattr(model.get_submodule(parent), name, nn.Identity())
+    return model
