@@ -15,6 +15,10 @@ from oracles import digits_features, one_hot, problem
 from lightning_logme import Evidence, LogME
 from lightning_logme.functional import evidence, logme
 from lightning_logme.moments import Batch, Moments
+from lightning_logme.ranking.collect import Part
+from lightning_logme.ranking.progress import Progress
+from lightning_logme.samples import Portion
+from lightning_logme.spectrum import Spectrum
 
 
 def streamed(features, target, task="multiclass", num_outputs=None, fit_intercept=False, batch=64, ignore_index=None):
@@ -334,6 +338,24 @@ def test_same_moments_same_evidence_and_no_touch_of_the_random_state():
     first, second = streamed(features, labels), streamed(features, labels)
     assert torch.equal(before, torch.get_rng_state())
     assert torch.equal(first.score, second.score)
+
+
+def test_objects_that_hold_tensors_compare_by_identity():
+    """Field by field, tensors of several numbers have no truth value, and == raises."""
+    features, labels = map(torch.as_tensor, problem(12, 3, 2))
+    for make in (
+        lambda: Batch(features, labels),
+        lambda: Moments.zeros(3, 2).accumulate(Batch(features, labels)),
+        lambda: Spectrum.from_rows(Batch(features, labels), 2),
+        lambda: evidence(features, labels),
+        lambda: Portion(None, labels, labels, 0),
+        lambda: Part([], 0, 0, (features, labels)),
+        lambda: Progress(probe=(features, labels)),
+    ):
+        first, second = make(), make()
+        assert first == first
+        assert first != second
+        assert len({first, second}) == 2
 
 
 # Properties
