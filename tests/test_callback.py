@@ -325,6 +325,7 @@ def test_squeezed_batch_of_one(tmp_path):
     assert callback.history[0]["num_samples"] == 21
 
 
+@pytest.mark.usefixtures("_interruptible")
 def test_hooks_are_gone_after_a_run_and_after_an_exception(tmp_path):
     module, callback = Classifier(), LogMECallback(layers=["model.0"])
     run = trainer(tmp_path, callback, max_epochs=1)
