@@ -269,6 +269,25 @@ class TestEnds:
 
 
 class TestPosterior:
+    @pytest.mark.parametrize("seed", range(4))
+    @pytest.mark.parametrize("path", [evidence, streamed], ids=["rows", "moments"])
+    @pytest.mark.parametrize(("n", "d"), [(200, 8), (60, 30)])
+    def test_precisions_are_where_the_slope_is_zero(self, n, d, path, seed):
+        """The score is flat there, but an error in α/β reaches the weights in first order."""
+        features, labels = problem(n, d, 6, seed, noise=2.0)
+        left, singular, _ = np.linalg.svd(features, full_matrices=False)
+        eigenvalues = singular**2
+        result = path(features, labels)
+        for k, y in enumerate(one_hot(labels, 6).T):
+            t = float(result.alpha[k] / result.beta[k])
+            if not 0 < t < math.inf:
+                continue
+            x2 = (left.T @ y) ** 2
+            used = eigenvalues / (eigenvalues + t)
+            fit = y @ y - (x2 * used).sum()
+            slope = used.sum() - n * (x2 * used * (1 - used)).sum() / fit
+            assert abs(slope) < 1e-11 * used.sum()  # a difference of two sums with errors of some 100 eps
+
     @pytest.mark.parametrize(("n", "d"), [(80, 6), (20, 50)])
     @pytest.mark.parametrize("path", [evidence, streamed], ids=["rows", "moments"])
     def test_weight_is_the_ridge_solution(self, n, d, path):
