@@ -28,8 +28,9 @@ def test_score_is_that_of_the_input_of_the_head(tmp_path):
         "epoch": 0,
         "global_step": 0,
         "key": "logme",
-        "logme": pytest.approx(float(expected.score), rel=1e-9),
-        "gain": pytest.approx(float(expected.gain), rel=1e-9),
+        # Layers in float32 round differently for batches of another size.
+        "logme": pytest.approx(float(expected.score), rel=1e-6),
+        "gain": pytest.approx(float(expected.gain), rel=1e-6),
         "num_samples": 96,
         "stage": "validate",
     }

@@ -112,7 +112,8 @@ def test_global_maximum_among_several():
         found += ((curve[1:-1] > curve[:-2]) & (curve[1:-1] > curve[2:])).sum() > 1
         score = float(logme(features, y, "regression"))
         assert score == pytest.approx(curve.max() / n, abs=1e-6)
-        assert score >= curve.max() / n - 1e-10
+        # A Gram matrix squares the sizes: an eigenvalue 1e-8 times the largest has an error of 1e8 eps.
+        assert score >= curve.max() / n - 1e-8
     assert found >= 3  # the cases that this test is about did occur
 
 
