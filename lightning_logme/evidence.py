@@ -17,7 +17,7 @@ from lightning_logme.spectrum import Spectrum, centred_square
 _LOST = 1e-6  # of the average eigenvalue: the resolution from which on digits of the score are at stake
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Evidence:
     """The maximised evidence of K outputs, and the Bayesian linear head that goes with it.
 

@@ -14,7 +14,7 @@ from lightning_logme.spectrum import Spectrum
 
 _LARGEST_RATIO = 1e10  # of t to the largest eigenvalue: beyond it no target can gain more than 1e-10
 _POINTS_PER_DECADE = 8  # every term of the slope is a sigmoid in log t of unit scale: steps of 0.29 bracket its zeros
-_NEWTON_TOLERANCE = 1e-7  # in log t; the evidence is flat at its maximum, so this is far below 1e-10 in the score
+_NEWTON_TOLERANCE = 1e-10  # in log t; steps get smaller quadratically, so the next one would be rounding alone
 _MAX_NEWTON_STEPS = 60  # bisection alone would have halved a bracket to rounding by then
 _MIN_TEMPORARY = 2**16  # numbers
 
@@ -46,8 +46,7 @@ def maximise(spectrum: Spectrum) -> Maximum:
     are bracketed on a grid for all outputs at once, every one is refined, and the best is compared with the two ends.
 
     Both ends count: t = ∞, where the evidence is that of noise alone, and t → 0, where it is finite if the features
-        interpolate; if they
-    do not, the search ends at the resolution of the Gram matrix.
+    interpolate; if they do not, the search ends at the resolution of the Gram matrix.
     """
     best = null_evidence(spectrum)
     log_t = torch.where(best.isnan(), best, math.inf)
@@ -129,7 +128,7 @@ def _refine(spectrum: Spectrum, output: Tensor, left: Tensor, right: Tensor) -> 
         curvature = -both.sum(1) - dof * second
         left, right = torch.where(slope > 0, at, left), torch.where(slope > 0, right, at)
         newton = at - slope / curvature
-        inside = (newton > left) & (newton < right)  # False for NaN
+        inside = (newton >= left) & (newton <= right)  # False for NaN; a step that rounds to nothing stays at an end
         proposal = torch.where(inside, newton, (left + right) / 2)
         moved = (proposal - at).abs().max()
         at = proposal

@@ -33,7 +33,7 @@ def moments_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Moments:
     """Sums over samples that determine the evidence of every output, in float64.
 
@@ -175,7 +175,7 @@ def add_gram_(gram: Tensor, rows: Tensor) -> Tensor:
     return gram
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """Features and targets that passed every check, ready to be summed.
 

@@ -35,7 +35,7 @@ PROBE = 16
 SAME_SAMPLES = "dataloader must give the same samples in the same order every time it is iterated over."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Portion:
     """A batch with what is known of it.
 

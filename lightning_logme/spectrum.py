@@ -18,7 +18,7 @@ _ROUNDING = 4  # times eps and what a difference takes away: what may be left of
 _COMPARABLE = 0.1  # to the largest pivot: the size of the directions that a step takes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Spectrum:
     """The Gram matrix's non-zero eigenvalues, and the targets in its eigenbasis.
 

@@ -1,5 +1,7 @@
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent / "site"))
@@ -18,3 +20,11 @@ torch.set_num_threads(1)  # small matrices: a second thread only waits for the f
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def _interruptible() -> Iterator[None]:
+    """Let Ctrl-C raise KeyboardInterrupt, which a shell switches off for background jobs, and Lightning after one."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)

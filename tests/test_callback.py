@@ -28,8 +28,9 @@ def test_score_is_that_of_the_input_of_the_head(tmp_path):
         "epoch": 0,
         "global_step": 0,
         "key": "logme",
-        "logme": pytest.approx(float(expected.score), rel=1e-9),
-        "gain": pytest.approx(float(expected.gain), rel=1e-9),
+        # Layers in float32 round differently for batches of another size.
+        "logme": pytest.approx(float(expected.score), rel=1e-6),
+        "gain": pytest.approx(float(expected.gain), rel=1e-6),
         "num_samples": 96,
         "stage": "validate",
     }
@@ -328,6 +329,7 @@ def test_squeezed_batch_of_one(tmp_path):
     assert callback.history[0]["num_samples"] == 21
 
 
+@pytest.mark.usefixtures("_interruptible")
 def test_hooks_are_gone_after_a_run_and_after_an_exception(tmp_path):
     module, callback = Classifier(), LogMECallback(layers=["model.0"])
     run = trainer(tmp_path, callback, max_epochs=1)

@@ -97,6 +97,7 @@ def test_validating_a_checkpoint_loses_nothing(run, tmp_path):
         **before[1],
         "stage": "validate",
         "logme": pytest.approx(before[1]["logme"], rel=1e-6),
+        "gain": pytest.approx(before[1]["gain"], rel=1e-6),
     }
 
 

@@ -99,14 +99,6 @@ def check_that_nothing_is_left_in(module):
     assert hooks(copy.deepcopy(module)) == 0
 
 
-@pytest.fixture
-def _interruptible():
-    """Lightning switches Ctrl-C off when it has come."""
-    handler = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, handler)
-
-
 @pytest.mark.usefixtures("_interruptible")
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 @pytest.mark.parametrize("hook", HOOKS)

@@ -36,7 +36,7 @@ def test_precision_leaves_the_module_as_it_was(precision):
     assert model.weight.dtype == torch.float32
     assert torch.equal(model.weight, weight)
     with torch.no_grad():
-        expected = float(logme(model(data.tensors[0]), data.tensors[1]))
+        expected = float(logme(model.double()(data.tensors[0].double()), data.tensors[1]))
     assert ranking.scores["net"] == pytest.approx(expected, abs=1e-9 if precision == "64-true" else 2e-2)
 
 
@@ -190,6 +190,7 @@ def test_transformers():
     labels = torch.arange(64) % CLASSES
     ids = torch.randint(10, 50, (64, 7))
     ids[:, 0] = labels
+    ids[::5, 0] = 9  # or the fit would be perfect, and what rounding leaves of the residual would make the score
     mask = torch.ones_like(ids)
     mask[::2, 5:] = 0
     rows = [{"input_ids": i, "attention_mask": m, "labels": y} for i, m, y in zip(ids, mask, labels, strict=True)]

@@ -17,7 +17,7 @@ from lightning_logme.samples import BLOCKS, PROBE, Portion
 _PENDING = 2048
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Part:
     """What this process has from one pass over a part of the samples.
 

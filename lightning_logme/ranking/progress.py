@@ -40,7 +40,7 @@ class Round:
     labels: int
 
 
-@dataclass
+@dataclass(eq=False)
 class Progress:
     """All that goes on from one round to the next.
 
