@@ -8,7 +8,6 @@ from itertools import groupby
 from typing import NamedTuple
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_logme.curve import CurvePoint
@@ -16,6 +15,7 @@ from lightning_logme.distributed import agree
 from lightning_logme.evidence import Evidence
 from lightning_logme.metric import LogME
 from lightning_logme.moments import Moments, Task, is_exclusive, moments_device
+from lightning_logme.packages import rank_zero_warn
 
 Key = tuple[str, int]  # source of features, index of the loader
 

@@ -553,22 +553,3 @@ def test_two_callbacks_need_two_names(tmp_path):
     run = trainer(tmp_path, LogMECallback(), LogMECallback("model.0", name="input", num_classes=4))
     run.validate(Classifier(), loader(), verbose=False)
     assert {"logme", "input", "input_gain"} <= set(run.callback_metrics)
-
-
-def test_standalone_pytorch_lightning(tmp_path):
-    standalone = pytest.importorskip("pytorch_lightning")
-
-    class Other(standalone.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.model = mlp()
-
-        def validation_step(self, batch, batch_idx):
-            self.model(batch[0])
-
-    callback = LogMECallback()
-    run = standalone.Trainer(
-        accelerator="cpu", callbacks=callback, logger=False, enable_progress_bar=False, default_root_dir=tmp_path
-    )
-    run.validate(Other(), loader(), verbose=False)
-    assert "logme" in run.callback_metrics

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from lightning_logme.batch import TargetSpec, find_mask
 from lightning_logme.forward import Forward, call, copied
 from lightning_logme.heads import find_head, get_module
+from lightning_logme.packages import Fabric
 from lightning_logme.samples import seed_generators
 from lightning_logme.taps import Pooling, Tap, first_tensor, pool
 

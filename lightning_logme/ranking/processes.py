@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch.distributed as dist
-from lightning.fabric import Fabric
 
 from lightning_logme.moments import Moments, moments_device
+from lightning_logme.packages import Fabric
 from lightning_logme.samples import BLOCKS
 
 T = TypeVar("T")

@@ -10,15 +10,13 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from lightning.fabric import Fabric
-from lightning.fabric.loggers import Logger
 from torch import nn
 
 from lightning_logme.arguments import check_task
 from lightning_logme.batch import TargetSpec
 from lightning_logme.forward import Forward
 from lightning_logme.moments import Task
-from lightning_logme.packages import LOGGERS
+from lightning_logme.packages import AnyLogger, Fabric, Logger
 from lightning_logme.ranking.candidate import Candidate, Transform
 from lightning_logme.ranking.progress import Store
 from lightning_logme.ranking.race import Race, Rules
@@ -155,9 +153,9 @@ def rank_backbones(
         num_outputs = samples.num_outputs(num_classes)
     fabric = Fabric(accelerator=accelerator, devices=devices, strategy=strategy, precision=precision)
     rules = Rules(num_outputs, fit_intercept, race and len(entries) > 1, seed)
-    if logger is not None and not isinstance(logger, (*LOGGERS, Iterable)):
+    if logger is not None and not isinstance(logger, (AnyLogger, Iterable)):
         raise ValueError(f"logger must be a Lightning logger, or several, got {logger!r}.")
-    several: Any = [] if logger is None else [logger] if isinstance(logger, LOGGERS) else logger
+    several: Any = [] if logger is None else [logger] if isinstance(logger, AnyLogger) else logger
     loggers: list[Logger] = list(several)
     parcel = fabric.launch(
         partial(
