@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 Pooling = Literal["auto", "mean", "cls", "last"] | Callable[[Tensor], Tensor]
+
+_BEFORE_SCRIPT = "__prepare_scriptable__"
 
 
 class Tap:
@@ -27,12 +31,20 @@ class Tap:
     def __init__(self, module: nn.Module, side: Literal["input", "output"], name: str) -> None:
         self.name = name
         self.open = False
+        self._module = module
+        self._side = side
         self._seen: list[Tensor | None] = []
         self._error: Exception | None = None
-        if side == "input":
-            self._handle = module.register_forward_pre_hook(self._on_input, with_kwargs=True)
+        self._handle: RemovableHandle | None = None
+        self._attach()
+
+    def _attach(self) -> None:
+        if self._side == "input":
+            self._handle = self._module.register_forward_pre_hook(self._on_input, with_kwargs=True)
         else:
-            self._handle = module.register_forward_hook(self._on_output)
+            self._handle = self._module.register_forward_hook(self._on_output)
+        # torch.jit.script calls this before it compiles the module, and all of its hooks.
+        vars(self._module)[_BEFORE_SCRIPT] = partial(_without_taps, self._module)
 
     def _on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._remember((args, kwargs))
@@ -51,6 +63,9 @@ class Tap:
 
     def start(self) -> None:
         """Forget what was seen, and listen."""
+        if self._handle is not None and self._handle.id not in (self._handle.hooks_dict_ref() or ()):
+            self._handle.remove()  # what torch.jit.script has left of it
+            self._attach()
         self._seen, self._error = [], None
         self.open = True
 
@@ -94,10 +109,28 @@ class Tap:
         self.stop()
         if self._handle is not None:
             self._handle.remove()
+            if not any(_taps(self._module)):
+                vars(self._module).pop(_BEFORE_SCRIPT, None)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the user's module takes this along: idle, without the features.
         return {"name": self.name, "open": False, "_seen": [], "_error": None, "_handle": None}
+
+
+def _taps(module: nn.Module) -> Iterator[tuple[dict[int, Any], int]]:
+    """The hooks of a module that belong to taps: the dict that holds each, and its key."""
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for key, hook in list(hooks.items()):
+            if isinstance(getattr(hook, "__self__", None), Tap):
+                yield hooks, key
+
+
+def _without_taps(module: nn.Module) -> nn.Module:
+    """What torch.jit.script compiles in place of the module: itself without the hooks, until the next batch starts."""
+    for hooks, key in _taps(module):
+        del hooks[key]
+    prepare = getattr(type(module), _BEFORE_SCRIPT, None)
+    return module if prepare is None else prepare(module)
 
 
 def first_tensor(value: Any) -> Tensor | None:

@@ -553,3 +553,26 @@ def test_two_callbacks_need_two_names(tmp_path):
     run = trainer(tmp_path, LogMECallback(), LogMECallback("model.0", name="input", num_classes=4))
     run.validate(Classifier(), loader(), verbose=False)
     assert {"logme", "input", "input_gain"} <= set(run.callback_metrics)
+
+
+@pytest.mark.filterwarnings("ignore:(`torch.jit|`LightningModule.to_torchscript` has been)")
+@pytest.mark.parametrize("method", ["script", "trace"])
+def test_export_to_torchscript_during_a_run(tmp_path, method):
+    """The hooks are attached then, and the run goes on with them."""
+
+    class Exports(Classifier):
+        exported = 0
+
+        def on_validation_epoch_end(self):
+            x = torch.randn(3, 16)
+            exported = self.to_torchscript(method=method, example_inputs=x)
+            torch.testing.assert_close(exported(x), self(x))
+            self.exported += 1
+
+    callback, module = LogMECallback(layers=["model.0", "model.2"]), Exports()
+    run = trainer(tmp_path, callback, max_epochs=3)
+    run.fit(module, loader(), loader())
+    assert module.exported == 4  # one of them in the sanity check
+    assert len(callback.history) == 9
+    assert all(row["num_samples"] == 96 for row in callback.history)
+    assert hooks(module) == 0
