@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from lightning_logme.arguments import check_task
-from lightning_logme.batch import TargetSpec
+from lightning_logme.arguments import check_flags, check_task, integer, positive_or_none
+from lightning_logme.batch import TargetSpec, check_target
 from lightning_logme.forward import Forward
 from lightning_logme.moments import Task
 from lightning_logme.packages import AnyLogger, Fabric, Logger
@@ -121,6 +121,12 @@ def rank_backbones(
         ('all', ['all'])
     """
     check_task(task)
+    check_target(target)
+    check_flags(fit_intercept=fit_intercept, normalize=normalize, race=race, progress=progress)
+    num_classes = positive_or_none("num_classes", num_classes)
+    seed = integer("seed", seed)
+    if resume_from is not None and not isinstance(resume_from, (str, os.PathLike)):
+        raise ValueError(f"resume_from must be the path of a folder or None, got {resume_from!r}.")
     pairs = _pairs(candidates)
     names = [name for name, _ in pairs]
     options = {
@@ -134,8 +140,6 @@ def rank_backbones(
         _check("head", name, options["head"][name], lambda value: isinstance(value, str), "the name of a module")
         for argument, values in (("forward", options["forward"]), ("transforms", options["transform"])):
             _check(argument, name, values[name], callable, "callable")
-    if type(seed) is not int:
-        raise ValueError(f"seed must be an integer, got {seed!r}.")
     entries = [
         Candidate(
             name,
