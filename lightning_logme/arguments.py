@@ -64,5 +64,16 @@ def positive(name: str, value: Any) -> int:
     return int(value)
 
 
+def integer(name: str, value: Any) -> int:
+    """An integer as an int.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not _is_integer(value):
+        raise ValueError(f"{name} must be an integer, got {value!r}.")
+    return int(value)
+
+
 def _is_integer(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)

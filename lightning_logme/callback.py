@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
 from lightning_logme.arguments import check_flags, check_options, check_task, names, positive_or_none
@@ -19,22 +16,15 @@ from lightning_logme.evidence import Evidence
 from lightning_logme.history import Row
 from lightning_logme.journal import Journal
 from lightning_logme.moments import Task
-from lightning_logme.packages import CALLBACKS
+from lightning_logme.packages import AnyCallback, LightningModule, Trainer, rank_zero_info, rank_zero_warn
 from lightning_logme.pooling import Pooling
 from lightning_logme.probe import Probe
 from lightning_logme.probes import Every, Probes
 from lightning_logme.sources import AUTO, Features, Head, Sources, attach, check_poolings, checked_head
 from lightning_logme.validation import Validation
 
-if TYPE_CHECKING:
-    _AnyCallback = Callback
-else:
 
-    class _AnyCallback(*CALLBACKS):  # a Trainer of either package must know ours
-        pass
-
-
-class LogMECallback(_AnyCallback):
+class LogMECallback(AnyCallback):
     """Track how well the features of a network suit the labels of its validation set, at every validation.
 
     The input of the classifier head is collected while ``validation_step`` runs, as additive moments on the device,
@@ -133,6 +123,7 @@ class LogMECallback(_AnyCallback):
         probe_every: Every = 1,
         validation: bool = True,
     ) -> None:
+        super().__init__()
         check_task(task)
         check_poolings(pooling)
         check_target(target)
@@ -227,7 +218,7 @@ class LogMECallback(_AnyCallback):
         self.probes.prepare(trainer, self, self.name)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if trainer.state.fn != TrainerFn.FITTING:  # which restores its own position
+        if trainer.state.fn != "fit":  # which restores its own position
             self._checkpoint_position = int(checkpoint.get("epoch", 0)), int(checkpoint.get("global_step", 0))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
 from lightning_logme.moments import Task
-from lightning_logme.packages import DATA_MODULES, LOGGERS
+from lightning_logme.packages import AnyDataModule, AnyLogger, Logger, rank_zero_only
 from lightning_logme.ranking import Ranking, rank_backbones, score_checkpoints
 
 _USAGE = """\
@@ -115,7 +114,7 @@ def _parse(command: str, arguments: list[str]) -> Any:
     else:
         parser.add_argument("--module", type=_Makes, required=True, help="that the checkpoints belong to")
         parser.add_argument("--paths", type=str | list[str], required=True, help="checkpoints, or a folder of them")
-    parser.add_subclass_arguments(DATA_MODULES, "data", required=True, help="gives the target's samples")
+    parser.add_subclass_arguments(AnyDataModule, "data", required=True, help="gives the target's samples")
     parser.add_argument("--split", type=Literal["train", "val", "test"], default="train", help="of the data module")
     parser.add_argument("--task", type=Task, default="multiclass")
     parser.add_argument("--num_classes", type=int | None, default=None)
@@ -133,7 +132,7 @@ def _parse(command: str, arguments: list[str]) -> Any:
     parser.add_argument("--devices", type=int | str | list[int], default=1)
     parser.add_argument("--strategy", type=str, default="auto")
     parser.add_argument("--precision", type=str | None, default=None)
-    parser.add_subclass_arguments(LOGGERS, "logger", required=False, help="of Lightning, for curves and the table")
+    parser.add_subclass_arguments((Logger, AnyLogger), "logger", required=False, help="for curves and the table")
     parser.add_argument("--progress", type=bool, default=True)
     parser.add_argument("--output", type=Path | None, default=None, help="folder for the table and the figures")
     if {"-h", "--help"} & set(arguments):

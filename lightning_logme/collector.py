@@ -9,7 +9,6 @@ from itertools import groupby
 from typing import NamedTuple
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_logme.curve import CurvePoint
@@ -17,6 +16,7 @@ from lightning_logme.distributed import gathered
 from lightning_logme.evidence import Evidence
 from lightning_logme.metric import LogME
 from lightning_logme.moments import Moments, Task, is_exclusive, is_token_level, moments_device
+from lightning_logme.packages import rank_zero_warn
 
 Key = tuple[str, int]  # source of features, index of the loader
 Shapes = dict[tuple[str, int, int], tuple[int, int]]  # by source, loader and part of the curve: (D, K)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch.distributed as dist
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import BatchSampler, DistributedSampler
+
+from lightning_logme.packages import LightningModule, Trainer
 
 # Strategies that gather weights in every forward pass.
 _SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
@@ -103,7 +103,7 @@ def number_of_loaders(trainer: Trainer) -> int:
 
 def _combined_loader(trainer: Trainer) -> Any:
     # Trainer.val_dataloaders would go on to name those of fit during a later Trainer.validate.
-    fitting = trainer.state.fn == TrainerFn.FITTING
+    fitting = trainer.state.fn == "fit"
     loop = trainer.fit_loop.epoch_loop.val_loop if fitting else trainer.validate_loop
     return loop._combined_loader
 

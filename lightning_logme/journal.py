@@ -7,12 +7,11 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-
 from lightning_logme.collector import Collector, Result
 from lightning_logme.curve import CurvePoint
 from lightning_logme.evidence import Evidence
 from lightning_logme.history import Row, figures, is_state, merge
+from lightning_logme.packages import LightningModule, Trainer
 from lightning_logme.plots import curves_figure, layers_figure, log_figure, log_plots
 from lightning_logme.sources import HEAD, LAYER_MEAN
 

@@ -1,7 +1,6 @@
 """LogME as a torchmetrics metric whose states are the moments."""
 
-from __future__ import annotations
-
+# Annotations are not postponed here: torch.jit.script cannot read those of a class that are strings.
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any

@@ -1,33 +1,89 @@
-"""The two packages that Lightning comes in: `lightning` and `pytorch_lightning`, one code with classes of their own."""
+"""`lightning` and `pytorch_lightning` are one code in two packages, each with classes of its own."""
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from abc import ABCMeta
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-import lightning.fabric.loggers
-import lightning.pytorch
-from lightning.pytorch.utilities import compile as compilation
+# Both packages log through this module.
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import nn
 
-# The same class of every package that is installed, for isinstance.
-CALLBACKS: tuple[type, ...] = (lightning.pytorch.Callback,)
-DATA_MODULES: tuple[type, ...] = (lightning.pytorch.LightningDataModule,)
-LOGGERS: tuple[type, ...] = (lightning.fabric.loggers.Logger,)
-_UNCOMPILE: dict[type, Any] = {lightning.pytorch.LightningModule: compilation.to_uncompiled}
+__all__ = [
+    "AnyCallback",
+    "AnyDataModule",
+    "AnyLogger",
+    "Callback",
+    "Fabric",
+    "LightningModule",
+    "Logger",
+    "Trainer",
+    "isolate_rng",
+    "rank_zero_info",
+    "rank_zero_only",
+    "rank_zero_warn",
+    "to_uncompiled",
+]
 
-try:
-    import lightning_fabric.loggers
-    import pytorch_lightning
-    from pytorch_lightning.utilities import compile as other_compilation
-except ImportError:
-    pass
+_FABRIC = {"lightning.pytorch": "lightning.fabric", "pytorch_lightning": "lightning_fabric"}
+
+
+def _imported() -> list[str]:
+    return [package for package in _FABRIC if package in sys.modules]
+
+
+def _everywhere(name: str) -> tuple[type, ...]:
+    """The class of that name in every imported package."""
+    places = [f"{_FABRIC[package]}.loggers" if name == "Logger" else package for package in _imported()]
+    return tuple(getattr(sys.modules[place], name) for place in places)
+
+
+def _any(name: str) -> type:
+    """A base class of that class in every package, for ``isinstance``."""
+
+    def covers(_: type, other: type) -> bool:
+        return issubclass(other, _everywhere(name))
+
+    return ABCMeta(name, (), {"__subclasshook__": classmethod(covers)})
+
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+    from lightning.fabric.loggers import Logger
+    from lightning.fabric.loggers import Logger as AnyLogger
+    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch import Callback as AnyCallback
+    from lightning.pytorch import LightningDataModule as AnyDataModule
+    from lightning.pytorch.utilities.seed import isolate_rng
+
 else:
-    CALLBACKS += (pytorch_lightning.Callback,)
-    DATA_MODULES += (pytorch_lightning.LightningDataModule,)
-    LOGGERS += (lightning_fabric.loggers.Logger,)
-    _UNCOMPILE[pytorch_lightning.LightningModule] = other_compilation.to_uncompiled
+    # The import of a package redirects the log and the deprecation warnings of the other one to itself. So Lightning
+    # is imported here only for a user who has imported neither.
+    if not _imported():
+        import_module("lightning.pytorch")
+    _pytorch = _imported()[0]
+    _fabric = _FABRIC[_pytorch]
+    Callback, LightningModule, Trainer = (
+        getattr(sys.modules[_pytorch], name) for name in ("Callback", "LightningModule", "Trainer")
+    )
+    Fabric = import_module(_fabric).Fabric
+    Logger = import_module(f"{_fabric}.loggers").Logger
+    isolate_rng = import_module(f"{_pytorch}.utilities.seed").isolate_rng
+
+    class AnyCallback(*_everywhere("Callback")):
+        """A callback for the Trainer of every package that is imported by the time it is made."""
+
+        def __init__(self) -> None:
+            if AnyCallback.__bases__ != _everywhere("Callback"):
+                AnyCallback.__bases__ = _everywhere("Callback")
+            super().__init__()
+
+    AnyDataModule, AnyLogger = _any("LightningDataModule"), _any("Logger")
 
 
-def to_uncompiled(module: nn.Module) -> nn.Module:
+def to_uncompiled(module: nn.Module) -> Any:
     """A LightningModule as it was before ``torch.compile``."""
-    return next(undo for cls, undo in _UNCOMPILE.items() if isinstance(module, cls))(module)
+    package = next(name for name in _imported() if isinstance(module, sys.modules[name].LightningModule))
+    return import_module(f"{package}.utilities.compile").to_uncompiled(module)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -15,6 +14,7 @@ from lightning_logme.collector import Collector
 from lightning_logme.distributed import reason_of
 from lightning_logme.forward import Forward, call, copied
 from lightning_logme.moments import Task
+from lightning_logme.packages import LightningModule, Trainer
 from lightning_logme.samples import Portion, Samples
 from lightning_logme.sources import Sources
 from lightning_logme.taps import NotCalledError

@@ -6,12 +6,9 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-
 from lightning_logme.distributed import first_reason, gathered, is_one_of, is_sharded
 from lightning_logme.journal import Journal
+from lightning_logme.packages import Callback, LightningModule, Trainer, rank_zero_warn
 from lightning_logme.probe import PreparedProbe, Probe
 from lightning_logme.sources import HEAD, LAYER_MEAN, Sources
 
@@ -76,7 +73,7 @@ class Probes:
                 f"{type(monitors[0]).__name__} monitors a probe, and with probe_every={self._every} will take what it "
                 "sees in between, the value of an earlier validation, for a new one."
             )
-        if trainer.state.fn != TrainerFn.FITTING:
+        if trainer.state.fn != "fit":
             return
         if self._every == "checkpoint" and not trainer.checkpoint_callbacks:
             rank_zero_warn("probe_every='checkpoint', and no ModelCheckpoint saves any: the probes will not be run.")
@@ -163,7 +160,7 @@ class Probes:
         if self._every != "checkpoint":
             self._validations += 1
             return (self._validations - 1) % self._every == 0
-        if trainer.state.fn != TrainerFn.FITTING:  # nothing is saved, and who validates wants to see
+        if trainer.state.fn != "fit":  # nothing is saved, and who validates wants to see
             return True
         if any(self._monitors(callback) for callback in getattr(trainer, "callbacks", ())):
             return True  # what they decide is known only when the probes have run

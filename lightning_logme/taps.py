@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 
 class NotCalledError(ValueError):
     """A module was not called for a batch."""
+
+
+_BEFORE_SCRIPT = "__prepare_scriptable__"
 
 
 class Tap:
@@ -32,10 +37,16 @@ class Tap:
         self.open = False
         self._seen: list[Tensor | None] = []
         self._error: Exception | None = None
-        if side == "input":
-            self._handle = module.register_forward_pre_hook(self._on_input, with_kwargs=True)
+        self._handle: RemovableHandle | None = None
+        self._attach()
+
+    def _attach(self) -> None:
+        if self.side == "input":
+            self._handle = self.module.register_forward_pre_hook(self._on_input, with_kwargs=True)
         else:
-            self._handle = module.register_forward_hook(self._on_output)
+            self._handle = self.module.register_forward_hook(self._on_output)
+        # torch.jit.script calls this before it compiles the module, and all of its hooks.
+        vars(self.module)[_BEFORE_SCRIPT] = partial(_without_taps, self.module)
 
     def _on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.receive((args, kwargs))
@@ -55,6 +66,9 @@ class Tap:
 
     def start(self) -> None:
         """Forget what was seen, and listen."""
+        if self._handle is not None and self._handle.id not in (self._handle.hooks_dict_ref() or ()):
+            self._handle.remove()  # what torch.jit.script has left of it
+            self._attach()
         self._seen, self._error = [], None
         self.open = True
 
@@ -99,11 +113,29 @@ class Tap:
         self.stop()
         if self._handle is not None:
             self._handle.remove()
+            if not any(_taps(self.module)):
+                vars(self.module).pop(_BEFORE_SCRIPT, None)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the user's module takes this along: idle, without the features.
         idle = {"open": False, "_seen": [], "_error": None, "_handle": None, "module": None}
         return {**vars(self), **idle}
+
+
+def _taps(module: nn.Module) -> Iterator[tuple[dict[int, Any], int]]:
+    """The hooks of a module that belong to taps: the dict that holds each, and its key."""
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for key, hook in list(hooks.items()):
+            if isinstance(getattr(hook, "__self__", None), Tap):
+                yield hooks, key
+
+
+def _without_taps(module: nn.Module) -> nn.Module:
+    """What torch.jit.script compiles in place of the module: itself without the hooks, until the next batch starts."""
+    for hooks, key in _taps(module):
+        del hooks[key]
+    prepare = getattr(type(module), _BEFORE_SCRIPT, None)
+    return module if prepare is None else prepare(module)
 
 
 def first_tensor(value: Any) -> Tensor | None:

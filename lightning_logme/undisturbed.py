@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torchmetrics import Metric
+
+from lightning_logme.packages import isolate_rng
 
 
 @contextmanager

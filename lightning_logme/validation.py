@@ -6,14 +6,13 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_logme.batch import TargetSpec, conform_target, describe_target, find_mask, find_target
 from lightning_logme.collector import Collector
 from lightning_logme.distributed import first_reason, gathered, reason_of, rows_without_padding, validation_loader
 from lightning_logme.moments import Task
+from lightning_logme.packages import LightningModule, Trainer, rank_zero_info, rank_zero_warn
 from lightning_logme.sources import HEAD, Sources
 from lightning_logme.taps import NotCalledError
 

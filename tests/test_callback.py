@@ -569,20 +569,24 @@ def test_two_callbacks_need_two_names(tmp_path):
     assert {"logme", "input", "input_gain"} <= set(run.callback_metrics)
 
 
-def test_standalone_pytorch_lightning(tmp_path):
-    standalone = pytest.importorskip("pytorch_lightning")
+@pytest.mark.filterwarnings("ignore:(`torch.jit|`LightningModule.to_torchscript` has been)")
+@pytest.mark.parametrize("method", ["script", "trace"])
+def test_export_to_torchscript_during_a_run(tmp_path, method):
+    """The hooks are attached then, and the run goes on with them."""
 
-    class Other(standalone.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.model = mlp()
+    class Exports(Classifier):
+        exported = 0
 
-        def validation_step(self, batch, batch_idx):
-            self.model(batch[0])
+        def on_validation_epoch_end(self):
+            x = torch.randn(3, 16)
+            exported = self.to_torchscript(method=method, example_inputs=x)
+            torch.testing.assert_close(exported(x), self(x))
+            self.exported += 1
 
-    callback = LogMECallback()
-    run = standalone.Trainer(
-        accelerator="cpu", callbacks=callback, logger=False, enable_progress_bar=False, default_root_dir=tmp_path
-    )
-    run.validate(Other(), loader(), verbose=False)
-    assert "logme" in run.callback_metrics
+    callback, module = LogMECallback(layers=["model.0", "model.2"]), Exports()
+    run = trainer(tmp_path, callback, max_epochs=3)
+    run.fit(module, loader(), loader())
+    assert module.exported == 4  # one of them in the sanity check
+    assert len(callback.history) == 9
+    assert all(row["num_samples"] == 96 for row in callback.history)
+    assert hooks(module) == 0

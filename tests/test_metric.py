@@ -291,3 +291,19 @@ def test_arguments_by_name():
     metric = LogME(task="multiclass", num_features=8, num_classes=4)
     metric.update(features=FEATURES, target=TARGET)
     assert float(metric.compute()) == pytest.approx(EXPECTED, rel=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:This property will be removed")  # of torchmetrics
+def test_a_module_that_holds_one_can_be_scripted():
+    """As torchmetrics' own: the metric is left out, and the module's forward is compiled."""
+
+    class Holder(torch.nn.Linear):
+        def __init__(self):
+            super().__init__(8, 4)
+            self.metric = LogME("multiclass", num_features=8, num_classes=4)
+
+    module, x = Holder(), torch.randn(20, 8)
+    module.metric(x, torch.arange(20) % 4)
+    torch.testing.assert_close(torch.jit.script(module)(x), module(x))
+    torch.jit.script(module.metric)

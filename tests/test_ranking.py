@@ -4,6 +4,7 @@ import csv
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from backbones import CLASSES, QUIET, WIDTH, Columns, good_to_bad, rank, target_loader, target_set
@@ -260,7 +261,16 @@ class TestBadInput:
             ({"head": {"god": "fc"}}, "head names 'god', and there are only the candidates 'bad', 'fair', 'good'"),
             ({"transforms": {"god": None}}, "transforms names 'god'"),
             ({"pooling": "max"}, "pooling must be"),
+            ({"race": "false"}, "race must be True or False, got 'false'"),
+            ({"normalize": 1}, "normalize must be True or False, got 1"),
+            ({"fit_intercept": "no"}, "fit_intercept must be True or False, got 'no'"),
+            ({"progress": None}, "progress must be True or False, got None"),
+            ({"target": 1.5}, "target must be a key, .* got 1.5"),
+            ({"target": True}, "target must be a key, .* got True"),
             ({"seed": None}, "seed must be an integer, got None"),
+            ({"seed": True}, "seed must be an integer, got True"),
+            ({"seed": 1.0}, "seed must be an integer, got 1.0"),
+            ({"resume_from": True}, "resume_from must be the path of a folder or None, got True"),
             ({"logger": True}, "logger must be a Lightning logger, or several, got True"),
             ({"head": 3}, "head must be 'auto', the dotted name of a module .* got 3"),
             ({"forward": {"good": "x"}}, "forward of 'good' must be callable or None, got 'x'"),
@@ -277,6 +287,21 @@ class TestBadInput:
     def test_options(self, options, message):
         with pytest.raises(ValueError, match=message):
             rank(**options)
+
+    @pytest.mark.parametrize("options", [{"race": "false"}, {"target": 1.5}, {"num_classes": "4"}, {"seed": "0"}])
+    def test_options_are_checked_before_any_batch_is_read(self, options):
+        def batches():
+            raise AssertionError("a batch was read")
+            yield
+
+        class Batches:
+            __iter__ = staticmethod(batches)
+
+        with pytest.raises(ValueError, match="must be"):
+            rank(loader=Batches(), **options)
+
+    def test_integers_of_numpy(self):
+        assert rank(num_classes=np.int64(4), seed=np.int64(0)).scores == rank().scores
 
     def test_too_few_samples(self):
         with pytest.raises(ValueError, match="dataloader has 12 samples, and error bars need at least 16"):

@@ -1,5 +1,7 @@
 """Checkpoints of one network, ranked on a target task."""
 
+import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from lightning.pytorch.utilities.compile import from_compiled
 from models import CLASSES, Classifier, loader, mlp, penultimate, trainer, vectors
 from torch import nn
 
-from lightning_logme import LogMECallback, score_checkpoints
+from lightning_logme import LogMECallback, rank_backbones, score_checkpoints
 from lightning_logme.cli import main
 from lightning_logme.functional import logme
 
@@ -219,6 +221,31 @@ def test_bad_input(module, paths, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
         score_checkpoints(module, paths, loader(target()), **QUIET)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"race": "false"}, "race must be True or False, got 'false'"),
+        ({"num_classes": 0}, "num_classes must be a positive integer, got 0"),
+        ({"target": True}, "target must be a key"),
+        ({"seed": "0"}, "seed must be an integer, got '0'"),
+    ],
+)
+def test_bad_options(options, message, run):
+    with pytest.raises(ValueError, match=message):
+        score_checkpoints(Classifier(), run, loader(target()), **{**QUIET, **options})
+
+
+def test_its_options_are_those_of_rank_backbones():
+    own, others = (inspect.signature(call).parameters for call in (score_checkpoints, rank_backbones))
+    assert list(own)[3:] == list(others)[2:]
+    for name in list(own)[3:]:
+        assert own[name].kind is inspect.Parameter.KEYWORD_ONLY
+        assert name == "head" or own[name].default == others[name].default
+        assert re.search(rf"\b{name}\b[^.]*: ", score_checkpoints.__doc__), name
+    with pytest.raises(TypeError, match="score_checkpoints.* got an unexpected keyword argument 'rase'"):
+        score_checkpoints(Classifier(), ".", loader(target()), rase=False)
 
 
 class Data(pl.LightningDataModule):

@@ -98,6 +98,50 @@ def test_the_users_module_can_be_copied(copied):
     assert set(module.state_dict()) == set(mlp().state_dict())
 
 
+class Prepared(nn.Linear):
+    """Says itself what torch.jit.script compiles in its place."""
+
+    def __prepare_scriptable__(self):
+        return nn.Identity()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+class TestTorchScript:
+    def test_a_scripted_module_holds_no_hooks_and_the_module_keeps_them(self):
+        module = mlp()
+        taps = [Tap(module[2], "input", "in"), Tap(module[2], "output", "out"), Tap(module[1], "output", "layer")]
+        scripted = torch.jit.script(module)
+        torch.testing.assert_close(scripted(X), module(X))
+        assert not any(part._forward_hooks or part._forward_pre_hooks for part in scripted.modules())
+        for _ in range(2):
+            for tap in taps:
+                tap.start()
+            output = module(X)
+            torch.testing.assert_close(taps[0].take(), taps[2].take())
+            torch.testing.assert_close(taps[1].take(), output)
+        for tap in taps:
+            tap.remove()
+        for part in module:
+            assert "__prepare_scriptable__" not in vars(part)
+            assert not part._forward_hooks
+            assert not part._forward_pre_hooks
+            assert not part._forward_pre_hooks_with_kwargs
+
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+    def test_a_copy_can_be_scripted_and_the_original_keeps_its_hooks(self, copied):
+        module = mlp()
+        tap = Tap(module[2], "input", "in")
+        torch.testing.assert_close(torch.jit.script(copied(module))(X), module(X))
+        tap.start()
+        module(X)
+        assert tap.take().shape == (5, 32)
+
+    def test_a_module_that_prepares_itself_still_does(self):
+        module = Prepared(16, 16)
+        Tap(module, "output", "out")
+        assert torch.equal(torch.jit.script(module)(X), X)
+
+
 class TestPool:
     tokens = torch.randn(3, 7, 4)
     maps = torch.randn(3, 4, 5, 6)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from lightning_logme.batch import TargetSpec, find_mask
@@ -18,6 +17,7 @@ from lightning_logme.forward import Forward, call, copied
 from lightning_logme.heads import find_head, get_module
 from lightning_logme.moments import Task
 from lightning_logme.output_layer import OutputLayer
+from lightning_logme.packages import Fabric
 from lightning_logme.pooling import Pooling
 from lightning_logme.samples import seed_generators
 from lightning_logme.sources import AUTO, HEAD, Head, Source, Sources

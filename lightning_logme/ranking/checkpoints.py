@@ -12,7 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_logme.packages import to_uncompiled
+from lightning_logme.batch import TargetSpec
+from lightning_logme.forward import Forward
+from lightning_logme.moments import Task
+from lightning_logme.packages import Logger, to_uncompiled
+from lightning_logme.pooling import Pooling
+from lightning_logme.ranking.candidate import Transform
 from lightning_logme.ranking.rank import rank_backbones
 from lightning_logme.ranking.result import Ranking
 from lightning_logme.sources import AUTO, Head, plain_name
@@ -25,8 +30,24 @@ def score_checkpoints(
     paths: PathLike | Iterable[PathLike],
     dataloader: Any,
     *,
+    task: Task = "multiclass",
+    num_classes: int | None = None,
     head: Head | Mapping[Any, Head] = AUTO,
-    **options: Any,
+    target: TargetSpec = None,
+    pooling: Pooling | Mapping[str, Pooling] = "auto",
+    forward: Forward | Mapping[str, Forward | None] | None = None,
+    transforms: Mapping[str, Transform] | None = None,
+    fit_intercept: bool = False,
+    normalize: bool = False,
+    race: bool = True,
+    seed: int = 0,
+    resume_from: PathLike | None = None,
+    accelerator: str = "auto",
+    devices: int | str | list[int] = 1,
+    strategy: Any = "auto",
+    precision: Any = None,
+    logger: Logger | Iterable[Logger] | None = None,
+    progress: bool = True,
 ) -> Ranking:
     """Rank the checkpoints of one network by how well their features suit a target task, without training any.
 
@@ -40,7 +61,9 @@ def score_checkpoints(
             ``.ckpt`` files. They are read with ``weights_only=True``: nothing in them is executed.
         dataloader: of the target task, as in :func:`~lightning_logme.rank_backbones`.
         head: where the feature is, as in :func:`~lightning_logme.rank_backbones`; one for all, or a mapping by path.
-        options: all others of :func:`~lightning_logme.rank_backbones`.
+        task, num_classes, target, pooling, forward, transforms, fit_intercept, normalize, race, seed, resume_from,
+            accelerator, devices, strategy, precision, logger, progress: as in
+            :func:`~lightning_logme.rank_backbones`. The keys of a mapping are paths, as strings.
 
     Returns:
         A :class:`~lightning_logme.Ranking` whose rows are named by the paths as they were given.
@@ -72,7 +95,28 @@ def score_checkpoints(
     if isinstance(head, Mapping):
         head = {os.fspath(path): value for path, value in head.items()}
     candidates = [(name, partial(_loaded, module, name)) for name in names]
-    return rank_backbones(candidates, dataloader, head=head, **options)
+    return rank_backbones(
+        candidates,
+        dataloader,
+        task=task,
+        num_classes=num_classes,
+        head=head,
+        target=target,
+        pooling=pooling,
+        forward=forward,
+        transforms=transforms,
+        fit_intercept=fit_intercept,
+        normalize=normalize,
+        race=race,
+        seed=seed,
+        resume_from=resume_from,
+        accelerator=accelerator,
+        devices=devices,
+        strategy=strategy,
+        precision=precision,
+        logger=logger,
+        progress=progress,
+    )
 
 
 def _names(paths: PathLike | Iterable[PathLike]) -> list[str]:

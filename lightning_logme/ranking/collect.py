@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor
 
 from lightning_logme.moments import Batch, Moments, Task, moments_device
+from lightning_logme.packages import Fabric
 from lightning_logme.ranking.candidate import Backbone
 from lightning_logme.samples import BLOCKS, PROBE, Portion
 

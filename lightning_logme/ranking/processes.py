@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from lightning.fabric import Fabric
-
 from lightning_logme.distributed import gathered
 from lightning_logme.moments import Moments, moments_device
+from lightning_logme.packages import Fabric
 from lightning_logme.samples import BLOCKS
 
 T = TypeVar("T")

@@ -8,10 +8,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
-from lightning.fabric import Fabric
 
 from lightning_logme.evidence import Evidence
 from lightning_logme.moments import Moments
+from lightning_logme.packages import Fabric
 from lightning_logme.ranking.candidate import Backbone, Candidate
 from lightning_logme.ranking.collect import collect
 from lightning_logme.ranking.jackknife import leave_one_out, quantile_to_drop, trailing

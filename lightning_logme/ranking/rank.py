@@ -10,15 +10,13 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from lightning.fabric import Fabric
-from lightning.fabric.loggers import Logger
 from torch import nn
 
-from lightning_logme.arguments import check_task
-from lightning_logme.batch import TargetSpec
+from lightning_logme.arguments import check_flags, check_task, integer, positive_or_none
+from lightning_logme.batch import TargetSpec, check_target
 from lightning_logme.forward import Forward
 from lightning_logme.moments import Task
-from lightning_logme.packages import LOGGERS
+from lightning_logme.packages import AnyLogger, Fabric, Logger
 from lightning_logme.pooling import Pooling, check_pooling
 from lightning_logme.ranking.candidate import Candidate, Transform
 from lightning_logme.ranking.progress import Store
@@ -125,6 +123,12 @@ def rank_backbones(
         ('all', ['all'])
     """
     check_task(task)
+    check_target(target)
+    check_flags(fit_intercept=fit_intercept, normalize=normalize, race=race, progress=progress)
+    num_classes = positive_or_none("num_classes", num_classes)
+    seed = integer("seed", seed)
+    if resume_from is not None and not isinstance(resume_from, (str, os.PathLike)):
+        raise ValueError(f"resume_from must be the path of a folder or None, got {resume_from!r}.")
     pairs = _pairs(candidates)
     names = [name for name, _ in pairs]
     options = {
@@ -138,8 +142,6 @@ def rank_backbones(
         options["head"][name] = checked_head(options["head"][name])
         for argument, values in (("forward", options["forward"]), ("transforms", options["transform"])):
             _check(argument, name, values[name], callable, "callable")
-    if type(seed) is not int:
-        raise ValueError(f"seed must be an integer, got {seed!r}.")
     entries = [
         Candidate(
             name,
@@ -157,9 +159,9 @@ def rank_backbones(
         num_outputs = samples.num_outputs(num_classes)
     fabric = Fabric(accelerator=accelerator, devices=devices, strategy=strategy, precision=precision)
     rules = Rules(num_outputs, fit_intercept, race and len(entries) > 1, seed)
-    if logger is not None and not isinstance(logger, (*LOGGERS, Iterable)):
+    if logger is not None and not isinstance(logger, (AnyLogger, Iterable)):
         raise ValueError(f"logger must be a Lightning logger, or several, got {logger!r}.")
-    several: Any = [] if logger is None else [logger] if isinstance(logger, LOGGERS) else logger
+    several: Any = [] if logger is None else [logger] if isinstance(logger, AnyLogger) else logger
     loggers: list[Logger] = list(several)
     parcel = fabric.launch(
         partial(

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from lightning.fabric.loggers import Logger
 from tqdm.auto import tqdm
 
+from lightning_logme.packages import Logger
 from lightning_logme.ranking.progress import Round
 
 if TYPE_CHECKING:
