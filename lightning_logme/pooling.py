@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeGuard, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 PoolingName = Literal["auto", "mean", "cls", "last", "channels_first", "channels_last"]
 Pooling = PoolingName | Callable[[Tensor], Tensor]
@@ -15,6 +18,8 @@ FIRST, LAST = 1, -1  # the axes that may hold the channels
 
 # Attributes that give the number of channels that a layer puts out.
 _WIDTHS = ("out_channels", "out_features", "num_features", "num_channels", "embedding_dim", "normalized_shape")
+
+_CONVOLUTIONAL = (_ConvNd, _BatchNorm)
 
 
 def check_pooling(pooling: Any) -> None:
@@ -131,35 +136,46 @@ class Call(NamedTuple):
     Attributes:
         width: the number of channels that the layer puts out.
         shape: of its output; None if it was not seen.
+        convolutional: whether it is a convolution or a batch norm.
     """
 
     width: int
     shape: tuple[int, ...] | None
+    convolutional: bool = False
 
 
 def find_channel_axis(shape: Sequence[int], inside: Sequence[Call], before: Sequence[Call]) -> int | None:
     """Return the axis of the channels, 1 or -1, of a tensor that a module put out; None if nothing decides it.
 
-    The last layers that ran decide: first those whose width is the size of exactly one of the two axes, then those
-    whose own output has its width on exactly one of them. The kind of a layer is no guide, as there are layer norms for
-    channels first, and linear layers between permutations.
+    The last layers that ran inside the module decide: first those whose width is the size of exactly one of the two
+    axes, then those whose own output has its width on exactly one of them. The kind of a layer is no guide, as there
+    are layer norms for channels first, and linear layers between permutations. A module without such layers, such as an
+    activation, keeps the layout of what ran before it. Where all sizes are equal, a network of nothing but convolutions
+    has channels first.
 
     Args:
         shape: of the tensor, of three dimensions or more.
         inside: calls of the layers inside the module, in order.
-        before: calls of the layers that ran before it, for modules without such a layer, such as activations.
+        before: calls of the layers that ran before it.
     """
-    for calls in (inside, before):
-        for call in reversed(calls):
-            axis = _axis_of(call.width, shape)
-            if axis is not None:
-                return axis
-        for call in reversed(calls):
-            if call.shape is not None and len(call.shape) == len(shape):
-                axis = _axis_of(call.width, call.shape)
-                if axis is not None:
-                    return axis
-    return None
+    by_size = (_axis_of(call.width, shape) for call in reversed(inside))
+    by_layout = (_axis_of(call.width, call.shape) for call in reversed(inside) if _are_alike(call.shape, shape))
+    by_origin = (
+        _axis_of(call.width, call.shape if _is_kept(call.shape, shape) else shape) for call in reversed(before)
+    )
+    found = next((axis for axis in itertools.chain(by_size, by_layout, by_origin) if axis is not None), None)
+    convolutional = [call.convolutional for call in itertools.chain(inside, before)]
+    return FIRST if found is None and convolutional and all(convolutional) else found
+
+
+def _are_alike(made: Sequence[int] | None, shape: Sequence[int]) -> TypeGuard[Sequence[int]]:
+    """Whether the output of a layer is known, and has as many axes."""
+    return made is not None and len(made) == len(shape)
+
+
+def _is_kept(made: Sequence[int] | None, shape: Sequence[int]) -> TypeGuard[Sequence[int]]:
+    """Whether a tensor can have the layout of what a layer has made: other sizes, and not its axes in another order."""
+    return _are_alike(made, shape) and sorted(made) != sorted(shape)
 
 
 def _axis_of(width: int, shape: Sequence[int]) -> int | None:
@@ -221,15 +237,8 @@ class CallTrace:
             begin, end = self._spans[key]
             return self._calls[begin:end], self._calls[:begin]
         module = self._watched[key]
-        inside = [Call(width, None) for width in map(layer_width, module.modules()) if width is not None]
-        before = []
-        for part in self.root.modules():
-            if part is module:
-                break
-            width = layer_width(part)
-            if width is not None:
-                before.append(Call(width, None))
-        return inside, before
+        before = itertools.takewhile(lambda part: part is not module, self.root.modules())
+        return _registered(module.modules()), _registered(before)
 
     def before(self, key: Any) -> list[Call]:
         """The calls before a watched module began."""
@@ -238,7 +247,7 @@ class CallTrace:
     def _on_layer(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         width = layer_width(module)
         if self._recording and width is not None and isinstance(output, Tensor):
-            self._calls.append(Call(width, tuple(output.shape)))
+            self._calls.append(Call(width, tuple(output.shape), isinstance(module, _CONVOLUTIONAL)))
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the user's module takes this along: idle, without what was recorded.
@@ -266,6 +275,12 @@ class _Watch:
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         begin, _ = self._trace._spans.get(self._key, (0, 0))
         self._trace._spans[self._key] = begin, self._trace.position
+
+
+def _registered(modules: Iterable[nn.Module]) -> list[Call]:
+    """The layers among modules as if each was called once, in this order."""
+    widths = ((module, layer_width(module)) for module in modules)
+    return [Call(width, None, isinstance(module, _CONVOLUTIONAL)) for module, width in widths if width is not None]
 
 
 def layer_width(module: nn.Module) -> int | None:
