@@ -2,6 +2,7 @@
 
 from lightning_logme.callback import LogMECallback
 from lightning_logme.evidence import Evidence
+from lightning_logme.heads import find_head
 from lightning_logme.history import read_evidence, read_history
 from lightning_logme.metric import LogME
 from lightning_logme.probe import Probe
@@ -14,6 +15,7 @@ __all__ = [
     "Probe",
     "Ranking",
     "RankingRow",
+    "find_head",
     "rank_backbones",
     "read_evidence",
     "read_history",

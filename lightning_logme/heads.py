@@ -398,7 +398,8 @@ def _words(name: str) -> set[str]:
 
 def _likeness(name: str, module: nn.Module) -> int:
     """Return how much a name says "head": 2 for the very word, 1 for a name that has the word."""
-    words = _HEAD_WORDS if _linear(module) is None else _HEAD_WORDS | _LAYER_WORDS
+    is_layer = _linear(module) is not None or isinstance(module, nn.Identity)
+    words = _HEAD_WORDS | _LAYER_WORDS if is_layer else _HEAD_WORDS
     return 2 if name.lower().strip("_") in words else 1 if words & _words(name) else 0
 
 
