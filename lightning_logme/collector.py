@@ -119,7 +119,7 @@ class Collector:
         To be run through by all processes, for their sums are added up in step.
 
         Args:
-            device: for the sums of a process that has seen no data.
+            device: for the sums, which processes exchange.
             alone: whether the run has but one process.
         """
         shapes = {key: (metric.num_features, metric.num_outputs) for key, metric in self._metrics.items()}
@@ -138,7 +138,9 @@ class Collector:
 
     def _sums(self, key: tuple[str, int, int], shape: tuple[int, int], device: torch.device) -> Moments:
         metric = self._metrics.pop(key, None)
-        return Moments.zeros(*shape, moments_device(device)) if metric is None else metric.moments()
+        moments = Moments.zeros(*shape) if metric is None else metric.moments()
+        # Features may have been on another device, which the backend of the processes does not take.
+        return moments.to(moments_device(device))
 
     def _result(self, parts: list[Moments]) -> Result | None:
         total, curve = None, []

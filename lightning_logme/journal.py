@@ -82,7 +82,7 @@ class Journal:
             class_names: for the figure.
             position: epoch and step of the weights, where they are not the trainer's own.
         """
-        results = dict(collector.results(pl_module.device, alone=trainer.world_size == 1))
+        results = dict(collector.results(trainer.strategy.root_device, alone=trainer.world_size == 1))
         prefix = "" if probe is None else f"/{probe}"
         for index in range(loaders):
             ending = f"/dataloader_idx_{index}" if loaders > 1 else ""

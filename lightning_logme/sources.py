@@ -83,7 +83,8 @@ class Sources:
         feature = first_tensor(self.features(module, batch))
         if feature is None:
             raise ValueError("features=callable(module, batch) returned no tensor; it must return (N, D) features.")
-        return {HEAD: feature, **tensors}
+        # On the device of the run, as a layer's would be: a collective takes no other.
+        return {HEAD: feature.to(getattr(module, "device", feature.device)), **tensors}
 
     def pooled(
         self, seen: Mapping[str, Tensor], target: Tensor, mask: Tensor | None, pooling: Pooling, task: Task
