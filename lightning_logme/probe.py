@@ -126,7 +126,7 @@ class PreparedProbe:
         probe = self._probe
         collector = Collector(probe.task, self._num_outputs, ignore_index=probe.ignore_index, **options)
         try:
-            with undisturbed(module):
+            with undisturbed(module, getattr(trainer, "datamodule", None)):
                 for portion in self._portions(trainer, limit_batches or probe.limit_batches):
                     batch = _prepared(portion.batch, trainer, module)
                     sources.start()
