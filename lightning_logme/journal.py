@@ -93,7 +93,8 @@ class Journal:
                 if (source or head, index) not in results and collector.broken is None:
                     loader = "the validation loader" if probe is None else "its loader"
                     warnings.warn(f"{self.name}{suffix} is NaN: {loader} gave no batch.", stacklevel=2)
-                self._enter(trainer, pl_module, suffix, result, collector.curve, position)
+                in_bar = probe is None and not source  # what belongs to a layer or a probe would crowd it
+                self._enter(trainer, pl_module, suffix, result, collector.curve, position, in_bar)
                 if result is not None:
                     key = self.name + suffix
                     self._draw(trainer, log_plots, key, result.evidence, class_names)
@@ -108,14 +109,12 @@ class Journal:
         result: Result | None,
         curve: bool,
         position: tuple[int, int] | None,
+        in_bar: bool,
     ) -> None:
         """Log and remember one result; None stands for NaN."""
         key = self.name + suffix
         numbers = _NOTHING if result is None else figures(result.evidence)
-        for logged, value, in_bar in (
-            (key, numbers["logme"], not suffix),
-            (f"{self.name}_gain{suffix}", numbers["gain"], False),
-        ):
+        for logged, value in ((key, numbers["logme"]), (f"{self.name}_gain{suffix}", numbers["gain"])):
             try:
                 # The values are equal on all ranks; sync_dist tells Lightning so.
                 together = trainer.world_size > 1

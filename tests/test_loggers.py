@@ -106,3 +106,15 @@ def test_figure_of_absent_classes_and_of_nothing_explained():
         "mean 0.000"
         in gain_figure(evidence(torch.ones(4, 1), torch.tensor([1.0, -1, 1, -1]), "regression")).texts[-1].get_text()
     )
+
+
+@pytest.mark.parametrize(("loaders", "endings"), [(1, [""]), (2, ["/dataloader_idx_0", "/dataloader_idx_1"])])
+def test_progress_bar_shows_score_and_gain_of_each_validation_loader(tmp_path, capfd, loaders, endings):
+    """The score and the gain of layers and probes are logged, and would crowd it."""
+    callback = LogMECallback(layers=["model.0"], probes={"news": loader()})
+    run = trainer(tmp_path, callback, enable_progress_bar=True, max_epochs=1)
+    run.fit(Classifier(), loader(), [loader() for _ in range(loaders)])
+    keys = {key for key in run.progress_bar_metrics if key.startswith("logme")}
+    assert keys == {f"{key}{ending}" for ending in endings for key in ("logme", "logme_gain")}
+    assert {"logme/news", f"logme_gain/model.0{endings[0]}"} <= set(run.callback_metrics)
+    assert "logme_gain" in capfd.readouterr().out
