@@ -13,7 +13,7 @@ from lightning_logme.curve import CurvePoint
 from lightning_logme.distributed import is_sharded, number_of_loaders, why_out_of_step
 from lightning_logme.evidence import Evidence
 from lightning_logme.history import Row
-from lightning_logme.journal import Journal
+from lightning_logme.journal import Journal, is_key
 from lightning_logme.moments import Task
 from lightning_logme.packages import AnyCallback, LightningModule, Trainer, rank_zero_info, rank_zero_warn
 from lightning_logme.probe import Probe
@@ -203,6 +203,8 @@ class LogMECallback(AnyCallback):
         self._checkpoint_position = None
         if stage not in ("fit", "validate"):
             return
+        if stage == "fit":
+            self._check_monitors(trainer)
         if self.features is not None and is_sharded(trainer):
             raise ValueError(
                 f"features=callable makes forward passes of its own, which cannot be run under "
@@ -288,6 +290,17 @@ class LogMECallback(AnyCallback):
         self._detach()
 
     # Steps
+
+    def _check_monitors(self, trainer: Any) -> None:
+        """Warn of callbacks that would keep the worst features: their mode is "min" unless it is given."""
+        for callback in trainer.callbacks:
+            key = getattr(callback, "monitor", None)
+            if is_key(key, self.name) and getattr(callback, "mode", None) == "min":
+                name = type(callback).__name__
+                rank_zero_warn(
+                    f"monitor: {name} takes the lowest {key!r} for the best, and higher is better; write "
+                    f"{name}(monitor={key!r}, mode='max')."
+                )
 
     def _attach(self, pl_module: LightningModule) -> None:
         """Find the modules, and listen to them for the whole run."""

@@ -18,6 +18,17 @@ from lightning_logme.sources import HEAD, LAYER_MEAN
 _NOTHING = {"logme": math.nan, "gain": math.nan, "num_samples": 0}
 
 
+def is_key(key: Any, name: str, part: str = "") -> bool:
+    """Whether a score or a gain is logged under a key, such as that of a monitor: both are better when larger.
+
+    Args:
+        key: of the monitor.
+        name: prefix of all keys.
+        part: "/" and the name of a probe, for the keys of that probe alone.
+    """
+    return any(key == start or str(key).startswith(f"{start}/") for start in (f"{name}{part}", f"{name}_gain{part}"))
+
+
 class Journal:
     """The results of a :class:`~lightning_logme.LogMECallback`.
 

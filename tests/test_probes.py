@@ -703,6 +703,12 @@ class TestWarnings:
         with pytest.warns(UserWarning, match="EarlyStopping monitors a probe, and with probe_every=2"):
             trainer(tmp_path, callback, stopping).validate(Classifier(), loader(), verbose=False)
 
+    def test_a_monitor_of_another_key_that_begins_alike(self, tmp_path):
+        stopping = EarlyStopping(monitor="logme/newspaper", mode="max", strict=False)
+        callback = LogMECallback(probes={"news": loader(other())}, probe_every=2)
+        run = trainer(tmp_path, callback, stopping)
+        callback.setup(run, Classifier(), "fit")
+
     def test_a_monitor_makes_checkpoints_due(self, tmp_path):
         stopping = EarlyStopping("logme/news", mode="max", patience=9)
         callback = LogMECallback(probes={"news": loader(other())}, probe_every="checkpoint")
