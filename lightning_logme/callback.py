@@ -15,7 +15,14 @@ from lightning_logme.evidence import Evidence
 from lightning_logme.history import Row
 from lightning_logme.journal import Journal, is_key
 from lightning_logme.moments import Task
-from lightning_logme.packages import AnyCallback, LightningModule, Trainer, rank_zero_info, rank_zero_warn
+from lightning_logme.packages import (
+    AnyCallback,
+    LightningModule,
+    Trainer,
+    callbacks_of_new_trainer,
+    rank_zero_info,
+    rank_zero_warn,
+)
 from lightning_logme.probe import Probe
 from lightning_logme.probes import Every, Probes
 from lightning_logme.sources import Features, Sources, attach
@@ -100,7 +107,7 @@ class LogMECallback(AnyCallback):
         self,
         head: str | None = None,
         *,
-        layers: Sequence[str] = (),
+        layers: Sequence[str] | None = (),
         layer_mean: bool = False,
         features: Features | None = None,
         task: Task = "multiclass",
@@ -122,7 +129,7 @@ class LogMECallback(AnyCallback):
         check_pooling(pooling)
         check_target(target)
         check_flags(layer_mean=layer_mean, plots=plots, curve=curve, validation=validation)
-        layers = names("layers", layers)
+        layers = () if layers is None else names("layers", layers)
         class_names = None if class_names is None else names("class_names", class_names)
         if head is not None and not isinstance(head, str):
             raise ValueError(
@@ -194,6 +201,12 @@ class LogMECallback(AnyCallback):
 
     @property
     def state_key(self) -> str:
+        for other in callbacks_of_new_trainer():
+            if isinstance(other, LogMECallback) and other is not self and other.name == self.name:
+                raise ValueError(
+                    f"name: two LogMECallbacks of one Trainer log under {self.name!r}; give one of them another, as in "
+                    f"LogMECallback(name='{self.name}_2')."
+                )
         return self._generate_state_key(name=self.name)
 
     # Hooks of Lightning, in the order in which they come

@@ -548,7 +548,8 @@ def test_a_key_that_the_module_logs_too_ends_nothing(tmp_path):
 
 
 def test_two_callbacks_need_two_names(tmp_path):
-    with pytest.raises(RuntimeError, match="more than one stateful callback of type `LogMECallback`"):
+    message = r"name: two LogMECallbacks of one Trainer log under 'logme'; .* LogMECallback\(name='logme_2'\)"
+    with pytest.raises(ValueError, match=message):
         trainer(tmp_path, LogMECallback(), LogMECallback(layers=["model.0"]))
     run = trainer(tmp_path, LogMECallback(), LogMECallback("model.0", name="input", num_classes=4))
     run.validate(Classifier(), loader(), verbose=False)
