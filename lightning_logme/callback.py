@@ -14,9 +14,16 @@ from lightning_logme.curve import CurvePoint
 from lightning_logme.distributed import is_sharded, number_of_loaders, why_out_of_step
 from lightning_logme.evidence import Evidence
 from lightning_logme.history import Row
-from lightning_logme.journal import Journal
+from lightning_logme.journal import Journal, is_key
 from lightning_logme.moments import Task
-from lightning_logme.packages import AnyCallback, LightningModule, Trainer, rank_zero_info, rank_zero_warn
+from lightning_logme.packages import (
+    AnyCallback,
+    LightningModule,
+    Trainer,
+    callbacks_of_new_trainer,
+    rank_zero_info,
+    rank_zero_warn,
+)
 from lightning_logme.pooling import Pooling
 from lightning_logme.probe import Probe
 from lightning_logme.probes import Every, Probes
@@ -106,7 +113,7 @@ class LogMECallback(AnyCallback):
         self,
         head: str | Sequence[str] | None = AUTO,
         *,
-        layers: Sequence[str] = (),
+        layers: Sequence[str] | None = (),
         layer_mean: bool = False,
         features: Features | None = None,
         task: Task = "multiclass",
@@ -128,7 +135,7 @@ class LogMECallback(AnyCallback):
         check_poolings(pooling)
         check_target(target)
         check_flags(layer_mean=layer_mean, plots=plots, curve=curve, validation=validation)
-        layers = names("layers", layers)
+        layers = () if layers is None else names("layers", layers)
         class_names = None if class_names is None else names("class_names", class_names)
         head = checked_head(head)
         num_classes = positive_or_none("num_classes", num_classes)
@@ -197,6 +204,12 @@ class LogMECallback(AnyCallback):
 
     @property
     def state_key(self) -> str:
+        for other in callbacks_of_new_trainer():
+            if isinstance(other, LogMECallback) and other is not self and other.name == self.name:
+                raise ValueError(
+                    f"name: two LogMECallbacks of one Trainer log under {self.name!r}; give one of them another, as in "
+                    f"LogMECallback(name='{self.name}_2')."
+                )
         return self._generate_state_key(name=self.name)
 
     # Hooks of Lightning, in the order in which they come
@@ -206,6 +219,8 @@ class LogMECallback(AnyCallback):
         self._checkpoint_position = None
         if stage not in ("fit", "validate"):
             return
+        if stage == "fit":
+            self._check_monitors(trainer)
         if self.features is not None and is_sharded(trainer):
             raise ValueError(
                 f"features=callable makes forward passes of its own, which cannot be run under "
@@ -296,6 +311,17 @@ class LogMECallback(AnyCallback):
         self._detach()
 
     # Steps
+
+    def _check_monitors(self, trainer: Any) -> None:
+        """Warn of callbacks that would keep the worst features: their mode is "min" unless it is given."""
+        for callback in trainer.callbacks:
+            key = getattr(callback, "monitor", None)
+            if is_key(key, self.name) and getattr(callback, "mode", None) == "min":
+                name = type(callback).__name__
+                rank_zero_warn(
+                    f"monitor: {name} takes the lowest {key!r} for the best, and higher is better; write "
+                    f"{name}(monitor={key!r}, mode='max')."
+                )
 
     def _attach(self, pl_module: LightningModule) -> None:
         """Find the modules, and listen to them for the whole run."""

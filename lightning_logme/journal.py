@@ -18,6 +18,17 @@ from lightning_logme.sources import HEAD, LAYER_MEAN
 _NOTHING = {"logme": math.nan, "gain": math.nan, "num_samples": 0}
 
 
+def is_key(key: Any, name: str, part: str = "") -> bool:
+    """Whether a score or a gain is logged under a key, such as that of a monitor: both are better when larger.
+
+    Args:
+        key: of the monitor.
+        name: prefix of all keys.
+        part: "/" and the name of a probe, for the keys of that probe alone.
+    """
+    return any(key == start or str(key).startswith(f"{start}/") for start in (f"{name}{part}", f"{name}_gain{part}"))
+
+
 class Journal:
     """The results of a :class:`~lightning_logme.LogMECallback`.
 
@@ -82,7 +93,7 @@ class Journal:
             class_names: for the figure.
             position: epoch and step of the weights, where they are not the trainer's own.
         """
-        results = dict(collector.results(pl_module.device, alone=trainer.world_size == 1))
+        results = dict(collector.results(trainer.strategy.root_device, alone=trainer.world_size == 1))
         prefix = "" if probe is None else f"/{probe}"
         for index in range(loaders):
             ending = f"/dataloader_idx_{index}" if loaders > 1 else ""
@@ -93,7 +104,8 @@ class Journal:
             known = {source: results.get((source or head, index)) for source in sources}
             for source, suffix in suffixes.items():
                 result = known[source]
-                self._enter(trainer, pl_module, suffix, result, collector.curve, position)
+                in_bar = probe is None and not source  # what belongs to a layer or a probe would crowd it
+                self._enter(trainer, pl_module, suffix, result, collector.curve, position, in_bar)
                 if result is not None:
                     key = self.name + suffix
                     self._draw(trainer, log_plots, key, result.evidence, class_names)
@@ -108,14 +120,12 @@ class Journal:
         result: Result | None,
         curve: bool,
         position: tuple[int, int] | None,
+        in_bar: bool,
     ) -> None:
         """Log and remember one result; None stands for NaN."""
         key = self.name + suffix
         numbers = _NOTHING if result is None else figures(result.evidence)
-        for logged, value, in_bar in (
-            (key, numbers["logme"], not suffix),
-            (f"{self.name}_gain{suffix}", numbers["gain"], False),
-        ):
+        for logged, value in ((key, numbers["logme"]), (f"{self.name}_gain{suffix}", numbers["gain"])):
             try:
                 # The values are equal on all ranks; sync_dist tells Lightning so.
                 together = trainer.world_size > 1

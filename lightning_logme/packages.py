@@ -20,6 +20,7 @@ __all__ = [
     "LightningModule",
     "Logger",
     "Trainer",
+    "callbacks_of_new_trainer",
     "isolate_rng",
     "rank_zero_info",
     "rank_zero_only",
@@ -87,3 +88,12 @@ def to_uncompiled(module: nn.Module) -> Any:
     """A LightningModule as it was before ``torch.compile``."""
     package = next(name for name in _imported() if isinstance(module, sys.modules[name].LightningModule))
     return import_module(f"{package}.utilities.compile").to_uncompiled(module)
+
+
+def callbacks_of_new_trainer() -> list[Any]:
+    """The callbacks of a Trainer in the making, for a ``state_key`` that it compares with theirs; else none.
+
+    Lightning 2.5 and 2.6 do so in ``_validate_callbacks_list(callbacks)``, which raises an error of its own.
+    """
+    caller = sys._getframe(2)
+    return caller.f_locals.get("callbacks", []) if caller.f_code.co_name == "_validate_callbacks_list" else []

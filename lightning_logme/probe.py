@@ -131,7 +131,7 @@ class PreparedProbe:
             **options,
         )
         try:
-            with undisturbed(module):
+            with undisturbed(module, getattr(trainer, "datamodule", None)):
                 for portion in self._portions(trainer, limit_batches or probe.limit_batches):
                     errors = self._add(collector, portion, trainer, module, sources)
                     for source, error in errors.items():

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from lightning_logme.distributed import first_reason, gathered, is_one_of, is_sharded
-from lightning_logme.journal import Journal
+from lightning_logme.journal import Journal, is_key
 from lightning_logme.packages import Callback, LightningModule, Trainer, rank_zero_warn
 from lightning_logme.probe import PreparedProbe, Probe
 from lightning_logme.sources import HEAD, LAYER_MEAN, Sources
@@ -32,7 +32,7 @@ class Probes:
         self._probes = _named(probes)
         self._every = every
         self._prepared: dict[str, PreparedProbe] = {}
-        self._keys: tuple[str, ...] = ()
+        self._name = ""
         self._validations = 0
         self._rehearsed = False
 
@@ -49,7 +49,7 @@ class Probes:
         if not self:
             return
         self._validations, self._rehearsed = 0, False
-        self._keys = tuple(f"{prefix}/{probe}" for probe in self._probes for prefix in (name, f"{name}_gain"))
+        self._name = name
         self._check_run(trainer, owner)
         self._prepared, error = {}, None
         try:
@@ -168,7 +168,8 @@ class Probes:
         return bool(trainer.strategy.broadcast(any(due)))
 
     def _monitors(self, callback: Any) -> bool:
-        return str(getattr(callback, "monitor", None)).startswith(self._keys)
+        monitor = getattr(callback, "monitor", None)
+        return any(is_key(monitor, self._name, f"/{probe}") for probe in self._probes)
 
 
 def _named(probes: Mapping[str, Any] | None) -> dict[str, Probe]:

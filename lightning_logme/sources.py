@@ -89,6 +89,8 @@ class Source:
             tensor = first_tensor(self.features(module, batch))
             if tensor is None:
                 raise ValueError("features=callable(module, batch) returned no tensor; it must return (N, D) features.")
+            # On the device of the run, as a layer's would be: a collective takes no other.
+            tensor = tensor.to(getattr(module, "device", tensor.device))
             inside, before = trace.since(position)
             self.settled = True
             find_axis = partial(find_channel_axis, tensor.shape, inside, before)
@@ -450,9 +452,12 @@ def _matching(root: nn.Module, patterns: Sequence[str]) -> list[str]:
         parts = pattern.split(".")
         matches = [name for name in known if _matches(name.split("."), parts)]
         if not matches:
+            ends = [name.split(".") for name in known]
+            meant = {".".join([*end[: -len(parts)], pattern]) for end in ends if _matches(end[-len(parts) :], parts)}
+            listed = ", ".join(map(repr, known[:8])) + (", …" if len(known) > 8 else "")
             raise ValueError(
                 f"layers: no module of {type(root).__name__} matches {pattern!r}, in which * stands for one part of a "
-                f"dotted name; its modules are {', '.join(map(repr, known[:8]))}{', …' if len(known) > 8 else ''}."
+                f"dotted name; {f'write {sorted(meant)[0]!r}' if meant else f'its modules are {listed}'}."
             )
         found.update(dict.fromkeys(matches))
     return list(found)

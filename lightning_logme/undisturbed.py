@@ -27,17 +27,19 @@ def same_generators() -> Iterator[None]:
 
 
 @contextmanager
-def undisturbed(module: nn.Module) -> Iterator[None]:
+def undisturbed(module: nn.Module, datamodule: object = None) -> Iterator[None]:
     """A module in eval mode and without gradients; afterwards all is as it was.
 
     That is the attributes of its parts (modes, counters, caches, the states of metrics), its buffers, and the random
     generators: the global ones, and those that are attributes of its parts. What it logs meanwhile is dropped. Lists
-    and dicts of its own that it adds to keep what was added.
+    and dicts of its own that it adds to keep what was added. The attributes of the data module, whose hooks prepare
+    batches, are kept as well.
     """
     parts = list(module.modules())
-    kept = [(part, dict(vars(part)), dict(part._buffers), set(part._non_persistent_buffers_set)) for part in parts]
+    kept = [(owner, dict(vars(owner))) for owner in (*parts, datamodule) if owner is not None]
+    held = [(part, dict(part._buffers), set(part._non_persistent_buffers_set)) for part in parts]
     contents = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    generators = [(value, _state(value)) for _, attributes, _, _ in kept for value in attributes.values()]
+    generators = [(value, _state(value)) for _, attributes in kept for value in attributes.values()]
     try:
         for part in parts:
             if isinstance(part, Metric):  # which may write to its states: to copies of them
@@ -48,10 +50,12 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
         with same_generators(), torch.no_grad():
             yield
     finally:
-        for part, attributes, buffers, transient in kept:
-            for now, before in ((vars(part), attributes), (part._buffers, buffers)):
-                now.clear()
-                now.update(before)
+        for owner, attributes in kept:
+            vars(owner).clear()
+            vars(owner).update(attributes)
+        for part, buffers, transient in held:
+            part._buffers.clear()
+            part._buffers.update(buffers)
             part._non_persistent_buffers_set.clear()
             part._non_persistent_buffers_set.update(transient)
         for generator, state in generators:

@@ -562,7 +562,8 @@ def test_a_key_that_the_module_logs_too_ends_nothing(tmp_path):
 
 
 def test_two_callbacks_need_two_names(tmp_path):
-    with pytest.raises(RuntimeError, match="more than one stateful callback of type `LogMECallback`"):
+    message = r"name: two LogMECallbacks of one Trainer log under 'logme'; .* LogMECallback\(name='logme_2'\)"
+    with pytest.raises(ValueError, match=message):
         trainer(tmp_path, LogMECallback(), LogMECallback(layers=["model.0"]))
     run = trainer(tmp_path, LogMECallback(), LogMECallback("model.0", name="input", num_classes=4))
     run.validate(Classifier(), loader(), verbose=False)
@@ -590,3 +591,42 @@ def test_export_to_torchscript_during_a_run(tmp_path, method):
     assert len(callback.history) == 9
     assert all(row["num_samples"] == 96 for row in callback.history)
     assert hooks(module) == 0
+
+
+@pytest.mark.parametrize("monitor", [ModelCheckpoint, EarlyStopping])
+@pytest.mark.parametrize(
+    ("key", "ours"),
+    [
+        ("logme", False),
+        ("mine", True),
+        ("mine_gain", True),
+        ("mine/model.0", True),
+        ("mine_gain/dataloader_idx_1", True),
+        ("mine/news", True),
+        ("minerals", False),
+        ("mine_gains", False),
+        ("val_loss", False),
+    ],
+)
+def test_a_monitor_that_takes_the_lowest_score_for_the_best_is_warned_of(tmp_path, monitor, key, ours):
+    for mode in ({}, {"mode": "min"}, {"mode": "max"}):
+        callback = LogMECallback(name="mine", num_classes=4)
+        run = trainer(tmp_path, callback, monitor(monitor=key, **mode))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            callback.setup(run, Classifier(), "fit")
+        messages = [str(warning.message) for warning in caught if "takes the lowest" in str(warning.message)]
+        name, wrong = monitor.__name__, ours and mode != {"mode": "max"}
+        expected = f"takes the lowest {key!r} for the best, and higher is better; write {name}(monitor={key!r}, mode="
+        assert messages == [f"monitor: {name} {expected}'max')."] * wrong
+
+
+def test_a_run_warns_once_of_each_monitor(tmp_path):
+    checkpoint, stopping = ModelCheckpoint(tmp_path, monitor="logme"), EarlyStopping(monitor="logme_gain")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run = trainer(tmp_path, checkpoint, stopping, LogMECallback(), max_epochs=1)
+        run.fit(Classifier(), loader(), loader())
+        run.validate(Classifier(), loader(), verbose=False)
+    said = [str(warning.message) for warning in caught if "takes the lowest" in str(warning.message)]
+    assert [line.split()[1] for line in said] == ["EarlyStopping", "ModelCheckpoint"]

@@ -45,6 +45,12 @@ def test_options_from_a_configuration(tmp_path):
     assert {"logme", "logme/model.0"} <= set(trainer.callback_metrics)
 
 
+def test_null_means_that_there_is_none(tmp_path):
+    optional = ("head", "layers", "features", "num_classes", "target", "ignore_index", "class_names", "probes")
+    trainer = fit(tmp_path, **dict.fromkeys(optional))
+    assert {key for key in trainer.callback_metrics if key.startswith("logme")} == {"logme", "logme_gain"}
+
+
 def test_numbers_on_the_command_line_are_indices(tmp_path):
     args = ["fit", "--trainer.callbacks+=lightning_logme.LogMECallback", "--trainer.callbacks.target=1"]
     args += ["--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.logger=false"]

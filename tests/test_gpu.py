@@ -126,3 +126,11 @@ def test_probes_layers_and_curves(tmp_path, precision):
         scores[accelerator] = {key: torch.tensor(curve) for key, curve in callback.curves.items()}
     tolerance = 1e-5 if precision == "32-true" else 2e-2
     torch.testing.assert_close(scores["cuda"], scores["cpu"], rtol=tolerance, atol=tolerance)
+
+
+def test_features_that_a_callable_leaves_on_the_cpu(tmp_path):
+    callback = LogMECallback(features=lambda module, batch: module.model[0](batch[0]).cpu(), num_classes=4)
+    trainer(tmp_path, callback, accelerator="cuda").validate(Classifier(), loader(), verbose=False)
+    (row,) = callback.history
+    assert row["num_samples"] == 96
+    assert row["gain"] > 0

@@ -60,6 +60,18 @@ class TestPatterns:
         with pytest.raises(ValueError, match=r"layers: no module of Classifier matches 'encoder.\*'.*'model.blocks.0'"):
             trainer(tmp_path, LogMECallback(layers=["encoder.*"])).validate(Classifier(Deep()), loader(), verbose=False)
 
+    @pytest.mark.parametrize(
+        ("pattern", "expected"),
+        [
+            ("blocks.*", r"write 'model\.blocks\.\*'\.$"),
+            ("blocks.*.0", r"write 'model\.blocks\.\*\.0'\.$"),
+            ("model.block.*", r"its modules are 'model', 'model.blocks.0', .*, …\.$"),
+        ],
+    )
+    def test_a_pattern_that_misses_the_prefix_of_a_wrapper_is_completed(self, pattern, expected):
+        with pytest.raises(ValueError, match=f"matches {re.escape(repr(pattern))}, .*; {expected}"):
+            attach(Classifier(Deep()), None, [pattern], "multiclass", None)
+
 
 def test_each_layer_and_their_mean(tmp_path):
     module = Classifier(Deep(3))

@@ -106,3 +106,28 @@ def test_figure_of_absent_classes_and_of_nothing_explained():
         "mean 0.000"
         in gain_figure(evidence(torch.ones(4, 1), torch.tensor([1.0, -1, 1, -1]), "regression")).texts[-1].get_text()
     )
+
+
+@pytest.mark.parametrize(("loaders", "endings"), [(1, [""]), (2, ["/dataloader_idx_0", "/dataloader_idx_1"])])
+def test_progress_bar_shows_score_and_gain_of_each_validation_loader(tmp_path, capfd, loaders, endings):
+    """The score and the gain of layers and probes are logged, and would crowd it."""
+    callback = LogMECallback(layers=["model.0"], probes={"news": loader()})
+    run = trainer(tmp_path, callback, enable_progress_bar=True, max_epochs=1)
+    run.fit(Classifier(), loader(), [loader() for _ in range(loaders)])
+    keys = {key for key in run.progress_bar_metrics if key.startswith("logme")}
+    assert keys == {f"{key}{ending}" for ending in endings for key in ("logme", "logme_gain")}
+    assert {"logme/news", f"logme_gain/model.0{endings[0]}"} <= set(run.callback_metrics)
+    assert "logme_gain" in capfd.readouterr().out
+
+
+def test_steps_are_those_of_the_modules_own_log(tmp_path):
+    """One less than `global_step` in fit, and equal to it in a later validate of the same Trainer."""
+    callback, module = LogMECallback(), Classifier()
+    run = trainer(tmp_path, callback, logger=TensorBoardLogger(tmp_path, "", ""), log_every_n_steps=1)
+    run.fit(module, loader(), loader())
+    run.validate(module, loader(), verbose=False)
+    seen = events(tmp_path)
+    assert [row["global_step"] for row in callback.history] == [5, 10, 10]
+    for key in ("logme", "val_loss"):
+        assert [event.step for event in seen.Scalars(key)] == [4, 9, 10]
+    assert [event.step for event in seen.Histograms("logme/log10_spectrum")] == [4, 9, 10]

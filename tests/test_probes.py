@@ -651,6 +651,32 @@ class TestNoTrace:
             weights.append(module.state_dict())
         torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=0)
 
+    def test_the_data_module_whose_hooks_prepare_batches(self, tmp_path):
+        """The run is the same to the last bit, although the hooks count batches and draw random numbers."""
+
+        class Noisy(pl.LightningDataModule):
+            def __init__(self):
+                super().__init__()
+                self.generator = torch.Generator().manual_seed(1)
+                self.batches = 0
+
+            def train_dataloader(self):
+                return loader()
+
+            val_dataloader = train_dataloader
+
+            def on_after_batch_transfer(self, batch, dataloader_idx):
+                self.batches += 1
+                return batch[0] + torch.randn(batch[0].shape, generator=self.generator) / self.batches, batch[1]
+
+        seen = []
+        for probes in ({}, {"news": loader(other())}):
+            torch.manual_seed(0)
+            module, data = Classifier(), Noisy()
+            trainer(tmp_path, LogMECallback(probes=probes)).fit(module, data)
+            seen.append((data.batches, data.generator.get_state(), *module.state_dict().values()))
+        torch.testing.assert_close(*seen, rtol=0, atol=0)
+
     def test_the_generator_of_a_shared_sampler(self, tmp_path):
         def order(probes):
             generator = torch.Generator().manual_seed(5)
@@ -699,6 +725,12 @@ class TestWarnings:
         callback = LogMECallback(probes={"news": loader(other())}, probe_every=2)
         with pytest.warns(UserWarning, match="EarlyStopping monitors a probe, and with probe_every=2"):
             trainer(tmp_path, callback, stopping).validate(Classifier(), loader(), verbose=False)
+
+    def test_a_monitor_of_another_key_that_begins_alike(self, tmp_path):
+        stopping = EarlyStopping(monitor="logme/newspaper", mode="max", strict=False)
+        callback = LogMECallback(probes={"news": loader(other())}, probe_every=2)
+        run = trainer(tmp_path, callback, stopping)
+        callback.setup(run, Classifier(), "fit")
 
     def test_a_monitor_makes_checkpoints_due(self, tmp_path):
         stopping = EarlyStopping("logme/news", mode="max", patience=9)

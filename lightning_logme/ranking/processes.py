@@ -46,5 +46,6 @@ def summed(fabric: Fabric, blocks: list[Moments], num_outputs: int) -> list[Mome
     if len(lengths) > 1:
         raise Failure(f"features of lengths {lengths} in different processes; pool them to one length.")
     if lengths and not blocks:
-        blocks = [Moments.zeros(lengths[0], num_outputs, moments_device(fabric.device)) for _ in range(BLOCKS)]
-    return [block.all_reduce() for block in blocks]
+        blocks = [Moments.zeros(lengths[0], num_outputs) for _ in range(BLOCKS)]
+    # Features may have been on another device, which the backend of the processes does not take.
+    return [block.to(moments_device(fabric.device)).all_reduce() for block in blocks]
