@@ -67,8 +67,9 @@ def find_head(root: nn.Module, num_outputs: int | None = None) -> str:
     model = type(root).__name__
     if not candidates:
         raise ValueError(
-            f"head: {model} has no linear layer that surely makes its output; give head=None to score its output, "
-            "layers=['…'] to score the output of modules, features=callable(module, batch), or the name of its head."
+            f"head: {model} has no torch.nn.Linear or 1 × 1 convolution that can make its output; give head=None to "
+            "score its output, layers=['…'] to score the output of modules, features=callable(module, batch), or the "
+            "name of its head."
         )
     listed = ", ".join(f"'{c.path.name}' ({c.inputs} → {c.outputs})" for c in candidates)
     names = [candidate.path.name for candidate in candidates]

@@ -1,5 +1,6 @@
 """The callback in real Trainer runs."""
 
+import copy
 import math
 import warnings
 
@@ -391,7 +392,7 @@ class TestErrors:
             ),
             (LogMECallback(layers=["body"]), None, "layers: Untouched has no module named 'body'"),
             (LogMECallback(), nn.ModuleDict({"a": mlp(), "b": mlp()}), r"several layers .* 'model.a.2' \(32 → 4\)"),
-            (LogMECallback(), nn.Conv2d(3, 4, 1), "no torch.nn.Linear"),
+            (LogMECallback(), nn.Conv2d(3, 4, 3), "no torch.nn.Linear"),
             (LogMECallback(), mlp(16, 1), "num_classes: .* 'model.2' puts out 1; .*task='binary'"),
             (LogMECallback("model.1"), None, "num_classes: .* 'model.1' does not tell; give LogMECallback"),
         ],
@@ -521,6 +522,121 @@ class TestErrors:
             callback = LogMECallback()
             trainer(tmp_path, callback).validate(module, loader(), verbose=False)
         assert callback.history[0]["num_samples"] == 96
+
+
+class TestBatchesThatAreLeftOut:
+    """A validation step may leave out its forward pass: nothing is decided by a batch that calls no module."""
+
+    @staticmethod
+    def module(skips):
+        class Skipping(Classifier):
+            def validation_step(self, batch, batch_idx):
+                if not skips(self, batch_idx):
+                    self(batch[0])
+
+        return Skipping()
+
+    def scores(self, tmp_path, skips, **options):
+        callback = LogMECallback(layers=["model.0"])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer(tmp_path, callback, max_epochs=2, **options).fit(self.module(skips), loader(), loader())
+        messages = [str(w.message) for w in caught if str(w.message).startswith("logme")]
+        return [row for row in callback.history if row["key"] == "logme"], messages
+
+    def test_in_the_sanity_check(self, tmp_path):
+        rows, messages = self.scores(tmp_path, lambda module, _: module.trainer.sanity_checking)
+        assert [row["num_samples"] for row in rows] == [96, 96]
+        assert messages == []
+
+    def test_in_the_first_epoch_is_nan_with_one_warning_that_names_the_causes(self, tmp_path):
+        rows, messages = self.scores(tmp_path, lambda module, _: module.current_epoch < 1)
+        assert [math.isnan(row["logme"]) for row in rows] == [True, False]
+        (message,) = messages
+        causes = ["left out its forward pass", "averaged copy", "force_eager"]
+        assert [message.index(cause) for cause in causes] == sorted(message.index(cause) for cause in causes)
+        assert "logme is NaN: 5 of 5 batches called none of the modules" in message
+
+    def test_first_batch(self, tmp_path):
+        rows, messages = self.scores(tmp_path, lambda _, batch_idx: batch_idx == 0)
+        assert [row["num_samples"] for row in rows] == [76, 76]
+        assert set(messages) == {"logme: 1 of 5 batches called none of the modules that are scored, and are left out."}
+
+    def test_later_batch_is_nan(self, tmp_path):
+        """Its samples would be missing."""
+        rows, messages = self.scores(tmp_path, lambda _, batch_idx: batch_idx == 3)
+        assert [math.isnan(row["logme"]) for row in rows] == [True, True]
+        assert all("was not called for this batch" in message for message in messages)
+
+    def test_one_of_two_loaders(self, tmp_path):
+        class First(Classifier):
+            def validation_step(self, batch, batch_idx, dataloader_idx):
+                if dataloader_idx == 0:
+                    self(batch[0])
+
+        callback = LogMECallback()
+        with pytest.warns(UserWarning, match="logme is NaN: 5 of 5 batches of loader 1 called none of the modules"):
+            trainer(tmp_path, callback).validate(First(), [loader(), loader()], verbose=False)
+        assert [math.isnan(row["logme"]) for row in callback.history] == [False, True]
+
+    def test_validating_an_averaged_copy(self, tmp_path):
+        class Averaged(Classifier):
+            def __init__(self):
+                super().__init__()
+                self.average = copy.deepcopy(self.model).requires_grad_(False)
+
+            def validation_step(self, batch, batch_idx):
+                self.average(batch[0])
+
+        callback = LogMECallback()
+        with pytest.warns(UserWarning, match="another network, such as an averaged copy: name its head with head="):
+            trainer(tmp_path, callback).fit(Averaged(), loader(), loader())
+        assert all(math.isnan(row["logme"]) for row in callback.history)
+        callback = LogMECallback(head="average.2")
+        trainer(tmp_path, callback).fit(Averaged(), loader(), loader())
+        assert all(math.isfinite(row["logme"]) for row in callback.history)
+
+
+def test_inputs_of_several_heads_are_concatenated(tmp_path):
+    class TwoHeads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right = nn.Linear(16, 8), nn.Linear(16, 8)
+            self.head, self.head_dist = nn.Linear(8, CLASSES), nn.Linear(8, CLASSES)
+
+        def forward(self, x):
+            return (self.head(self.left(x).tanh()) + self.head_dist(self.right(x).tanh())) / 2
+
+    module, (x, y) = Classifier(TwoHeads()), vectors().tensors
+    with pytest.raises(ValueError, match=r"head=\['model.head', 'model.head_dist'\]"):
+        trainer(tmp_path, LogMECallback()).validate(module, loader(), verbose=False)
+    callback = LogMECallback(head=["model.head", "model.head_dist"])
+    trainer(tmp_path, callback).validate(module, loader(), verbose=False)
+    with torch.no_grad():
+        features = torch.cat([module.model.left(x).tanh(), module.model.right(x).tanh()], 1)
+    assert callback.history[-1]["logme"] == pytest.approx(float(logme(features, y)), rel=1e-5)
+
+
+def test_head_none_scores_the_output_of_forward(tmp_path, caplog):
+    module, (x, y) = Classifier(), vectors().tensors
+    callback = LogMECallback(head=None, num_classes=CLASSES)
+    with caplog.at_level("INFO"):
+        trainer(tmp_path, callback).validate(module, loader(), verbose=False)
+    with torch.no_grad():
+        expected = logme(module(x), y)
+    assert callback.history[-1]["logme"] == pytest.approx(float(expected), rel=1e-5)
+    assert "the feature is the output of Classifier" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "said"), [({"head": "model.0"}, True), ({"head": "model.0", "num_classes": 32}, False), ({}, False)]
+)
+def test_a_head_wider_than_the_labels_is_reported_once(tmp_path, caplog, options, said):
+    run = trainer(tmp_path, LogMECallback(**options))
+    with caplog.at_level("INFO"):
+        run.fit(Classifier(), loader(), loader())
+    message = "the head 'model.0' has 32 outputs, and the labels have 4 classes (0 to 3)"
+    assert caplog.text.count(message) == int(said)
 
 
 def test_what_cannot_be_remembered_is_nan_and_ends_no_forward_pass(tmp_path):

@@ -72,12 +72,24 @@ def test_points_without_evidence_are_nan_and_say_nothing(tmp_path):
     assert math.isfinite(last.logme)
 
 
-def test_ignored_rows_do_not_count(tmp_path):
+@pytest.mark.parametrize("ignored", [lambda i: i % 2 == 1, lambda i: i < 50])
+def test_points_count_scored_samples_and_not_ignored_rows(tmp_path, ignored):
     x, y = vectors(100).tensors
-    data = TensorDataset(x, torch.where(torch.arange(100) % 2 == 0, y, -100))
-    callback = LogMECallback(curve=True)
+    data = TensorDataset(x, torch.where(ignored(torch.arange(100)), -100, y))
+    callback = LogMECallback(curve=True, probes={"same": loader(data)})
     trainer(tmp_path, callback).validate(Classifier(), loader(data), verbose=False)
-    assert [point.num_samples for point in callback.curves["logme"]] == [16, 32, 50]
+    for key in ("logme", "logme/same"):
+        assert [point.num_samples for point in callback.curves[key]] == [32, 50]
+
+
+def test_points_of_token_labels_count_tokens_and_not_sequences(tmp_path):
+    x, y = vectors(120).tensors
+    data = TensorDataset(x.unflatten(0, (20, 6)), y.unflatten(0, (20, 6)))
+    callback = LogMECallback(curve=True, probes={"same": loader(data, 3)})
+    module = Classifier(loss=lambda logits, labels: logits.mean())
+    trainer(tmp_path, callback).validate(module, loader(data, 7), verbose=False)
+    for key in ("logme", "logme/same"):
+        assert [point.num_samples for point in callback.curves[key]] == [32, 64, 120]
 
 
 def test_many_classes_start_later(tmp_path):
@@ -97,7 +109,7 @@ def test_rows_fall_into_parts_by_their_place(lengths, world, rank):
     for length in lengths:
         places = range(first * world + rank, (first + length) * world + rank, world)
         rows = list(places)
-        for part, some in collector._parts(places, 4):
+        for part, some in collector._parts(0, torch.zeros(length), places, 4):
             found.setdefault(part, []).extend(rows[some])
         first += length
     assert sorted(place for part in found.values() for place in part) == [i * world + rank for i in range(first)]

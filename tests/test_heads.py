@@ -228,7 +228,7 @@ HEADLESS = {
 
 def refused(module: nn.Module) -> str:
     """Return the message, which may name no module at all."""
-    with pytest.raises(ValueError, match="head: .* has no linear layer that surely makes its output") as info:
+    with pytest.raises(ValueError, match="head: .* has no torch.nn.Linear or 1 × 1 convolution") as info:
         find_head(module)
     message = str(info.value)
     assert "; give head=None to score its output, layers=['…'] " in message

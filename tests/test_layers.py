@@ -70,7 +70,7 @@ class TestPatterns:
     )
     def test_a_pattern_that_misses_the_prefix_of_a_wrapper_is_completed(self, pattern, expected):
         with pytest.raises(ValueError, match=f"matches {re.escape(repr(pattern))}, .*; {expected}"):
-            attach(Classifier(Deep()), None, [pattern], "multiclass", None)
+            attach(Classifier(Deep()), "auto", [pattern], "multiclass", None)
 
 
 def test_each_layer_and_their_mean(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
-from models import CLASSES, Classifier, ConvNet, images, loader, mlp, penultimate, trainer, vectors
+from models import CLASSES, Classifier, ConvNet, hooks, images, loader, mlp, penultimate, trainer, vectors
 from oracles import problem
 from test_loggers import events
 from torch import nn
@@ -257,6 +257,29 @@ class SelfSupervised(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.01)
 
 
+class SimSiam(pl.LightningModule):
+    """A backbone in ``forward``, and a projector or predictor that training alone uses."""
+
+    def __init__(self, name="projector"):
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Linear(16, 16), nn.Tanh())
+        self.add_module(name, nn.Linear(16, 4))
+        self.name = name
+
+    def forward(self, x):
+        return self.backbone(x)
+
+    def training_step(self, batch, batch_idx):
+        first, second = (self.get_submodule(self.name)(self(batch[0] + torch.randn_like(batch[0]))) for _ in range(2))
+        return -nn.functional.cosine_similarity(first, second.detach()).mean()
+
+    def validation_step(self, batch, batch_idx):
+        self.log("std", self(batch[0]).std())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+
 UNLABELLED = TensorDataset(torch.randn(40, 16))
 
 
@@ -341,6 +364,70 @@ class TestWithoutAHead:
         with pytest.warns(UserWarning, match="logme is NaN for this validation, after an error in batch 1"):
             trainer(tmp_path, callback, num_sanity_val_steps=0).fit(Twice(), loader(), loader())
         assert [math.isnan(row["logme"]) for row in rows_of(callback, "logme")] == [True, False]
+
+    @pytest.mark.parametrize("name", ["projector", "predictor"])
+    def test_layers_of_a_module_with_a_projector_are_scored_and_nothing_is_guessed(self, tmp_path, name):
+        module = SimSiam(name)
+        callback = LogMECallback(probes={"news": loader(other())}, layers=["backbone"], validation=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            run = trainer(tmp_path, callback)
+            run.fit(module, loader(UNLABELLED), loader(UNLABELLED))
+        with torch.no_grad():
+            expected = logme(module.eval().backbone(other()[:][0]), other()[:][1])
+        for key in ("logme/news", "logme/news/backbone"):
+            assert float(run.callback_metrics[key]) == pytest.approx(float(expected), rel=1e-5)
+        assert {row["key"] for row in callback.history} == {"logme/news", "logme/news/backbone"}
+
+    @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+    @pytest.mark.parametrize("validated", [True, False])
+    def test_a_predictor_that_was_guessed_raises_before_training_with_the_remedy(self, tmp_path, validated):
+        callback = LogMECallback(probes={"news": loader(other())}, validation=False)
+        message = r"probes\['news'\]: .*'predictor' was taken for the classifier head.*head=None.*features=.*forward="
+        with pytest.raises(ValueError, match=message):
+            trainer(tmp_path, callback).fit(
+                SimSiam("predictor"), loader(UNLABELLED), loader(UNLABELLED) if validated else None
+            )
+
+    def test_head_none_scores_what_forward_returns(self, tmp_path):
+        module, callback = SimSiam(), LogMECallback(head=None, probes={"news": loader(other())}, validation=False)
+        trainer(tmp_path, callback).fit(module, loader(UNLABELLED), loader(UNLABELLED))
+        with torch.no_grad():
+            expected = logme(module.eval().backbone(other()[:][0]), other()[:][1])
+        assert callback.history[-1]["logme"] == pytest.approx(float(expected), rel=1e-5)
+
+    def test_a_guessed_head_that_validation_step_does_not_call_is_dropped_with_one_message(self, tmp_path):
+        module = SimSiam("predictor")
+        callback = LogMECallback(layers=["backbone"], probes={"news": loader(other())}, num_classes=CLASSES)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run = trainer(tmp_path, callback, max_epochs=3)
+            run.fit(module, loader(), loader())
+        messages = [str(w.message) for w in caught if "logme" in str(w.message)]
+        assert len(messages) == 1
+        assert "'predictor' was taken for the classifier head" in messages[0]
+        assert "head=None" in messages[0]
+        assert {row["key"] for row in callback.history} == {"logme/backbone", "logme/news", "logme/news/backbone"}
+        assert all(math.isfinite(row["logme"]) for row in callback.history)
+        assert len(callback.history) == 9
+        assert hooks(module) == 0
+
+    def test_a_source_that_fails_spoils_no_other(self, tmp_path):
+        class Sometimes(Classifier):
+            def __init__(self):
+                super().__init__()
+                self.extra, self.batches = nn.Identity(), 0
+
+            def forward(self, x):
+                self.batches += 1
+                return self.model(x if self.batches == 2 else self.extra(x))
+
+        callback = LogMECallback(layers=["extra", "model.0"], probes={"news": loader(other())})
+        with pytest.warns(UserWarning, match="logme/.*extra is NaN.*'extra' was not called"):
+            trainer(tmp_path, callback).validate(Sometimes(), loader(), verbose=False)
+        failed = [row["key"] for row in callback.history if math.isnan(row["logme"])]
+        assert failed == ["logme/extra"]
+        assert len(callback.history) == 6
 
     def test_features_that_are_none(self, tmp_path):
         callback = LogMECallback(features=lambda module, batch: None, num_classes=CLASSES)

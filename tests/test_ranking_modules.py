@@ -214,3 +214,78 @@ def test_batches_that_are_mappings():
     rows = [{"image": image, "label": label} for image, label in zip(x, y, strict=True)]
     ranking = rank(loader=DataLoader(rows, 50))
     assert ranking.scores == pytest.approx(rank().scores, abs=0.05)  # another order, the same samples at the end
+
+
+class TestWhichFeature:
+    """``head="auto"``: the input of the layer that makes the output, and the output where there is none."""
+
+    @pytest.mark.parametrize(
+        ("model", "feature", "width"),
+        [
+            (nn.Sequential(nn.Linear(WIDTH, 8), nn.ReLU(), nn.Linear(8, 3)), "input of '2'", 8),
+            (nn.Sequential(nn.Linear(WIDTH, 8), nn.ReLU(), nn.Linear(8, 3), nn.LogSoftmax(1)), "input of '2'", 8),
+            (nn.Sequential(nn.Linear(WIDTH, 8), nn.ReLU()), "output", 8),
+            (nn.Sequential(nn.Linear(WIDTH, 8), nn.LayerNorm(8)), "output", 8),
+            (nn.Linear(WIDTH, 8), "output", 8),
+            (nn.Identity(), "output", WIDTH),
+            (nn.Sequential(nn.Unflatten(1, (4, 6)), nn.Conv1d(4, 7, 1), nn.Flatten()), "input of '1'", 4),
+        ],
+    )
+    def test_is_found_by_running_one_batch(self, model, feature, width):
+        ranking = rank({"net": model}, race=False)
+        assert (ranking.rows[0].feature, ranking.rows[0].num_features) == (feature, width)
+        assert feature in str(ranking)
+        assert f"feature,{width}" not in ranking.to_markdown()
+
+    def test_is_found_without_a_forward_pass_more(self):
+        class Counted(nn.Sequential):
+            seen = 0
+
+            def forward(self, x):
+                Counted.seen += len(x)
+                return super().forward(x)
+
+        rank({"net": Counted(nn.Linear(WIDTH, 8), nn.ReLU(), nn.Linear(8, 3))}, race=False)
+        assert Counted.seen == len(target_set())
+
+    def test_head_none_is_the_output(self):
+        model = nn.Sequential(nn.Linear(WIDTH, 8), nn.ReLU(), nn.Linear(8, 3))
+        ranking = rank({"net": model, "auto": model}, head={"net": None}, race=False)
+        assert {row.name: (row.feature, row.num_features) for row in ranking.rows} == {
+            "net": ("output", 3),
+            "auto": ("input of '2'", 8),
+        }
+
+    def test_inputs_of_several_heads_are_concatenated(self):
+        class TwoHeads(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.left, self.right = nn.Linear(WIDTH, 8), nn.Linear(WIDTH, 6)
+                self.head, self.head_dist = nn.Linear(8, 3), nn.Linear(6, 3)
+
+            def forward(self, x):
+                return (self.head(self.left(x)) + self.head_dist(self.right(x))) / 2
+
+        with pytest.raises(RuntimeError, match=r"several heads, .*head=\['head', 'head_dist'\]"):
+            rank({"net": TwoHeads()}, race=False)
+        ranking = rank({"net": TwoHeads()}, head=["head", "head_dist"], race=False)
+        assert (ranking.rows[0].feature, ranking.rows[0].num_features) == ("input of 'head' and 'head_dist'", 14)
+
+    def test_a_forward_of_the_users_own_returns_features_unless_it_runs_the_classifier(self):
+        model = nn.ModuleDict({"backbone": nn.Linear(WIDTH, 8), "projector": nn.Linear(8, 5), "head": nn.Linear(8, 3)})
+
+        def through(*names):
+            def forward(module, batch):
+                x = batch[0]
+                for name in names:
+                    x = module[name](x)
+                return x
+
+            return forward
+
+        forwards = {"features": through("backbone", "projector"), "logits": through("backbone", "head")}
+        ranking = rank(dict.fromkeys(forwards, model), forward=forwards, race=False)
+        assert {row.name: (row.feature, row.num_features) for row in ranking.rows} == {
+            "features": ("output", 5),
+            "logits": ("input of 'head'", 8),
+        }

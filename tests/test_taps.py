@@ -11,7 +11,6 @@ from models import mlp
 from torch import nn
 
 from lightning_logme.batch import conform_target, describe_target, find_mask, find_target
-from lightning_logme.pooling import check_pooling, pool
 from lightning_logme.taps import Tap
 
 X = torch.randn(5, 16)
@@ -140,74 +139,6 @@ class TestTorchScript:
         module = Prepared(16, 16)
         Tap(module, "output", "out")
         assert torch.equal(torch.jit.script(module)(X), X)
-
-
-class TestPool:
-    tokens = torch.randn(3, 7, 4)
-    maps = torch.randn(3, 4, 5, 6)
-
-    def test_vectors_stay(self):
-        assert pool(X) is X
-
-    def test_tokens(self):
-        torch.testing.assert_close(pool(self.tokens), self.tokens.mean(1))
-        torch.testing.assert_close(pool(self.tokens, "mean"), self.tokens.mean(1))
-        torch.testing.assert_close(pool(self.tokens, "cls"), self.tokens[:, 0])
-        torch.testing.assert_close(pool(self.tokens, "last"), self.tokens[:, -1])
-
-    def test_last_token_that_is_not_padding(self):
-        right, left = torch.ones(3, 7), torch.ones(3, 7)
-        right[1, 4:], left[1, :4] = 0, 0
-        torch.testing.assert_close(pool(self.tokens, "last", mask=right)[1], self.tokens[1, 3])
-        torch.testing.assert_close(pool(self.tokens, "last", mask=left)[1], self.tokens[1, 6])
-        torch.testing.assert_close(pool(self.tokens, "last", mask=right)[0], self.tokens[0, 6])
-
-    def test_masked_tokens_do_not_count(self):
-        mask = torch.ones(3, 7, dtype=torch.long)
-        mask[1, 4:] = 0
-        tokens = self.tokens.clone()
-        tokens[1, 4:] = torch.nan
-        pooled = pool(tokens, mask=mask)
-        torch.testing.assert_close(pooled[1], self.tokens[1, :4].mean(0))
-        torch.testing.assert_close(pooled[0], self.tokens[0].mean(0))
-        with pytest.raises(ValueError, match=r"attention_mask has shape \(3, 3\), but there are 7 tokens"):
-            pool(self.tokens, mask=mask[:, :3])
-        torch.testing.assert_close(pool(self.maps, mask=mask), self.maps.mean((2, 3)))  # which has no tokens
-
-    def test_first_token_that_is_not_padding(self):
-        left = torch.ones(3, 7, dtype=torch.long)
-        left[1, :4] = 0
-        pooled = pool(self.tokens, "cls", mask=left)
-        torch.testing.assert_close(pooled[1], self.tokens[1, 4])
-        torch.testing.assert_close(pooled[0], self.tokens[0, 0])
-
-    def test_maps(self):
-        torch.testing.assert_close(pool(self.maps), self.maps.mean((2, 3)))
-        torch.testing.assert_close(pool(self.maps.permute(0, 2, 3, 1), channel_axis=-1), self.maps.mean((2, 3)))
-        torch.testing.assert_close(pool(self.maps.to(memory_format=torch.channels_last)), self.maps.mean((2, 3)))
-        torch.testing.assert_close(pool(self.maps[:, :, None].repeat(1, 1, 2, 1, 1)), self.maps.mean((2, 3)))
-
-    def test_half_precision_is_averaged_in_single(self):
-        low = self.maps.bfloat16()
-        torch.testing.assert_close(pool(low), low.float().mean((2, 3)))
-        assert pool(self.maps.double()).dtype == torch.float64
-
-    def test_callable(self):
-        torch.testing.assert_close(pool(self.maps, lambda x: x.amax((2, 3))), self.maps.amax((2, 3)))
-        with pytest.raises(
-            ValueError, match=r"pooling must return a tensor of shape \(N, D\), got \(3, 4, 5\) from \(3, 4, 5, 6\)"
-        ):
-            pool(self.maps, lambda x: x.mean(3))
-        with pytest.raises(ValueError, match="got str"):
-            pool(self.maps, lambda x: "x")
-
-    def test_bad(self):
-        with pytest.raises(ValueError, match=r"pooling='cls' needs tokens .* got \(3, 4, 5, 6\)"):
-            pool(self.maps, "cls")
-        with pytest.raises(ValueError, match=r"got \(3,\)"):
-            pool(self.maps[:, 0, 0, 0])
-        with pytest.raises(ValueError, match="pooling must be 'auto', 'mean', 'cls', .* or a callable.*got 'max'"):
-            check_pooling("max")
 
 
 class TestTarget:
