@@ -228,7 +228,9 @@ HEADLESS = {
 
 def refused(module: nn.Module) -> str:
     """Return the message, which may name no module at all."""
-    with pytest.raises(ValueError, match="head: .* has no linear layer that surely makes its output") as info:
+    with pytest.raises(
+        ValueError, match="head: .* has no torch.nn.Linear or 1 × 1 convolution that surely makes its output"
+    ) as info:
         find_head(module)
     message = str(info.value)
     assert "; give head=None to score its output, layers=['…'] " in message
@@ -389,6 +391,7 @@ class TestTransformers:
             "RTDetrModel",
             "DeformableDetrModel",
             "BrosModel",
+            "EsmModel",
         ],
     )
     def test_encoder_is_refused_and_no_inner_layer_proposed(self, transformers, name):
