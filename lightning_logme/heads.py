@@ -127,6 +127,7 @@ class _Candidate(NamedTuple):
         inputs: The number of its inputs.
         outputs: The number of its outputs.
         is_taken: Whether a layer elsewhere takes as many inputs as this one gives outputs.
+        is_fed: Whether a layer elsewhere gives as many outputs as this one takes inputs.
     """
 
     path: _Path
@@ -134,6 +135,7 @@ class _Candidate(NamedTuple):
     inputs: int
     outputs: int
     is_taken: bool = False
+    is_fed: bool = False
 
     @property
     def trained(self) -> bool:
@@ -172,6 +174,7 @@ class _Search:
     def __init__(self, root: nn.Module) -> None:
         self._root = root
         self._inputs = _inputs(root.modules())
+        self._outputs = set(_outputs(root.modules()))
 
     def candidates(self) -> list[_Candidate]:
         return list(self._ends(self._root, _Path(), ()))
@@ -185,7 +188,7 @@ class _Search:
             inputs, outputs = _sizes(linear)
             # Siblings are compared as a chain.
             is_taken = self._inputs[outputs] > _inputs({linear, *siblings})[outputs]
-            candidate = _Candidate(path, module, inputs, outputs, is_taken)
+            candidate = _Candidate(path, module, inputs, outputs, is_taken, inputs in self._outputs)
             if _may_be_last(candidate, isinstance(linear, nn.Linear)):
                 yield candidate
         elif hasattr(type(module), "adapter_layer_names"):
@@ -292,8 +295,13 @@ def _in_last_place(branches: list[_Branch]) -> list[_Branch]:
         is_inner = bool(idle) and index < idle[-1]
         if branch.is_layer:
             is_inner = is_inner and not is_first
-        elif idle:
-            is_inner = is_inner or any(map(_are_blocks, branch.module.modules()))
+        elif idle and branch.likeness < 2:
+            # An encoder feeds its head. ESM's `contact_head` takes attention maps, and gives no output of its own.
+            is_inner = (
+                is_inner
+                or any(map(_are_blocks, branch.module.modules()))
+                or not all(candidate.is_fed for candidate in branch.candidates)
+            )
         is_first = is_first and not _has_weights(branch.module)
         kept.append(branch._replace(candidates=[]) if is_inner and branch.likeness < 2 else branch)
     return kept
@@ -336,6 +344,19 @@ def _inputs(modules: Iterable[nn.Module]) -> Counter[int]:
         elif isinstance(module, nn.RNNBase):
             counts[module.input_size] += 1
     return counts
+
+
+def _outputs(modules: Iterable[nn.Module]) -> Iterator[int]:
+    """Yield the sizes of the vectors that layers give."""
+    for module in modules:
+        if isinstance(module, nn.Linear):
+            yield module.out_features
+        elif isinstance(module, nn.Embedding):
+            yield module.embedding_dim
+        elif isinstance(module, nn.RNNBase):
+            yield from (module.hidden_size, 2 * module.hidden_size)
+        elif isinstance(module, _CONVOLUTIONS):
+            yield module.out_channels
 
 
 def _has_linear(module: nn.Module) -> bool:

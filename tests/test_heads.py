@@ -389,6 +389,7 @@ class TestTransformers:
             "RTDetrModel",
             "DeformableDetrModel",
             "BrosModel",
+            "EsmModel",
         ],
     )
     def test_encoder_is_refused_and_no_inner_layer_proposed(self, transformers, name):

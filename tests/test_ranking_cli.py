@@ -113,7 +113,7 @@ def test_as_a_module(config):
         capture_output=True,
         text=True,
         cwd=Path(__file__).parent,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(Path(__file__).parents[1]), os.environ["PYTHONPATH"]))},
     )
     assert done.returncode == 0, done.stderr
     assert "1  good" in done.stdout

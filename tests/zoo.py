@@ -13,7 +13,7 @@ NUM_LABELS = 37  # No other layer of any model has this number of outputs.
 
 T = TypeVar("T")
 
-_WITHOUT_DEFAULT = {"vocab_size": 33, "head_dim": 64, "num_key_value_heads": 1, "prediction_length": 2}
+_WITHOUT_DEFAULT = {"vocab_size": 33, "head_dim": 64, "num_key_value_heads": 1}
 _DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "encoder_layers", "decoder_layers")
 
 
@@ -39,9 +39,9 @@ def without_memory(build: Callable[[], T]) -> T:
 def transformer(cls: Any, labels: bool = True) -> nn.Module:
     """Build a model of transformers with the default configuration, and at most two layers where possible."""
 
-    def build(shallow: bool) -> nn.Module:
+    def build(shallow: bool, complete: bool) -> nn.Module:
         config = cls.config_class()
-        for name, value in _WITHOUT_DEFAULT.items():
+        for name, value in _WITHOUT_DEFAULT.items() if complete else ():
             if getattr(config, name, value) is None:
                 setattr(config, name, value)
         if labels:
@@ -50,10 +50,12 @@ def transformer(cls: Any, labels: bool = True) -> nn.Module:
             _limit_depth(config)
         return cls(config)
 
-    try:
-        return without_memory(lambda: build(True))
-    except Exception:
-        return without_memory(lambda: build(False))
+    for options in ((True, False), (True, True)):
+        try:
+            return without_memory(lambda options=options: build(*options))
+        except Exception:
+            continue
+    return without_memory(lambda: build(False, False))
 
 
 def _limit_depth(config: Any) -> None:
