@@ -180,6 +180,50 @@ def test_a_state_of_another_form_is_left_out_and_ends_nothing(run, tmp_path, sta
         read_history(path)
 
 
+# What the callback of version 0.1 left in a checkpoint under "LogMECallback{'name': 'logme'}".
+_STATE_OF_0_1 = {
+    "history": [
+        {
+            "epoch": 0,
+            "global_step": 5,
+            "key": key,
+            "stage": "fit",
+            "logme": -0.442125,
+            "gain": 0.283666,
+            "num_samples": 96,
+            "curve": [[32, -0.545958, 0.174343], [64, -0.513095, 0.211718], [96, -0.442125, 0.283666]],
+        }
+        for key in ("logme", "logme/news")
+    ],
+    "evidence": {
+        "logme": {
+            "logme": -0.442125,
+            "gain": 0.283666,
+            "num_samples": 96,
+            "per_output": [-0.4062, -0.4408, -0.459, -0.4625],
+            "null": [-0.7258, -0.7258, -0.7258, -0.7258],
+            "alpha": [158.2118, 222.2829, 211.922, 216.1203],
+            "beta": [11.5911, 9.8517, 9.5212, 9.4039],
+            "effective_dim": [19.222, 16.4394, 16.515, 16.3373],
+            "saturated": [False, False, False, False],
+        }
+    },
+}
+
+
+def test_checkpoints_of_version_0_1_are_read_and_resumed(run, tmp_path):
+    path = tmp_path / "old.ckpt"
+    checkpoint = torch.load(tmp_path / "epoch=2.ckpt", weights_only=True)
+    checkpoint["callbacks"]["LogMECallback{'name': 'logme'}"] = _STATE_OF_0_1
+    torch.save(checkpoint, path)
+    assert read_history(path) == _STATE_OF_0_1["history"]
+    assert read_evidence(path) == _STATE_OF_0_1["evidence"]
+    callback = LogMECallback()
+    trainer(tmp_path, callback, max_epochs=5).fit(Classifier(), loader(), loader(), ckpt_path=path)
+    assert callback.history[:2] == _STATE_OF_0_1["history"]
+    assert len(callback.history) > 2
+
+
 def test_checkpoints_without_history(tmp_path):
     run = trainer(tmp_path, saving(tmp_path, save_weights_only=True), LogMECallback(), max_epochs=1)
     run.fit(Classifier(), loader(), loader())
