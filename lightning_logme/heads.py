@@ -14,21 +14,8 @@ from torchmetrics import Metric
 _SURE_WORDS = frozenset(("head", "heads", "classifier", "classification", "score", "logits"))
 _HEAD_WORDS = _SURE_WORDS | {"fc", "regressor", "predictor"}
 _LAYER_WORDS = frozenset(("output", "out"))  # Only layers count: transformers have whole networks of these names.
-_INNER_WORDS = frozenset(
-    (
-        "embed",
-        "embedding",
-        "embeddings",
-        "key",
-        "merger",
-        "pooler",
-        "pos",
-        "position",
-        "proj",
-        "projection",
-        "projector",
-    )
-) | {"query", "reference", "value"}
+_INNER_WORDS = frozenset(("embed", "embedding", "embeddings", "proj", "projection", "projector", "merger", "pooler"))
+_INNER_WORDS |= {"key", "pos", "position", "query", "reference", "value"}
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _GLOBAL_POOLINGS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 _LINKS = (nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Sigmoid, nn.LogSigmoid)  # from logits to predictions
@@ -80,10 +67,10 @@ def find_head(root: nn.Module, num_outputs: int | None = None) -> str:
 
 
 def get_module(root: nn.Module, name: str, argument: str) -> nn.Module:
-    """The submodule of that dotted name.
+    """Return the submodule of that dotted name.
 
     Raises:
-        ValueError: there is none; the message names ``argument`` and the closest names there are.
+        ValueError: It does not exist. The message names ``argument`` and the closest names that do.
     """
     try:
         if name:
@@ -246,9 +233,10 @@ class _Search:
 
     def _branches(self, module: nn.Module, path: _Path) -> list[_Branch]:
         """Return the children of a module that is no sequence, without the candidates that are hidden layers."""
-        if path.likeness == 2 and any(True for _ in (*module.parameters(False), *module.buffers(False))):
-            return []  # This head computes more than its layers do.
         children = dict(module.named_children())
+        has_tensors = any(True for _ in (*module.parameters(False), *module.buffers(False)))
+        if path.likeness == 2 and has_tensors and all(_likeness(*child) < 2 for child in children.items()):
+            return []  # This head computes more than its layers do.
         siblings = _layers(children.values())
         ends = _ends_of_chain(children)
         beside_blocks = any(isinstance(child, nn.ModuleList) and _are_blocks(child) for child in children.values())

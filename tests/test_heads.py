@@ -82,6 +82,7 @@ FOUND = {
         Parts(bb=nn.Sequential(nn.Linear(6, 12)), net=Parts(aux=nn.Linear(12, 3), fc=nn.Linear(12, 4))),
         "net.fc",
     ),
+    "vision transformer named classifier": (Parts(classifier=VisionTransformer()), "classifier.heads.head"),
     "inception": (Parts(aux=Parts(fc=nn.Linear(8, 4)), trunk=bert(), fc=nn.Linear(8, 4)), "fc"),
     "resnet for cifar": (
         Parts(conv1=nn.Conv2d(3, 8, 3), layer1=nn.Sequential(Bottleneck(8), Bottleneck(8)), linear=nn.Linear(8, 4)),
@@ -204,7 +205,17 @@ def test_number_of_outputs_decides_between_several_heads():
     assert find_head(module, num_outputs=3) == "head_b"
 
 
+class Vocoder(nn.Module):
+    """A head that transforms the output of its layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 6)
+        self.register_buffer("window", torch.ones(6))
+
+
 HEADLESS = {
+    "head with more than layers": Parts(backbone=encoder(), head=Vocoder()),
     "encoder": encoder(),
     "encoder of one block": encoder(layers=1),
     "bert": bert(),
