@@ -60,6 +60,12 @@ class OutputLayer:
     def _on_layer(self, part: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._last = part
 
+    @property
+    def is_blind(self) -> bool:
+        """Whether the hooks have seen nothing of a network that has layers: it may be compiled, or scripted."""
+        parts = self._module.modules()
+        return self._last is None and any(next(part.parameters(recurse=False), None) is not None for part in parts)
+
     def find(self, output: Tensor) -> str | None:
         """Return the dotted name of the layer; None where there is none, as in an encoder without a head.
 

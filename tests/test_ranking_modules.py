@@ -248,6 +248,14 @@ class TestWhichFeature:
         rank({"net": Counted(nn.Linear(WIDTH, 8), nn.ReLU(), nn.Linear(8, 3))}, race=False)
         assert Counted.seen == len(target_set())
 
+    @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+    def test_a_network_that_hooks_cannot_see_into_needs_a_head(self):
+        scripted = torch.jit.script(nn.Sequential(nn.Linear(WIDTH, 8), nn.ReLU(), nn.Linear(8, 3)))
+        with pytest.raises(RuntimeError, match="head='auto': no layer of .* was seen while it ran.*head=None"):
+            rank({"net": scripted}, race=False)
+        ranking = rank({"net": scripted}, head=None, race=False)
+        assert (ranking.rows[0].feature, ranking.rows[0].num_features) == ("output", 3)
+
     def test_head_none_is_the_output(self):
         model = nn.Sequential(nn.Linear(WIDTH, 8), nn.ReLU(), nn.Linear(8, 3))
         ranking = rank({"net": model, "auto": model}, head={"net": None}, race=False)

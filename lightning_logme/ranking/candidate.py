@@ -153,6 +153,11 @@ class Backbone:
         self._sources = self._listen(())
         with OutputLayer(self._module) as layers:
             self._run(prepared, fabric)
+        if layers.is_blind and self._candidate.forward is None:
+            raise ValueError(
+                f"head='auto': no layer of {type(self._module).__name__} was seen while it ran, as of a compiled or "
+                "scripted network; name the head, or write head=None to score the output."
+            )
         made = first_tensor(self._made)
         name = None if made is None else layers.find(made)
         if self._candidate.forward is not None and name != self._classifier():
