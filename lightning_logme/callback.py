@@ -219,8 +219,6 @@ class LogMECallback(AnyCallback):
         self._checkpoint_position = None
         if stage not in ("fit", "validate"):
             return
-        if stage == "fit":
-            self._check_monitors(trainer)
         if self.features is not None and is_sharded(trainer):
             raise ValueError(
                 f"features=callable makes forward passes of its own, which cannot be run under "
@@ -230,6 +228,8 @@ class LogMECallback(AnyCallback):
         if self._out_of_step is not None:
             rank_zero_warn(f"{self.name} will not be scored: {self._out_of_step}.")
             return
+        if stage == "fit":
+            self._check_monitors(trainer)
         self.probes.prepare(trainer, self, self.name)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
