@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_logme.maximum import maximise, null_evidence
+from lightning_logme.maximum import Maximum, maximise, null_evidence
 from lightning_logme.moments import Batch, Moments, Task, is_exclusive
-from lightning_logme.spectrum import Spectrum, centred_square
+from lightning_logme.spectrum import Spectrum
 
-_LOST = 1e-6  # of the average eigenvalue: the resolution from which on digits of the score are at stake
+_COARSER = 10  # times the resolution: what the score would be without the directions next to rounding
+_LOST = 1e-3  # nats: the change from which on it is said
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,10 +81,7 @@ class Evidence:
         square = batch.dense_target(num_outputs).square().sum(0)
         cause = _cause_of_nan(n, batch.features.sum(0), square, task, fit_intercept)
         if cause is None:
-            spectrum = Spectrum.from_rows(batch, num_outputs, fit_intercept)
-            rows = batch.features.double()
-            _check_digits(spectrum, rows.square().sum(0), rows.sum(0), n)
-            return _maximise(spectrum, n)
+            return _maximise(Spectrum.from_rows(batch, num_outputs, fit_intercept), n)
         return _undefined(cause, n, (num_outputs, batch.features.shape[1]), batch.features.device)
 
     def head(self, dtype: torch.dtype | None = None) -> torch.nn.Linear:
@@ -142,7 +140,6 @@ def maximise_moments(moments: Moments, task: Task, fit_intercept: bool) -> tuple
     if cause is None:
         try:
             spectrum = Spectrum.from_moments(moments, fit_intercept)
-            _check_digits(spectrum, moments.gram.diagonal(), moments.feature_sum, n)
             return _maximise(spectrum, n), spectrum
         except torch.linalg.LinAlgError as error:
             cause = f"the eigenvalues of the Gram matrix could not be computed ({error})"
@@ -164,26 +161,29 @@ def _cause_of_nan(n: int, features: Tensor, square: Tensor, task: Task, fit_inte
     return None
 
 
-def _check_digits(spectrum: Spectrum, square: Tensor, total: Tensor, n: int) -> None:
-    """Warn where the mean of the features is so large that float64 hardly sees how they differ.
+def _check_digits(spectrum: Spectrum, found: Maximum) -> None:
+    """Warn where the score depends on directions that the Gram matrix can hardly tell from rounding.
 
-    Args:
-        spectrum: tells which eigenvalue can still be told from zero.
-        square: (D,) sums of the squares of the features.
-        total: (D,) their sums.
-        n: number of samples.
+    The evidence of a perfect fit has no maximum, and its output says so itself.
     """
-    spread = float(centred_square(square, total, n).sum())
-    if n < 2 or spread == 0 or len(spectrum.eigenvalues) == 0:  # there is nothing to see
+    beside = bool((spectrum.eigenvalues <= _COARSER * spectrum.resolution).any())
+    if spectrum.unseen == math.inf or (spectrum.unseen > _COARSER * spectrum.resolution and not beside):
+        size = "by any amount"  # none of the directions beside rounding says what those below are worth
+    elif beside:
+        change = maximise(spectrum.coarser(_COARSER)).log_evidence - found.log_evidence
+        perfect = found.saturated & (spectrum.residual == 0)
+        lost = float((change / spectrum.dof)[~perfect].abs().nanmean())
+        if not lost > _LOST:
+            return
+        size = f"by {lost:.0e} nats or more"
+    else:
         return
-    lost = spectrum.resolution * min(n - 1, len(square)) / spread
-    if lost > _LOST:
-        ratio = math.sqrt(float(total.square().sum()) / n / spread)
-        warnings.warn(
-            f"LogME has lost digits: the mean of the features is about {ratio:.0e} times their spread, and directions "
-            f"with less than {lost:.0e} of the average variance drown in rounding; centre or normalise the features.",
-            stacklevel=4,
-        )
+    cause = "the features are of very different sizes, or nearly collinear; normalise"
+    if spectrum.has_large_mean:
+        constant = "the features are constant, or their mean is far above their spread"
+        large = f"the mean of the features is about {spectrum.ratio:.0e} times their spread"
+        cause = f"{constant if spectrum.ratio == math.inf else large}; centre or normalise"
+    warnings.warn(f"LogME has lost digits: the score may be wrong {size}, as {cause} the features.", stacklevel=5)
 
 
 def _undefined(cause: str, n: int, shape: tuple[int, ...], device: torch.device) -> Evidence:
@@ -217,12 +217,15 @@ def _maximise(spectrum: Spectrum, n: int) -> Evidence:
             shape,
             spectrum.square.device,
         )
-    if len(eigenvalues) == 0:
+    found = maximise(spectrum)
+    if len(eigenvalues) > 0:
+        _check_digits(spectrum, found)
+    else:
         warnings.warn(
             "the features are all zero or too small to square (or constant, where an intercept is fitted): gain 0.",
             stacklevel=3,
         )
-    log_evidence, log_t, saturated = maximise(spectrum)
+    log_evidence, log_t, saturated = found
     per_output, null = log_evidence / dof, null_evidence(spectrum) / dof
     defined = ~per_output.isnan()
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,7 +16,12 @@ TINY = torch.finfo(torch.float64).tiny
 _LOW_RANK = 0.8  # of D: with fewer samples than this, a low-rank factor comes cheaper than a full eigendecomposition
 _PIVOTS = 64  # columns a step of the pivoted Cholesky factorisation takes at most
 _ROUNDING = 4  # times eps and what a difference takes away: what may be left of it by rounding
+_LARGE_MEAN = 100  # times the spread: from here on sums lose more than it costs to decompose centred features first
+_FEW = 16  # times eps: the error of a sum of a few numbers
 _COMPARABLE = 0.1  # to the largest pivot: the size of the directions that a step takes
+
+
+Decomposed = tuple[Tensor, Tensor, tuple[Tensor, ...]]  # eigenvalues, coordinates and basis of a Spectrum
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,9 +37,12 @@ class Spectrum:
         square: (K,) q = ‖y‖².
         dof: n, or n − 1 where an intercept was taken out.
         basis: matrices whose product is V (D, R); the product itself is never needed.
-        resolution: the smallest eigenvalue that can be told from zero: D · eps · λ_max, and not less than what the
-            removal of an intercept leaves by rounding.
+        resolution: the smallest eigenvalue that can be told from zero: D · eps · λ_max, where λ_max is that of centred
+            features if they were centred first, and not less than what the removal of a mean leaves by rounding.
         centre: the means of the features (D,) and of the targets (K,) where an intercept was taken out, else None.
+        ratio: the mean of the features in units of their spread, both as lengths of vectors.
+        unseen: sum of the eigenvalues below the resolution; infinite where features vary so little that they may as
+            well be constant.
     """
 
     eigenvalues: Tensor
@@ -44,11 +53,18 @@ class Spectrum:
     basis: tuple[Tensor, ...]
     resolution: float
     centre: tuple[Tensor, Tensor] | None
+    ratio: float
+    unseen: float
 
     @property
     def interpolates(self) -> bool:
         """Whether the features can reproduce any target exactly: as many directions as degrees of freedom."""
         return len(self.eigenvalues) == self.dof
+
+    @property
+    def has_large_mean(self) -> bool:
+        """Whether the mean of the features is so large that they were centred first."""
+        return self.ratio > _LARGE_MEAN
 
     def to_features(self, coefficients: Tensor) -> Tensor:
         """Map (K, R) coefficients in the eigenbasis to (K, D) weights of the features."""
@@ -68,18 +84,15 @@ class Spectrum:
     def from_moments(cls, moments: Moments, fit_intercept: bool = False) -> Spectrum:
         """Decompose the Gram matrix; with fewer rows than features, only the subspace that the rows span."""
         n, d = int(moments.count), moments.num_features
-        gram, cross, square, dof = moments.gram, moments.cross, moments.target_square, n
-        centre, floor = None, 0.0
-        if fit_intercept:
-            mean = moments.feature_sum / n
-            centre = mean, moments.target_sum / n
-            gram = torch.addr(gram, moments.feature_sum, mean, alpha=-1)
-            cross = torch.addr(cross, moments.target_sum, mean, alpha=-1)
-            square = centred_square(square, moments.target_sum, n)
-            dof = n - 1
+        gram, cross, floor = moments.gram, moments.cross, 0.0
+        mean, spread = moments.feature_sum / n, centred_square(gram.diagonal(), moments.feature_sum, n)
+        ratio = _ratio(mean, spread.sum() / n)
+        centred = fit_intercept or ratio > _LARGE_MEAN
+        if centred:
             # Of a feature that is constant the difference leaves nothing but rounding, of the others some.
-            varies = centred_square(moments.gram.diagonal(), moments.feature_sum, n) > 0
-            gram, cross = gram.mul_(varies).mul_(varies[:, None]), cross.mul_(varies)  # new since addr
+            varies = spread > 0
+            gram = torch.addr(gram, moments.feature_sum, mean, alpha=-1).mul_(varies).mul_(varies[:, None])
+            cross = torch.addr(cross, moments.target_sum, mean, alpha=-1).mul_(varies)
             floor = _ROUNDING * EPS * n * float((mean * varies).square().sum())
 
         basis: tuple[Tensor, ...]
@@ -88,51 +101,115 @@ class Spectrum:
         else:
             eigenvalues, vectors = torch.linalg.eigh(gram)  # reads the lower triangle
             basis = (vectors,)
-        kept, resolution = _resolved(eigenvalues, dof, d, floor)
+        kept, resolution = _resolved(eigenvalues, n - centred, d, floor)
         eigenvalues, basis = eigenvalues[kept], (*basis[:-1], basis[-1][:, kept])
-        coordinates = cross
-        for factor in basis:
-            coordinates = coordinates @ factor
-        coordinates = coordinates / eigenvalues.sqrt()
-        return cls._assemble(eigenvalues, coordinates, square, dof, basis, resolution, centre)
+        coordinates = _times(cross, basis) / eigenvalues.sqrt()
+        unseen = float(gram.diagonal().sum() - eigenvalues.sum())
+        if centred and _may_vary(moments, spread):
+            unseen = math.inf
+        decomposed = eigenvalues, coordinates, basis
+        target = moments.target_sum, moments.target_square
+        return cls._assemble(decomposed, mean, *target, n, fit_intercept, resolution, ratio, unseen)
 
     @classmethod
     def from_rows(cls, batch: Batch, num_outputs: int, fit_intercept: bool = False) -> Spectrum:
         """Decompose FFᵀ (n × n): cheaper than the Gram matrix where n < D, and no product of the targets is needed."""
         batch = batch.kept()
         rows, target = batch.features.detach().double(), batch.dense_target(num_outputs)
-        (n, d), dof = rows.shape, len(rows)
-        square = target.square().sum(0)
-        centre = None
-        if fit_intercept:
-            square = centred_square(square, target.sum(0), n)
-            centre = rows.mean(0), target.mean(0)
-            varies = centred_square(rows.square().sum(0), rows.sum(0), n) > 0
-            rows, target, dof = (rows - centre[0]).mul_(varies), target - centre[1], n - 1
+        (n, d), mean, total, square = rows.shape, rows.mean(0), target.sum(0), target.square().sum(0)
+        differences = (rows - mean).mul_((rows != rows[0]).any(0))  # of a constant, rounding would be left
+        ratio = _ratio(mean, differences.square().sum() / n)
+        centred = fit_intercept or ratio > _LARGE_MEAN
+        if centred:
+            rows, target = differences, target - total / n
+        del differences
         eigenvalues, left = torch.linalg.eigh(_gram(rows.T))
-        kept, resolution = _resolved(eigenvalues, dof, d)
+        kept, resolution = _resolved(eigenvalues, n - centred, d)
         eigenvalues, left = eigenvalues[kept], left[:, kept]
-        basis = (rows.T, left / eigenvalues.sqrt())
-        return cls._assemble(eigenvalues, target.T @ left, square, dof, basis, resolution, centre)
+        decomposed = eigenvalues, target.T @ left, (rows.T, left / eigenvalues.sqrt())
+        unseen = float(rows.square().sum() - eigenvalues.sum())
+        return cls._assemble(decomposed, mean, total, square, n, fit_intercept, resolution, ratio, unseen)
 
     @classmethod
     def _assemble(
         cls,
-        eigenvalues: Tensor,
-        coordinates: Tensor,
+        decomposed: Decomposed,
+        mean: Tensor,
+        total: Tensor,
         square: Tensor,
-        dof: int,
-        basis: tuple[Tensor, ...],
+        n: int,
+        fit_intercept: bool,
         resolution: float,
-        centre: tuple[Tensor, Tensor] | None,
+        ratio: float,
+        unseen: float,
     ) -> Spectrum:
+        dof = n
+        if fit_intercept:
+            square, dof = centred_square(square, total, n), n - 1
+        elif ratio > _LARGE_MEAN:
+            decomposed = _put_back(decomposed, mean, total, n, resolution)
+        eigenvalues, coordinates, basis = decomposed
         size = max(dof, len(basis[0]))
         residual = square - coordinates.square().sum(1)
         # What is left of q by rounding alone is a perfect fit, and as many directions as rows reach everything.
         residual = torch.where(residual <= size * EPS * square, 0.0, residual)
         if len(eigenvalues) == dof:
             residual = torch.zeros_like(residual)
-        return cls(eigenvalues, coordinates, residual, square, dof, basis, resolution, centre)
+        centre = (mean, total / n) if fit_intercept else None
+        return cls(eigenvalues, coordinates, residual, square, dof, basis, resolution, centre, ratio, unseen)
+
+    def coarser(self, factor: float) -> Spectrum:
+        """The same to a resolution that is larger by a factor."""
+        resolution = factor * self.resolution
+        seen = self.eigenvalues > resolution
+        return replace(
+            self,
+            eigenvalues=self.eigenvalues[seen],
+            coordinates=self.coordinates[:, seen],
+            residual=self.residual + self.coordinates[:, ~seen].square().sum(1),
+            basis=(*self.basis[:-1], self.basis[-1][:, seen]),
+            resolution=resolution,
+        )
+
+
+def _ratio(mean: Tensor, variance: Tensor) -> float:
+    """The mean of the features, a vector, in units of their spread."""
+    return math.sqrt(float(mean.square().sum() / variance)) if bool(mean.any()) else 0.0
+
+
+def _times(rows: Tensor, basis: tuple[Tensor, ...]) -> Tensor:
+    for factor in basis:
+        rows = rows @ factor
+    return rows
+
+
+def _put_back(decomposed: Decomposed, mean: Tensor, total: Tensor, n: int, resolution: float) -> Decomposed:
+    """From the decomposition of centred features to that of the features themselves.
+
+    The Gram matrix of features with a large mean has no digits left for their differences. So with the decomposition
+    U Λ½ Vᵀ of the centred features,
+
+        F = (U, 1/√n) B,  B = (Λ½ Vᵀ; √n mᵀ)
+
+    where the first factor has orthonormal columns, and the singular values of B are computed without squaring them.
+    In the basis of V and what m has beside it, B is a triangle with Λ½ on its diagonal.
+    """
+    eigenvalues, coordinates, basis = decomposed
+    rank = len(eigenvalues)
+    vectors = _times(basis[0], basis[1:])
+    inside, beside = torch.zeros_like(eigenvalues), mean
+    for _ in range(2):  # once leaves rounding of the size of the mean
+        part = beside @ vectors
+        inside, beside = inside + part, beside - vectors @ part
+    length = beside.norm()
+    factor = torch.zeros(rank + 1, rank + 1, dtype=mean.dtype, device=mean.device)
+    factor.diagonal()[:rank] = eigenvalues.sqrt()
+    factor[rank] = math.sqrt(n) * torch.cat([inside, length[None]])
+    left, singular, right = torch.linalg.svd(factor)
+    kept = singular.square() > resolution
+    coordinates = torch.hstack([coordinates, total[:, None] / math.sqrt(n)]) @ left[:, kept]
+    vectors = torch.hstack([vectors, (beside / length.clamp(min=TINY))[:, None]])
+    return singular[kept].square(), coordinates, (vectors, right[kept].T)
 
 
 def centred_square(square: Tensor, total: Tensor, n: int) -> Tensor:
@@ -141,10 +218,25 @@ def centred_square(square: Tensor, total: Tensor, n: int) -> Tensor:
     return torch.where(centred <= n * EPS * square, 0.0, centred)
 
 
+def _may_vary(moments: Moments, spread: Tensor) -> bool:
+    """Whether a feature that was taken for a constant may be none.
+
+    Sums of n equal numbers were seen to be off by n · eps / 8 at most. Constants beside other features are common, and
+    nothing is said of them below that. Where no feature varies, only sums that are exact leave no doubt.
+    """
+    n, square = int(moments.count), moments.gram.diagonal()
+    left = square - moments.feature_sum.square() / n
+    if not bool((spread > 0).any()):
+        return bool(left.any())
+    return bool(((spread == 0) & (left > max(n / 4, _FEW) * EPS * square)).any())
+
+
 def _resolved(eigenvalues: Tensor, dof: int, num_features: int, floor: float = 0.0) -> tuple[Tensor, float]:
     """Which of the ascending eigenvalues to keep, largest first, and the resolution below which none is meaningful."""
     largest = float(eigenvalues[-1]) if len(eigenvalues) else 0.0
-    resolution = max(num_features * EPS * largest, floor, TINY / EPS)  # what is smaller was summed with fewer digits
+    # A Gram matrix has no negative eigenvalues: they show how large the errors of its sums are.
+    error = -2 * float(eigenvalues[0]) if len(eigenvalues) else 0.0
+    resolution = max(num_features * EPS * largest, floor, error, TINY / EPS)
     number = min(int((eigenvalues > resolution).sum()), dof)
     last = len(eigenvalues) - 1
     return torch.arange(last, last - number, -1, device=eigenvalues.device), resolution

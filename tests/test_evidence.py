@@ -447,7 +447,8 @@ def test_brute_force_on_random_regressions(shape):
     rng = np.random.default_rng(seed)
     features, y = rng.normal(size=(n, d)), rng.normal(size=n)
     y = y + features.sum(1) * rng.uniform(0, 2)
-    expected = oracles.brute_force(features, y)
+    # Nelder-Mead may miss a narrow maximum, and a grid in α/β a sharp one.
+    expected = max(oracles.brute_force(features, y), oracles.by_singular_values(features, y))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         score = float(logme(features, y, "regression"))
