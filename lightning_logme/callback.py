@@ -89,7 +89,7 @@ class LogMECallback(AnyCallback):
             False leaves it out.
 
     Raises:
-        ValueError: an argument does not fit; when the run starts, a module is not found or the head cannot be told; on
+        ValueError: an argument does not fit; when the run starts, a module or the head is not found; on
             the first batch, features or labels do not fit; before training starts, a probe cannot be scored. After that
             nothing raises: what cannot be scored is logged as NaN, with a warning.
 
@@ -170,7 +170,7 @@ class LogMECallback(AnyCallback):
         self.probes = Probes(probes, probe_every)
         self.validation = validation
 
-        # Who says what the labels of the validation set are wants it to be scored.
+        # Setting `target`, `num_classes` or `class_names` means that the validation set must be scored.
         self._optional = bool(self.probes) and target is None and num_classes is None and class_names is None
         self._journal = Journal(name, plots)
         self._validation = Validation(
@@ -237,7 +237,7 @@ class LogMECallback(AnyCallback):
             self._checkpoint_position = int(checkpoint.get("epoch", 0)), int(checkpoint.get("global_step", 0))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # Of a run that goes on from the checkpoint, what came later is undone.
+        # A run that continues from the checkpoint drops the rows that came later.
         self._journal.load_state_dict(state_dict, keep=self._checkpoint_position is not None)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

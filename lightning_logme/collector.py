@@ -27,7 +27,7 @@ _MUCH_MEMORY = 2**30  # bytes
 
 
 class Result(NamedTuple):
-    """What a pass has shown of one source of features.
+    """The result of a pass for one source of features.
 
     Attributes:
         evidence: of all samples, on the CPU.
@@ -136,10 +136,10 @@ class Collector:
             )
 
     def _parts(self, loader: int, target: Tensor, places: range, num_outputs: int) -> list[tuple[int, slice]]:
-        """The parts of the curve that rows belong to: the i-th ends where the scored samples have doubled i times.
+        """Return the parts of the curve that rows belong to: the i-th ends where the scored samples doubled i times.
 
-        Rows that are ignored do not count, and every token counts. Processes do not know of each other how many of
-        their rows count: each takes the others to have as many as itself.
+        Ignored rows do not count, and every token counts. A process does not know how many rows of the other processes
+        count, and assumes as many as its own.
         """
         if not self.curve:
             return [(0, slice(None))]
@@ -173,10 +173,10 @@ class Collector:
         return kept if kept.ndim == 1 else kept.all(1)
 
     def results(self, device: torch.device, alone: bool) -> Iterator[tuple[Key, Result | None]]:
-        """What there is for every key that any process has met, summed over processes; None after an error.
+        """Yield the result of every key that any process has met, summed over processes; None after an error.
 
-        To be run through by all processes, whose sums are added up in step: all must have the same tensors to sum, in
-        the same order, though one may have seen no data, or have failed.
+        All processes iterate in step: they must sum the same tensors in the same order, even if one has seen no data or
+        has failed.
 
         Args:
             device: for the sums.

@@ -67,7 +67,7 @@ class OutputLayer:
         return self._last is None and any(next(part.parameters(recurse=False), None) is not None for part in parts)
 
     def find(self, output: Tensor) -> str | None:
-        """Return the dotted name of the layer; None where there is none, as in an encoder without a head.
+        """Return the dotted name of the layer, or None if no layer makes the output, as in an encoder without a head.
 
         Raises:
             ValueError: the output is the mean of several heads.

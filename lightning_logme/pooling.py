@@ -150,8 +150,8 @@ def find_channel_axis(shape: Sequence[int], inside: Sequence[Call], before: Sequ
     The last layers that ran inside the module decide: first those whose width is the size of exactly one of the two
     axes, then those whose own output has its width on exactly one of them. The kind of a layer is no guide, as there
     are layer norms for channels first, and linear layers between permutations. A module without such layers, such as an
-    activation, keeps the layout of what ran before it. Where all sizes are equal, a network of nothing but convolutions
-    has channels first.
+    activation, keeps the layout of what ran before it. Where all sizes are equal, a network whose layers are all
+    convolutions has channels first.
 
     Args:
         shape: of the tensor, of three dimensions or more.

@@ -35,7 +35,7 @@ HEAD = ""  # the source that is the head's input; every other source is the name
 LAYER_MEAN = "layer_mean"
 _HEAD_KEY = "head"  # what a mapping of poolings calls the head's input
 
-# What wrappers put into the names of modules.
+# Parts that wrappers insert into the names of modules.
 _WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 
 
@@ -68,7 +68,7 @@ class Source:
         self.guess = guess
         self.outputs = outputs
         self.settled = False  # whether a batch has shown where its channels are
-        self.pooled: list[str] = []  # what was done to tokens and maps of the last batch
+        self.pooled: list[str] = []  # how the tokens and maps of the last batch were pooled
         self._axes: dict[tuple[int, int], int | None] = {}
 
     def __str__(self) -> str:
@@ -77,7 +77,7 @@ class Source:
     def rows(
         self, module: nn.Module, batch: Any, target: Tensor, mask: Tensor | None, task: Task, trace: CallTrace
     ) -> Tensor:
-        """One vector a label, of the batch that has just passed: (N, D), or (N, T, D) for labels (N, T).
+        """Return one vector for each label of the last batch: (N, D), or (N, T, D) for labels (N, T).
 
         Raises:
             NotCalledError: a module was not called.
@@ -202,7 +202,7 @@ class Sources:
 
     @property
     def names(self) -> list[str]:
-        """Of all sources: the head, the layers in their order, their mean."""
+        """Names of all sources: the head, the layers in their order, their mean."""
         return [*self._sources, *([LAYER_MEAN] if self.layer_mean else [])]
 
     @property
@@ -235,7 +235,7 @@ class Sources:
 
     @property
     def called(self) -> bool:
-        """Whether the batch has given features: a module was called, or a callable will be."""
+        """Whether a module was called since the start, or a callable gives features."""
         return any(tap.called for tap in self.taps) or any(source.features for source in self._sources.values())
 
     def stop(self) -> None:
@@ -253,11 +253,11 @@ class Sources:
     def rows(
         self, module: nn.Module, batch: Any, target: Tensor, mask: Tensor | None, task: Task
     ) -> tuple[dict[str, Tensor], dict[str | None, Exception]]:
-        """By source, one vector a label of the batch that has passed since the start; and the errors of the others.
+        """Return by source one vector for each label of the last batch, and the errors of the sources that failed.
 
         Args:
-            module: that the batch has passed.
-            batch: as the module had it.
+            module: the network, which has just run.
+            batch: the batch that it was given.
             target: its labels.
             mask: (N, T), non-zero where a token counts.
             task: of the labels.
@@ -280,7 +280,7 @@ class Sources:
         return rows, errors
 
     def poolings(self) -> list[str]:
-        """What was done to the tokens and maps of the last batch, by source."""
+        """Describe by source how the tokens and maps of the last batch were pooled."""
         return [f"{source}: {text}" for source in self._sources.values() for text in source.pooled]
 
 
@@ -313,7 +313,7 @@ def attach(
         validated: whether the network's own validation set is scored. If not, no head is guessed beside layers.
 
     Raises:
-        ValueError: a module is not found, the head cannot be told, or the number of classes is not known.
+        ValueError: a module or the head is not found, or the number of classes is not known.
     """
     guess = None
     if features is None and head == AUTO:
@@ -478,7 +478,7 @@ def _matches(name: Sequence[str], pattern: Sequence[str]) -> bool:
 
 
 def _mean(rows: Mapping[str, Tensor]) -> Tensor:
-    """Of the features of several layers."""
+    """Return the mean of the features of several layers."""
     shapes = {tuple(tensor.shape) for tensor in rows.values()}
     if len(shapes) > 1:
         listed = ", ".join(f"'{layer}' {tuple(tensor.shape)}" for layer, tensor in rows.items())

@@ -59,7 +59,7 @@ class Tap:
         if self.open:
             try:
                 tensor = first_tensor(value)
-                # A copy, for what comes after may work in place.
+                # A copy, because a later layer may work in place.
                 self._seen.append(None if tensor is None else tensor.detach().clone())
             except Exception as error:  # which must not end the user's forward pass
                 self._error = error
@@ -78,11 +78,12 @@ class Tap:
         return bool(self._seen) or self._error is not None
 
     def take(self) -> Tensor:
-        """What the module was called with, or returned, since the start; listen no more.
+        """Return the input or output since the start, and stop listening.
 
         Raises:
             NotCalledError: it was not called.
-            ValueError: it was called more than once, or there was no tensor. What else went wrong in a call.
+            ValueError: it was called more than once, or there was no tensor.
+            Exception: any other error of a call.
         """
         seen, error = self._seen, self._error
         self.stop()
@@ -131,7 +132,7 @@ def _taps(module: nn.Module) -> Iterator[tuple[dict[int, Any], int]]:
 
 
 def _without_taps(module: nn.Module) -> nn.Module:
-    """What torch.jit.script compiles in place of the module: itself without the hooks, until the next batch starts."""
+    """Return the module without its taps, for torch.jit.script; the next batch attaches them again."""
     for hooks, key in _taps(module):
         del hooks[key]
     prepare = getattr(type(module), _BEFORE_SCRIPT, None)

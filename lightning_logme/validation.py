@@ -55,7 +55,7 @@ class Validation:
         # Of a validation
         self._sources = Sources()
         self._collector: Collector | None = None
-        self._wrong_guess: str | None = None  # why a head that was guessed is none
+        self._wrong_guess: str | None = None  # why the guessed head is dropped
         # Of a batch
         self._batch: Any = None
         self._labels: tuple[Tensor, Tensor | None] | Exception | None = None
@@ -75,7 +75,7 @@ class Validation:
             self._collector = Collector(self._task, sources.num_outputs, rank=rank, world=world, **self._options)
 
     def close(self, sanity_checking: bool) -> Collector | None:
-        """What has been added up; None where nothing is. To be called by all processes in step.
+        """Return what was added up, or None where the validation set is left out. All processes call this in step.
 
         Raises:
             ValueError: the first batch could not be scored, in one process or more: raised in all.
@@ -268,7 +268,7 @@ class Validation:
             )
 
     def _read(self, batch: Any) -> tuple[Tensor, Tensor | None]:
-        # A copy, for validation_step may write to them: -100 is often replaced before tokens are decoded.
+        # A copy, because validation_step may write to them: -100 is often replaced before tokens are decoded.
         labels = conform_target(find_target(batch, self._target), self._task).clone()
         if not self._explained:  # while the labels are still in the batch
             self._origin = describe_target(batch, self._target)
