@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -77,12 +78,11 @@ class Evidence:
     def from_rows(cls, batch: Batch, num_outputs: int, task: Task, fit_intercept: bool = False) -> Evidence:
         """The same given all samples: far cheaper where n < D."""
         batch = batch.kept()
-        n = len(batch.features)
-        square = batch.dense_target(num_outputs).square().sum(0)
-        cause = _cause_of_nan(n, batch.features.sum(0), square, task, fit_intercept)
-        if cause is None:
-            return _maximise(Spectrum.from_rows(batch, num_outputs, fit_intercept), n)
-        return _undefined(cause, n, (num_outputs, batch.features.shape[1]), batch.features.device)
+        squares = batch.features.double().square().sum(0), batch.dense_target(num_outputs).square().sum(0)
+        cause = _cause_of_nan(len(batch.features), *squares, task, fit_intercept)
+        return _decompose_and_maximise(
+            lambda: Spectrum.from_rows(batch, num_outputs, fit_intercept), len(batch.features), *squares, cause
+        )[0]
 
     def head(self, dtype: torch.dtype | None = None) -> torch.nn.Linear:
         """The posterior mean as a linear layer, a warm start for a classifier.
@@ -135,19 +135,29 @@ class Evidence:
 def maximise_moments(moments: Moments, task: Task, fit_intercept: bool) -> tuple[Evidence, Spectrum | None]:
     """:meth:`Evidence.from_moments`, with the spectrum where there is one."""
     n = int(moments.count)
-    # A NaN or Inf anywhere in the features reaches the diagonal of the Gram matrix.
-    cause = _cause_of_nan(n, moments.gram.diagonal(), moments.target_square, task, fit_intercept)
+    squares = moments.gram.diagonal(), moments.target_square
+    cause = _cause_of_nan(n, *squares, task, fit_intercept)
+    return _decompose_and_maximise(lambda: Spectrum.from_moments(moments, fit_intercept), n, *squares, cause)
+
+
+def _decompose_and_maximise(
+    decompose: Callable[[], Spectrum], n: int, features: Tensor, square: Tensor, cause: str | None
+) -> tuple[Evidence, Spectrum | None]:
+    """The evidence and the spectrum, if nothing is a cause of NaN."""
     if cause is None:
         try:
-            spectrum = Spectrum.from_moments(moments, fit_intercept)
+            spectrum = decompose()
             return _maximise(spectrum, n), spectrum
         except torch.linalg.LinAlgError as error:
             cause = f"the eigenvalues of the Gram matrix could not be computed ({error})"
-    return _undefined(cause, n, tuple(moments.cross.shape), moments.cross.device), None
+    return _undefined(cause, n, (len(square), len(features)), square.device), None
 
 
 def _cause_of_nan(n: int, features: Tensor, square: Tensor, task: Task, fit_intercept: bool) -> str | None:
-    """Why there can be no evidence, if so."""
+    """Why there can be no evidence, if so, by the sums of squares of the features and the targets.
+
+    A NaN or Inf anywhere reaches them.
+    """
     if n == 0:
         return "there are no samples (n = 0; is the loader empty, or every label ignore_index?)"
     if not bool(torch.isfinite(features).all()):
@@ -187,7 +197,7 @@ def _check_digits(spectrum: Spectrum, found: Maximum) -> None:
 
 
 def _undefined(cause: str, n: int, shape: tuple[int, ...], device: torch.device) -> Evidence:
-    warnings.warn(f"LogME is NaN: {cause}.", stacklevel=3)
+    warnings.warn(f"LogME is NaN: {cause}.", stacklevel=4)
     weight = torch.full(shape, math.nan, dtype=torch.float64, device=device)
     outputs = weight.new_full(shape[:1], math.nan)
     return Evidence(

@@ -261,6 +261,34 @@ class TestEnds:
         with pytest.warns(UserWarning, match="targets contain NaN or Inf"):
             assert math.isnan(streamed(torch.randn(30, 4), target, "regression").score)
 
+    @pytest.mark.parametrize("decomposition", ["eigh", "svd"])
+    @pytest.mark.parametrize("path", [evidence, streamed], ids=["rows", "moments"])
+    def test_decomposition_that_does_not_converge(self, path, decomposition, monkeypatch):
+        def fail(*args, **options):
+            raise torch.linalg.LinAlgError("failed to converge")
+
+        monkeypatch.setattr(torch.linalg, decomposition, fail)
+        features, labels = problem(20, 40, 2)
+        with pytest.warns(UserWarning, match=r"LogME is NaN: .* \(failed to converge\)") as caught:
+            result = path(features + 1e3, labels)  # a large mean needs both
+        assert math.isnan(result.score)
+        assert result.weight.isnan().all()
+        assert result.weight.shape == (2, 40)
+        assert len(caught) == 1
+
+    @pytest.mark.parametrize("path", [evidence, streamed], ids=["rows", "moments"])
+    def test_numbers_too_large_to_square_in_fewer_rows_than_features(self, path):
+        features, labels = problem(20, 40, 2)
+        with pytest.warns(UserWarning, match="features contain NaN or Inf, or numbers too large to square"):
+            assert math.isnan(path(features * 1e200, labels).score)
+
+    @pytest.mark.parametrize("path", [evidence, streamed], ids=["rows", "moments"])
+    def test_sums_beyond_the_range_of_half_precision(self, path):
+        features, labels = problem(100, 120, 2)
+        half = torch.as_tensor(features + 2000).half()
+        expected = float(path(half.double(), labels).score)
+        assert float(path(half, labels).score) == pytest.approx(expected, rel=1e-12)
+
     def test_zero_output_of_regression_is_left_out(self):
         features, _ = problem(20, 3, 2)
         y = np.random.default_rng(0).normal(size=(20, 2))
