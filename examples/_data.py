@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 # Where the test extra is installed too, torchvision lacks two operators beside a CPU torch, and Lightning imports it.
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "site"))
-import torchvision_operators  # noqa: E402, F401
+import torchvision_operators  # noqa: F401
 
 EXTRA = "pip install -e '.[examples]'"
 
