@@ -9,7 +9,20 @@ import lightning
 import numpy as np
 import torch
 
-from tests.benchmarks import digits, gpu, memory, mutants, noise, probes, ranking, ranking_quality, speed, sync, trainer
+from tests.benchmarks import (
+    digits,
+    gpu,
+    memory,
+    mutants,
+    noise,
+    probes,
+    race,
+    ranking,
+    ranking_quality,
+    speed,
+    sync,
+    trainer,
+)
 
 BENCHMARKS = {
     "speed": speed.report,
@@ -18,13 +31,14 @@ BENCHMARKS = {
     "trainer": trainer.report,
     "noise": noise.report,
     "digits": digits.report,
+    "race": race.report,
     "probes": probes.report,
     "gpu": gpu.report,
     "ranking": ranking.report,
     "quality": ranking_quality.report,
     "mutants": mutants.report,
 }
-_IF_ASKED_FOR = ("ranking", "quality", "mutants")  # take long; the first two need packages of their own, too
+_IF_ASKED_FOR = ("race", "ranking", "quality", "mutants")  # take long; ranking and quality need packages of their own
 
 
 def main() -> None:
