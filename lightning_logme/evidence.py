@@ -15,8 +15,8 @@ from lightning_logme.maximum import Maximum, maximise, null_evidence
 from lightning_logme.moments import Batch, Moments, Task, is_exclusive
 from lightning_logme.spectrum import Spectrum
 
-_COARSER = 10  # times the resolution: what the score would be without the directions next to rounding
-_LOST = 1e-3  # nats: the change from which on it is said
+_COARSER = 10  # times the resolution: directions below it are next to rounding
+_LOST = 1e-3  # nats: a score that changes by more without those directions deserves a warning
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ TINY = torch.finfo(torch.float64).tiny
 _LOW_RANK = 0.8  # of D: with fewer samples than this, a low-rank factor comes cheaper than a full eigendecomposition
 _PIVOTS = 64  # columns a step of the pivoted Cholesky factorisation takes at most
 _ROUNDING = 4  # times eps and what a difference takes away: what may be left of it by rounding
-_LARGE_MEAN = 100  # times the spread: from here on sums lose more than it costs to decompose centred features first
+_LARGE_MEAN = 100  # times the spread: features with a larger mean are centred first, at the cost of an SVD
 _FEW = 16  # times eps: the error of a sum of a few numbers
 _COMPARABLE = 0.1  # to the largest pivot: the size of the directions that a step takes
 
@@ -184,9 +184,9 @@ def _times(rows: Tensor, basis: tuple[Tensor, ...]) -> Tensor:
 
 
 def _put_back(decomposed: Decomposed, mean: Tensor, total: Tensor, n: int, resolution: float) -> Decomposed:
-    """From the decomposition of centred features to that of the features themselves.
+    """Turn the decomposition of centred features into that of the features themselves.
 
-    The Gram matrix of features with a large mean has no digits left for their differences. So with the decomposition
+    The Gram matrix of features with a large mean has no digits left for their differences. With the decomposition
     U Λ½ Vᵀ of the centred features,
 
         F = (U, 1/√n) B,  B = (Λ½ Vᵀ; √n mᵀ)
@@ -221,8 +221,8 @@ def centred_square(square: Tensor, total: Tensor, n: int) -> Tensor:
 def _may_vary(moments: Moments, spread: Tensor) -> bool:
     """Whether a feature that was taken for a constant may be none.
 
-    Sums of n equal numbers were seen to be off by n · eps / 8 at most. Constants beside other features are common, and
-    nothing is said of them below that. Where no feature varies, only sums that are exact leave no doubt.
+    Sums of n equal numbers were seen to be off by n · eps / 8 at most. Constants beside other features are common, so
+    smaller differences count as rounding. Where no feature varies, only exact sums leave no doubt.
     """
     n, square = int(moments.count), moments.gram.diagonal()
     left = square - moments.feature_sum.square() / n

@@ -118,6 +118,28 @@ def test_error_bars_are_the_spread_of_fresh_samples():
     assert np.mean(paired) < 0.6 * np.mean(errors)
 
 
+@pytest.mark.parametrize("first_informative", [0, 256], ids=["everywhere", "beyond the leading directions"])
+def test_error_bars_of_many_features_are_no_smaller_than_the_spread(first_informative):
+    """Of the difference between two equally good candidates, where D is above the number of leading directions."""
+    n, d, classes, draws = 512, 400, 5, 24
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.arange(1, d + 1) ** -0.25
+    differences, errors = [], []
+    for _ in range(draws):
+        means = torch.randn(classes, d, generator=generator)
+        means[:, :first_informative] = 0
+        labels = torch.randint(classes, (n,), generator=generator)
+        shared = means[labels] / 2 + torch.randn(n, d, generator=generator)
+        candidates = [(shared + torch.randn(n, d, generator=generator)).relu() * sizes for _ in range(2)]
+        results = [leave_one_out(blocks_of(f, labels, classes), "multiclass", False) for f in candidates]
+        (first, left_out), (second, left_out_too) = results
+        differences.append(float(first.score - second.score))
+        errors.append(standard_error((left_out - left_out_too).tolist()))
+    spread = np.sqrt(np.mean(np.square(differences)))  # around 0: the candidates are equal
+    # Chance moves the ratio of 24 draws by 0.15. Eight directions instead of 256 would give 0.24 in the second case.
+    assert 0.6 < np.sqrt(np.mean(np.square(errors))) / spread < 2.5
+
+
 def test_trailing_names_those_that_are_behind_and_nothing_that_is_unknown():
     replicates = {"a": [1.0] * 8, "b": [0.9 + 0.001 * k for k in range(8)], "c": [math.nan] * 8, "d": [1.0] * 8}
     behind = trailing({"a": 1.0, "b": 0.9, "c": 0.1, "d": 1.0}, replicates, 4.0)

@@ -17,6 +17,7 @@ from tests.benchmarks import (
     mutants,
     noise,
     probes,
+    race,
     ranking,
     ranking_quality,
     speed,
@@ -31,6 +32,7 @@ BENCHMARKS = {
     "trainer": trainer.report,
     "noise": noise.report,
     "digits": digits.report,
+    "race": race.report,
     "probes": probes.report,
     "gpu": gpu.report,
     "heads": heads.report,
@@ -38,7 +40,7 @@ BENCHMARKS = {
     "quality": ranking_quality.report,
     "mutants": mutants.report,
 }
-_IF_ASKED_FOR = ("heads", "ranking", "quality", "mutants")  # take long; the first three need packages of their own
+_IF_ASKED_FOR = ("heads", "race", "ranking", "quality", "mutants")  # take long, or need packages of their own
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from tests.benchmarks.common import print_table
 from tests.oracles import by_singular_values, one_hot, without_mean
 
 _ROWS, _CLASSES = 2000, 4
-_WIDTHS, _RATIOS = (64, 512), (1e2, 1e3, 1e4, 1e5)
+_WIDTHS, _RATIOS = (64, 512), (1e2, 1e3, 1e4, 1e5, 1e6)
 
 
 def report(repeats: int, quick: bool) -> None:
