@@ -46,7 +46,7 @@ def test_options_from_a_configuration(tmp_path):
 
 
 def test_null_means_that_there_is_none(tmp_path):
-    optional = ("head", "layers", "features", "num_classes", "target", "ignore_index", "class_names", "probes")
+    optional = ("layers", "features", "num_classes", "target", "ignore_index", "class_names", "probes")
     trainer = fit(tmp_path, **dict.fromkeys(optional))
     assert {key for key in trainer.callback_metrics if key.startswith("logme")} == {"logme", "logme_gain"}
 

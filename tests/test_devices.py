@@ -9,7 +9,7 @@ from lightning_logme import collector
 from lightning_logme.collector import Collector
 from lightning_logme.moments import Moments
 from lightning_logme.ranking import processes
-from lightning_logme.sources import Sources
+from lightning_logme.sources import Source, Sources
 
 OTHER = torch.device("meta")
 
@@ -28,15 +28,17 @@ def exchanged(monkeypatch):
 
 
 def test_what_a_callable_returns_is_moved_to_the_device_of_the_module():
-    sources = Sources(features=lambda module, batch: torch.ones(5, 4))
-    assert sources.seen(SimpleNamespace(device=OTHER), None)[""].device == OTHER
+    sources = Sources(sources=[Source("", features=lambda module, batch: torch.ones(5, 4))])
+    rows, errors = sources.rows(SimpleNamespace(device=OTHER), None, torch.arange(5), None, "multiclass")
+    assert errors == {}
+    assert rows[""].device == OTHER
 
 
 @pytest.mark.filterwarnings("ignore:LogME is NaN")
 def test_sums_of_a_validation_are_exchanged_on_the_device_of_the_run(exchanged, monkeypatch):
-    monkeypatch.setattr(collector, "agree", lambda alone, shapes, broken: ({**shapes, ("other", 0, 0): (4, 3)}, broken))
+    monkeypatch.setattr(collector, "gathered", lambda alone, mine: [mine, ({("other", 0, 0): (4, 3)}, {})])
     sums = Collector("multiclass", 3)
-    sums.add(("", 0), torch.randn(6, 4), torch.arange(6) % 3, range(6))
+    assert sums.add(0, {"": torch.randn(6, 4)}, torch.arange(6) % 3, range(6)) == {}
     assert len(list(sums.results(OTHER, alone=False))) == 2
     assert exchanged == [{OTHER}, {OTHER}]
 

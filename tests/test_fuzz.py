@@ -217,7 +217,7 @@ def test_well_formed_calls_have_the_right_answer():
 
 
 WRONG: dict[str, list[Any]] = {
-    "head": [3, ["fc"], b"fc", 1.5],
+    "head": [3, [], [1], [None], "", b"fc", 1.5],
     "layers": ["fc", 3, [1, 2], [None], {"a": 1}.values()],
     "task": [None, "x", 3],
     "num_classes": [0, -3, 2.5, "4", True],
