@@ -227,7 +227,7 @@ def _may_vary(moments: Moments, spread: Tensor) -> bool:
     n, square = int(moments.count), moments.gram.diagonal()
     left = square - moments.feature_sum.square() / n
     if not bool((spread > 0).any()):
-        return bool(left.any())
+        return n > 1 and bool(left.any())
     return bool(((spread == 0) & (left > max(n / 4, _FEW) * EPS * square)).any())
 
 
