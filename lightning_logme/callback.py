@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_logme.arguments import check_flags, check_options, check_task, names, positive_or_none
+from lightning_logme.attach import AUTO, Head, attach, check_poolings, checked_head
 from lightning_logme.batch import TargetSpec, check_target
 from lightning_logme.curve import CurvePoint
 from lightning_logme.distributed import is_sharded, number_of_loaders, why_out_of_step
@@ -27,7 +28,7 @@ from lightning_logme.packages import (
 from lightning_logme.pooling import Pooling
 from lightning_logme.probe import Probe
 from lightning_logme.probes import Every, Probes
-from lightning_logme.sources import AUTO, Features, Head, Sources, attach, check_poolings, checked_head
+from lightning_logme.sources import Features, Sources
 from lightning_logme.validation import Validation
 
 

@@ -43,7 +43,7 @@ def find_head(root: nn.Module, num_outputs: int | None = None) -> str:
     >>> find_head(nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)))
     '2'
     """
-    candidates = _Search(root).candidates()
+    candidates = _Search(root, num_outputs).candidates()
     if num_outputs is not None and len(candidates) > 1:
         candidates = [candidate for candidate in candidates if candidate.outputs == num_outputs] or candidates
     candidates = _without_frozen_copies(candidates)
@@ -158,8 +158,9 @@ class _Branch(NamedTuple):
 class _Search:
     """The search for the candidates of a network."""
 
-    def __init__(self, root: nn.Module) -> None:
+    def __init__(self, root: nn.Module, num_outputs: int | None) -> None:
         self._root = root
+        self._num_outputs = num_outputs
         self._inputs = _inputs(root.modules())
         self._outputs = set(_outputs(root.modules()))
 
@@ -221,6 +222,8 @@ class _Search:
         branches = [branch for branch in self._branches(module, path) if branch.candidates or branch.had_head]
         if not branches:
             return
+        fitting = [branch for branch in branches if any(c.outputs == self._num_outputs for c in branch.candidates)]
+        branches = fitting or branches  # A known number of outputs says more than a name.
         best = max(branch.rank for branch in branches)
         found = [candidate for branch in branches if branch.rank == best for candidate in branch.candidates]
         if best[0] == 2:  # "head" and "head_dist" of equal sizes are two heads.

@@ -29,7 +29,7 @@ class OutputLayer:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._names = {part: name for name, part in module.named_modules() if _is_linear(part)}
+        self._names = {part: name for name, part in module.named_modules() if _is_linear(part) and _takes_hooks(part)}
         self._calls: list[tuple[str, tuple[int, ...], Tensor]] = []
         self._inputs: deque[tuple[str, Tensor]] = deque(maxlen=_INPUTS)
         self._last: nn.Module | None = None  # of the layers with parameters, the last that ran
@@ -40,7 +40,7 @@ class OutputLayer:
             self._handles.append(part.register_forward_pre_hook(self._on_input))
             self._handles.append(part.register_forward_hook(self._on_output))
         for part in self._module.modules():
-            if next(part.parameters(recurse=False), None) is not None:
+            if _takes_hooks(part) and next(part.parameters(recurse=False), None) is not None:
                 self._handles.append(part.register_forward_hook(self._on_layer))
         return self
 
@@ -49,11 +49,11 @@ class OutputLayer:
             handle.remove()
 
     def _on_input(self, part: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and isinstance(args[0], Tensor):
+        if args and isinstance(args[0], Tensor) and not args[0].is_nested:
             self._inputs.append((self._names[part], args[0].detach().clone()))
 
     def _on_output(self, part: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if isinstance(output, Tensor) and output.ndim:
+        if isinstance(output, Tensor) and output.ndim and not output.is_nested:
             few = output.detach()[:_SAMPLES].float().clone()
             self._calls.append((self._names[part], tuple(output.shape), few))
 
@@ -72,7 +72,7 @@ class OutputLayer:
         Raises:
             ValueError: the output is the mean of several heads.
         """
-        if output.ndim < 2:
+        if output.is_nested or output.ndim < 2:
             return None
         shape, numbers = tuple(output.shape), output.detach()[:_SAMPLES].float()
         for name, made, seen in reversed(self._calls):  # an adapter's wrapper comes after the layer in it
@@ -96,6 +96,10 @@ class OutputLayer:
         for layer, seen in self._inputs:
             if layer == name:
                 tap.receive(seen)
+
+
+def _takes_hooks(module: nn.Module) -> bool:
+    return not isinstance(module, torch.jit.ScriptModule)
 
 
 def _is_linear(module: nn.Module) -> bool:

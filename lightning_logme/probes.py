@@ -111,10 +111,11 @@ class Probes:
             if HEAD in collector.uncalled and sources.is_head_guessed and sources.layers:
                 guess = collector.broken.pop(HEAD)
             if reason is None and collector.broken:
-                reason = f"probes[{name!r}]: its first batch cannot be scored: {next(iter(collector.broken.values()))}"
-                if None in collector.broken:
+                cause = next(iter(collector.broken.values())).rstrip(".")
+                reason = f"probes[{name!r}]: its first batch cannot be scored: {cause}."
+                if (None in collector.broken or collector.uncalled) and "Probe(forward=" not in cause:
                     reason += (
-                        "; if the module is not called as module(inputs) or module(**batch), give "
+                        " The module is called as module(inputs) or module(**batch); if that is not how it runs, give "
                         "Probe(forward=callable(module, batch))."
                     )
         everyone = gathered(trainer.world_size == 1, (reason, guess))

@@ -1,42 +1,24 @@
-"""The modules of a network that features are taken from."""
+"""Where features come from: one vector for each label of a batch, by source."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 
-from lightning_logme.heads import find_head, get_module
+from lightning_logme.channels import FIRST, LAST, CallTrace, find_channel_axis, modules_compiled
 from lightning_logme.moments import Task, is_exclusive, is_token_level
-from lightning_logme.pooling import (
-    FIRST,
-    LAST,
-    CallTrace,
-    Pooling,
-    check_pooling,
-    describe_pooling,
-    find_channel_axis,
-    modules_compiled,
-    needs_channel_axis,
-    pool,
-)
+from lightning_logme.pooling import MaskError, Pooling, describe_pooling, needs_channel_axis, pool, pool_nested
 from lightning_logme.taps import NotCalledError, Tap, first_tensor
 
 Features = Callable[[Any, Any], Any]
-Head = str | Sequence[str] | None
 
-AUTO = "auto"
 HEAD = ""  # the source that is the head's input; every other source is the name of a layer
 LAYER_MEAN = "layer_mean"
-_HEAD_KEY = "head"  # what a mapping of poolings calls the head's input
-
-# Parts that wrappers insert into the names of modules.
-_WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+HEAD_KEY = "head"  # what a mapping of poolings calls the head's input
 
 
 class Source:
@@ -49,6 +31,8 @@ class Source:
         pooling: how its tokens and maps become vectors.
         guess: the name of the module, where it was found and not named by the user.
         outputs: number of outputs of the head, where it is known.
+        label: how messages name it.
+        pooling_key: what a mapping of poolings calls it.
     """
 
     def __init__(
@@ -60,6 +44,8 @@ class Source:
         pooling: Pooling = "auto",
         guess: str | None = None,
         outputs: int | None = None,
+        label: str = "features=callable",
+        pooling_key: str | None = None,
     ) -> None:
         self.name = name
         self.taps = tuple(taps)
@@ -69,10 +55,12 @@ class Source:
         self.outputs = outputs
         self.settled = False  # whether a batch has shown where its channels are
         self.pooled: list[str] = []  # how the tokens and maps of the last batch were pooled
+        self._label = label
+        self._pooling_key = pooling_key or name or HEAD_KEY
         self._axes: dict[tuple[int, int], int | None] = {}
 
     def __str__(self) -> str:
-        return " and ".join(tap.name for tap in self.taps) if self.taps else "features=callable"
+        return " and ".join(tap.name for tap in self.taps) if self.taps else self._label
 
     def rows(
         self, module: nn.Module, batch: Any, target: Tensor, mask: Tensor | None, task: Task, trace: CallTrace
@@ -91,15 +79,12 @@ class Source:
                 raise ValueError("features=callable(module, batch) returned no tensor; it must return (N, D) features.")
             # On the device of the run, as a layer's would be: a collective takes no other.
             tensor = tensor.to(getattr(module, "device", tensor.device))
-            inside, before = trace.since(position)
             self.settled = True
-            find_axis = partial(find_channel_axis, tensor.shape, inside, before)
-            return self._pool(0, tensor, target, mask, task, find_axis)
+            return self._pool(0, tensor, target, mask, task, partial(find_channel_axis, *trace.since(position)))
         parts = []
         for index, tap in enumerate(self.taps):
             tensor = self._take(tap)
-            find_axis = partial(_axis_at, tap, tensor.shape, trace)
-            parts.append(self._pool(index, tensor, target, mask, task, find_axis))
+            parts.append(self._pool(index, tensor, target, mask, task, partial(_axis_at, tap, trace)))
         self.settled = True
         return parts[0] if len(parts) == 1 else _concatenated(parts)
 
@@ -110,10 +95,11 @@ class Source:
             if self.guess is None:
                 raise
             raise NotCalledError(
-                f"'{self.guess}' was taken for the classifier head, but it was not called for this batch; write "
-                "head=None to score the module's output, or name layers=[…], or give features=callable(module, batch) "
-                "or Probe(forward=callable(module, batch)). If the model was compiled and run before, its hooks are "
-                'not seen: call torch.compiler.set_stance("force_eager") or compile it anew.'
+                f"'{self.guess}' was taken for the classifier head, but it was not called for this batch; name "
+                "the head with head=, or write head=None for what the module's forward returns, or give "
+                "features=callable(module, batch). Probe(forward=callable(module, batch)) says how a probe runs the "
+                "module. If the model was compiled and run before, its hooks are not seen: call "
+                'torch.compiler.set_stance("force_eager") or compile it anew.'
             ) from error
 
     def _pool(
@@ -123,8 +109,10 @@ class Source:
         target: Tensor,
         mask: Tensor | None,
         task: Task,
-        find_axis: Callable[[], int | None],
+        find_axis: Callable[[Sequence[int]], int | None],
     ) -> Tensor:
+        if tensor.is_nested:
+            tensor = pool_nested(tensor, self.pooling)
         shape = tuple(tensor.shape)
         if tensor.ndim == 1 and len(target) == 1:  # a squeezed batch of one
             tensor = tensor[None]
@@ -132,12 +120,18 @@ class Source:
             tensor = tensor.unflatten(0, target.shape)  # a head that takes all tokens in one row
         if not is_token_level(tensor, target, task):
             axis = self._axis(index, tensor, find_axis) if needs_channel_axis(tensor, self.pooling) else None
-            if tensor.ndim > 2:
-                self.pooled.append(f"{shape} {describe_pooling(tensor.shape, self.pooling, axis, mask)}")
             try:
-                tensor = pool(tensor, self.pooling, mask, axis)
+                pooled = pool(tensor, self.pooling, mask, axis)
+            except MaskError as error:
+                raise ValueError(
+                    f"{self}: {error}; say how to pool them, as in "
+                    f"pooling={{{self._pooling_key!r}: lambda tokens: tokens.mean(1)}}."
+                ) from error
             except ValueError as error:
                 raise ValueError(f"{self}: {error}") from error
+            if tensor.ndim > 2:
+                self.pooled.append(f"{shape} {describe_pooling(shape, self.pooling, axis, mask)}")
+            tensor = pooled
         if len(tensor) != len(target):
             raise ValueError(
                 f"{self} gave {len(tensor)} features for {len(target)} labels, "
@@ -146,17 +140,16 @@ class Source:
             )
         return tensor
 
-    def _axis(self, index: int, tensor: Tensor, find: Callable[[], int | None]) -> int | None:
+    def _axis(self, index: int, tensor: Tensor, find: Callable[[Sequence[int]], int | None]) -> int | None:
         key = index, tensor.ndim
         if key not in self._axes:
-            axis = find()
+            axis = find(tensor.shape)
             if axis is None:
                 self.settled = False
-                key_of_layer = self.name or _HEAD_KEY
                 raise ValueError(
                     f"pooling: {self} has shape {tuple(tensor.shape)}, and no layer shows whether its channels are on "
                     f"the second axis ({tensor.shape[1]}) or on the last ({tensor.shape[-1]}); write "
-                    f"pooling={{{key_of_layer!r}: 'channels_first'}} or 'channels_last'."
+                    f"pooling={{{self._pooling_key!r}: 'channels_first'}} or 'channels_last'."
                 )
             self._axes[key] = axis
         return self._axes[key]
@@ -264,7 +257,8 @@ class Sources:
         """
         rows: dict[str, Tensor] = {}
         errors: dict[str | None, Exception] = {}
-        for name, source in self._sources.items():
+        # Hooks first: features=callable may call the same modules again.
+        for name, source in sorted(self._sources.items(), key=lambda item: not item[1].taps):
             try:
                 rows[name] = source.rows(module, batch, target, mask, task, self._trace)
             except Exception as error:
@@ -284,153 +278,15 @@ class Sources:
         return [f"{source}: {text}" for source in self._sources.values() for text in source.pooled]
 
 
-def attach(
-    root: nn.Module,
-    head: Head,
-    layers: Sequence[str],
-    task: Task,
-    num_classes: int | None,
-    *,
-    features: Features | None = None,
-    layer_mean: bool = False,
-    pooling: Pooling | Mapping[str, Pooling] = "auto",
-    optional: bool = False,
-    validated: bool = True,
-) -> Sources:
-    """Find the modules and listen to them.
-
-    Args:
-        root: the network.
-        head: dotted names of the modules whose input is the feature; "auto" finds the classifier head, and does without
-            it if there are layers; None takes the output of the network.
-        layers: dotted names of modules whose output is scored as well, or glob patterns of them.
-        task: of the head.
-        num_classes: K of "multiclass" and "multilabel"; None reads it off the head.
-        features: in place of a head.
-        layer_mean: whether the mean of the layers is wanted.
-        pooling: of all sources, or by layer.
-        optional: whether K may stay unknown, as there are probes.
-        validated: whether the network's own validation set is scored. If not, no head is guessed beside layers.
-
-    Raises:
-        ValueError: a module or the head is not found, or the number of classes is not known.
-    """
-    guess = None
-    if features is None and head == AUTO:
-        try:
-            guess = find_head(root, num_classes) if validated or not layers else None
-        except ValueError:
-            if not layers:
-                raise
-        heads = [] if guess is None else [guess]
-    else:
-        heads = [] if features is not None or head is None else [head] if isinstance(head, str) else list(head)
-    modules = {name: get_module(root, name, "head") for name in heads}
-    outputs = [getattr(module, "out_features", getattr(module, "out_channels", None)) for module in modules.values()]
-    num_outputs, obstacle = _number_of_outputs(task, num_classes, heads, outputs[0] if outputs else None)
-    if obstacle is not None and not optional:
-        raise ValueError(obstacle)
-
-    names = _matching(root, layers)
-    if layer_mean and len(names) < 2:
-        raise ValueError(f"layer_mean is the mean of several layers, and layers={tuple(layers)!r} names {len(names)}.")
-    found = {name: get_module(root, name, "layers") for name in names}  # all are found before any gets a hook
-    poolings = _poolings(pooling, names)
-
-    sources = []
-    if features is not None:
-        sources.append(Source(HEAD, features=features, pooling=poolings[HEAD]))
-    elif modules:
-        taps = [Tap(module, "input", f"the head '{name}'") for name, module in modules.items()]
-        sources.append(Source(HEAD, taps, pooling=poolings[HEAD], guess=guess, outputs=outputs[0]))
-    elif head is None:
-        taps = [Tap(root, "output", f"the output of {type(root).__name__}")]
-        sources.append(Source(HEAD, taps, pooling=poolings[HEAD]))
-    for name, layer in found.items():
-        sources.append(Source(name, [Tap(layer, "output", f"layer '{name}'")], pooling=poolings[name]))
-    announcement = None
-    if modules:
-        widths = [getattr(module, "in_features", getattr(module, "in_channels", None)) for module in modules.values()]
-        width = sum(known) if len(known := [width for width in widths if width]) == len(widths) else "?"
-        listed = " and ".join(f"'{name}' ({type(module).__name__})" for name, module in modules.items())
-        announcement = f"the feature is the input of {listed}, D = {width}, K = {num_outputs or outputs[0] or '?'}"
-    elif head is None and features is None:
-        announcement = f"the feature is the output of {type(root).__name__}"
-    return Sources(
-        root, sources, layer_mean=layer_mean, num_outputs=num_outputs, announcement=announcement, obstacle=obstacle
-    )
-
-
-def _number_of_outputs(
-    task: Task, num_classes: int | None, heads: Sequence[str], outputs: int | None
-) -> tuple[int | None, str | None]:
-    """K where it is known before the first batch, and what is missing to know it."""
-    if task == "binary":
-        return 2, None
-    if task != "multiclass" or num_classes is not None:
-        return num_classes, None
-    if outputs is not None and outputs >= 2:
-        return outputs, None
-    says = (
-        "there is none"
-        if not heads
-        else f"'{heads[0]}' puts out {outputs}"
-        if outputs
-        else f"'{heads[0]}' does not tell"
-    )
-    return None, (
-        f"num_classes: the number of classes is read off the head, but {says}; give LogMECallback(num_classes=…), "
-        "or task='binary' or task='regression' if that is what the network does."
-    )
-
-
-def _poolings(pooling: Pooling | Mapping[str, Pooling], layers: Sequence[str]) -> dict[str, Pooling]:
-    """The pooling of the head and of every layer."""
-    if not isinstance(pooling, Mapping):
-        return dict.fromkeys([HEAD, *layers], pooling)
-    found: dict[str, Pooling] = dict.fromkeys([HEAD, *layers], "auto")
-    for key, value in pooling.items():
-        names = [name for name in layers if name == key or _matches(name.split("."), key.split("."))]
-        if key == _HEAD_KEY and not names:
-            names = [HEAD]
-        if not names:
-            listed = ", ".join(map(repr, [_HEAD_KEY, *layers]))
-            raise ValueError(f"pooling names {key!r}, which is not scored; use a layer or pattern of {listed}.")
-        found.update(dict.fromkeys(names, value))
-    return found
-
-
-def check_poolings(pooling: Any) -> None:
-    """Raise ``ValueError`` unless ``pooling`` is a pooling, or a mapping of them by layer."""
-    for value in pooling.values() if isinstance(pooling, Mapping) else [pooling]:
-        check_pooling(value)
-
-
-def checked_head(head: Any) -> Head:
-    """Return ``head`` with several names as a tuple.
-
-    Raises:
-        ValueError: it is no name, no names and not None.
-    """
-    if head is None or (isinstance(head, str) and head):
-        return head
-    if isinstance(head, (list, tuple)) and head and all(isinstance(name, str) and name for name in head):
-        return tuple(head)
-    raise ValueError(
-        "head must be 'auto', the dotted name of a module such as 'model.fc', a list of names, or None for the "
-        f"module's output, got {head!r:.60}."
-    )
-
-
-def _axis_at(tap: Tap, shape: Sequence[int], trace: CallTrace) -> int | None:
-    """Which axis of what a tap has seen holds the channels."""
+def _axis_at(tap: Tap, trace: CallTrace, shape: Sequence[int]) -> int | None:
+    """Return the axis that holds the channels of what a tap has seen."""
     if tap.side == "output":
-        return find_channel_axis(shape, *trace.around(tap))
+        return find_channel_axis(*trace.around(tap), shape)
     if hasattr(tap.module, "in_channels"):
         return FIRST
     if hasattr(tap.module, "in_features"):
         return LAST
-    return find_channel_axis(shape, [], trace.before(tap))
+    return find_channel_axis([], trace.before(tap), shape)
 
 
 def _concatenated(parts: Sequence[Tensor]) -> Tensor:
@@ -439,42 +295,6 @@ def _concatenated(parts: Sequence[Tensor]) -> Tensor:
     for part in parts:
         dtype = torch.promote_types(dtype, part.dtype)
     return torch.cat([part.to(dtype) for part in parts], -1)
-
-
-def _matching(root: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """The names that patterns match, each once, in the order of the patterns and of the network."""
-    known = [plain_name(name) for name, module in root.named_modules() if name and _is_called(module)]
-    found: dict[str, None] = {}
-    for pattern in patterns:
-        if not set(pattern) & set("*?["):
-            found[pattern] = None
-            continue
-        parts = pattern.split(".")
-        matches = [name for name in known if _matches(name.split("."), parts)]
-        if not matches:
-            ends = [name.split(".") for name in known]
-            meant = {".".join([*end[: -len(parts)], pattern]) for end in ends if _matches(end[-len(parts) :], parts)}
-            listed = ", ".join(map(repr, known[:8])) + (", …" if len(known) > 8 else "")
-            raise ValueError(
-                f"layers: no module of {type(root).__name__} matches {pattern!r}, in which * stands for one part of a "
-                f"dotted name; {f'write {sorted(meant)[0]!r}' if meant else f'its modules are {listed}'}."
-            )
-        found.update(dict.fromkeys(matches))
-    return list(found)
-
-
-def plain_name(name: str) -> str:
-    """Without the parts that wrappers put in: compilation, checkpointing, FSDP."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-
-
-def _is_called(module: nn.Module) -> bool:
-    """Containers without a forward, and metrics, are no layers."""
-    return type(module).forward is not nn.Module.forward and not isinstance(module, Metric)
-
-
-def _matches(name: Sequence[str], pattern: Sequence[str]) -> bool:
-    return len(name) == len(pattern) and all(map(fnmatchcase, name, pattern))
 
 
 def _mean(rows: Mapping[str, Tensor]) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -28,12 +29,25 @@ class Tap:
         module: what to listen to.
         side: "input" or "output".
         name: what errors call the module.
+        remedy: what to do where it is not called.
+
+    Raises:
+        ValueError: the module is one of TorchScript, which takes no hooks.
     """
 
-    def __init__(self, module: nn.Module, side: Literal["input", "output"], name: str) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        side: Literal["input", "output"],
+        name: str,
+        remedy: str = "name a module that is called",
+    ) -> None:
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(f"{name} is a module of TorchScript, which takes no hooks; name another module.")
         self.module = module
         self.side = side
         self.name = name
+        self.remedy = remedy
         self.open = False
         self._seen: list[Tensor | None] = []
         self._error: Exception | None = None
@@ -91,14 +105,14 @@ class Tap:
             raise error
         if len(seen) == 0:
             raise NotCalledError(
-                f"{self.name} was not called for this batch. Name a module that is; or, if the model was compiled and "
-                'run before the hooks were attached, call torch.compiler.set_stance("force_eager") or compile it anew, '
-                "so that its hooks are seen."
+                f"{self.name} was not called for this batch; {self.remedy}. If the model was compiled and run before "
+                'the hooks were attached, call torch.compiler.set_stance("force_eager") or compile it anew, so that '
+                "they are seen."
             )
         if len(seen) > 1:
             raise ValueError(
                 f"{self.name} was called {len(seen)} times for one batch, so its features cannot be matched with the "
-                "labels; name a module that is called once."
+                "labels; name a module that is called once, or give features=callable(module, batch)."
             )
         if seen[0] is None:
             raise ValueError(f"{self.name} was called without a tensor; name a module that takes and returns tensors.")

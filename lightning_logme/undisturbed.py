@@ -35,7 +35,8 @@ def undisturbed(module: nn.Module, datamodule: object = None) -> Iterator[None]:
     and dicts of its own that it adds to keep what was added. The attributes of the data module, whose hooks prepare
     batches, are kept as well.
     """
-    parts = list(module.modules())
+    scripted = {part: part.training for part in module.modules() if isinstance(part, torch.jit.ScriptModule)}
+    parts = [part for part in module.modules() if part not in scripted]
     kept = [(owner, dict(vars(owner))) for owner in (*parts, datamodule) if owner is not None]
     held = [(part, dict(part._buffers), set(part._non_persistent_buffers_set)) for part in parts]
     contents = [(buffer, buffer.clone()) for buffer in module.buffers()]
@@ -58,6 +59,8 @@ def undisturbed(module: nn.Module, datamodule: object = None) -> Iterator[None]:
             part._buffers.update(buffers)
             part._non_persistent_buffers_set.clear()
             part._non_persistent_buffers_set.update(transient)
+        for part, training in scripted.items():  # whose attributes are not in Python
+            part.train(training)
         for generator, state in generators:
             _set_state(generator, state)
         with torch.no_grad():

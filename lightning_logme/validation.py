@@ -100,15 +100,24 @@ class Validation:
             return None
         guess = first_reason([guess for _, _, guess in everyone])
         if guess is not None:
+            head = sources.head
             sources.drop_guess()
+            if head is not None and head.outputs == sources.num_outputs:
+                guess += f" K = {head.outputs}, the number of its outputs, is kept; num_classes= gives another one."
             rank_zero_warn(f"{self._name} is logged for {', '.join(sources.names)} only: {guess}")
         return collector
 
     def _warn_of_unseen(self, collector: Collector, sources: Sources) -> None:
         """Say which batches called none of the modules that are scored."""
+        head = sources.head
+        other = "it ran another network, such as an averaged copy: name its head with head="
+        if head is not None and head.guess is not None:
+            other = f"it ran another network, such as an averaged copy, or another head than '{head.guess}': give head="
+        elif head is not None and any(tap.side == "output" for tap in head.taps):
+            other = "it called parts of the module and not self(…): name layers=[…], or give features="
         causes = [
             "validation_step left out its forward pass",
-            "it ran another network, such as an averaged copy: name its head with head=",
+            other,
             "the model was compiled and run before the hooks were attached: call "
             'torch.compiler.set_stance("force_eager") or compile it anew',
         ]
@@ -117,13 +126,14 @@ class Validation:
             batches = collector.batches[loader]
             where = f" of loader {loader}" if len(collector.batches) > 1 else ""
             what = f"{unseen} of {batches} batches{where} called none of the modules that are scored"
+            key = self._name if head is not None else f"{self._name}/{sources.names[0]}"
             if unseen < batches and not sources.is_compiled:
-                warnings.warn(f"{self._name}: {what}, and are left out.", stacklevel=2)
+                warnings.warn(f"{key}: {what}, and are left out.", stacklevel=2)
                 continue
             if unseen < batches:  # compiled code may call hooks for batches of one shape only
                 collector.broken[None] = what
             warnings.warn(
-                f"{self._name} is NaN: {what}. Likely causes, the likeliest first: {'; '.join(causes)}.", stacklevel=2
+                f"{key} is NaN: {what}. Likely causes, the likeliest first: {'; '.join(causes)}.", stacklevel=2
             )
 
     def drop(self) -> None:
@@ -134,8 +144,8 @@ class Validation:
     def _leave_out(self, reason: str) -> None:
         self._left_out = True
         rank_zero_warn(
-            f"{self._name} of the validation set is left out, and only the probes are scored, as is meant with "
-            f"validation=False: {reason}"
+            f"{self._name} of the validation set is left out, and only the probes are scored: {reason} If the "
+            "validation set has no labels, write validation=False."
         )
 
     def start_batch(self, batch: Any) -> None:
@@ -164,9 +174,15 @@ class Validation:
         collector = self._collector
         if collector is None or None in collector.broken:
             return
-        called = self._sources.called or collector.rows[dataloader_idx] > 0
+        called = self._sources.called
+        is_first = collector.rows[dataloader_idx] == 0
         errors: dict[str | None, Exception]
         try:
+            if not called and not is_first:
+                raise ValueError(
+                    "it called none of the modules that are scored, unlike the batches before; only the first batches "
+                    "of a validation can be left out"
+                )
             errors = self._add(collector, trainer, pl_module, batch, dataloader_idx) if called else {}
         except Exception as error:
             errors = {None: error}
@@ -174,7 +190,7 @@ class Validation:
             self._sources.stop()
             self._batch, self._labels = None, None
         collector.batches[dataloader_idx] += 1
-        if not called:
+        if not called and is_first:
             collector.unseen[dataloader_idx] += 1
             return
         errors = self._without_wrong_guess(collector, errors)
@@ -224,9 +240,10 @@ class Validation:
             failed = [source for source in new if new[source] == text]
             several = None in failed or HEAD in failed
             key = self._name if several else " and ".join(f"{self._name}/{source}" for source in failed)
+            verb = "is" if several or len(failed) == 1 else "are"
             if self._proven or self._decided:
                 warnings.warn(
-                    f"{key} is NaN for this validation, after an error in batch {batch_idx}: {text}", stacklevel=2
+                    f"{key} {verb} NaN for this validation, after an error in batch {batch_idx}: {text}", stacklevel=2
                 )
             elif not self._optional:
                 warnings.warn(

@@ -483,3 +483,10 @@ class TestPeft:
     def test_encoder_with_adapters_is_refused(self):
         peft = pytest.importorskip("peft")
         refused(peft.get_peft_model(self.model("Bert").bert, peft.LoraConfig(target_modules="all-linear")))
+
+
+@pytest.mark.parametrize("name", ["online", "linear", "probe", "readout"])
+def test_number_of_outputs_says_more_than_a_name(name):
+    module = nn.ModuleDict({"backbone": mlp(8, 32), "predictor": nn.Linear(32, 16), name: nn.Linear(32, 4)})
+    assert find_head(module, num_outputs=4) == name
+    assert find_head(module, num_outputs=16) == "predictor"

@@ -13,8 +13,8 @@ from torch.utils.data import TensorDataset
 
 import lightning_logme.collector
 from lightning_logme import LogME, LogMECallback, Probe
+from lightning_logme.attach import attach
 from lightning_logme.functional import evidence, logme
-from lightning_logme.sources import attach
 
 
 class Deep(nn.Module):

@@ -9,9 +9,10 @@ from models import CLASSES, Classifier, hooks, loader, mlp, trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_logme import LogMECallback, rank_backbones
+from lightning_logme import LogMECallback, Probe, rank_backbones
+from lightning_logme.channels import Call, CallTrace, find_channel_axis
 from lightning_logme.functional import logme
-from lightning_logme.pooling import Call, CallTrace, check_pooling, describe_pooling, find_channel_axis, pool
+from lightning_logme.pooling import check_pooling, describe_pooling, pool
 
 SAMPLES = 40
 LABELS = torch.arange(SAMPLES) % CLASSES
@@ -115,7 +116,7 @@ class TestChannelAxis:
         ],
     )
     def test_layers_that_ran_decide(self, shape, inside, before, axis):
-        assert find_channel_axis(shape, inside, before) == axis
+        assert find_channel_axis(inside, before, shape) == axis
 
     def test_trace_tells_what_ran_inside_a_module_and_before_it(self):
         network = nn.Sequential(nn.Linear(4, 8), nn.Sequential(nn.Linear(8, 6), nn.ReLU()), nn.Linear(6, 2))
@@ -269,6 +270,7 @@ def texts(left: bool) -> DataLoader:
 
 
 class TestMasks:
+    @pytest.mark.filterwarnings("ignore:LogME has lost digits")  # under left padding the head's token is constant
     @pytest.mark.parametrize("left", [False, True])
     def test_first_and_last_token_are_never_padding(self, tmp_path, left):
         module, data = Text(), texts(left)
@@ -330,3 +332,64 @@ def test_outputs_of_backbones_are_pooled_over_their_positions(layout):
     options = {"num_classes": CLASSES, "accelerator": "cpu", "progress": False}
     (row,) = rank_backbones({"model": model}, loader(images(), 8), **options).rows
     assert (row.num_features, row.feature) == (12 if layout == "last" else 6, "output")
+
+
+class TestNested:
+    """In eval mode torch's encoder makes nested tensors of masked tokens: no padding is left to be averaged."""
+
+    class Encoder(Classifier):
+        def __init__(self):
+            super().__init__(mlp(16))
+            layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+            self.embedding = nn.Embedding(30, 16)
+            self.encoder = nn.TransformerEncoder(layer, 2)
+
+        def forward(self, input_ids, attention_mask):
+            tokens = self.encoder(self.embedding(input_ids), src_key_padding_mask=attention_mask == 0)
+            return self.model(tokens[:, 0])
+
+        def validation_step(self, batch, batch_idx):
+            self(batch["input_ids"], batch["attention_mask"])
+
+    @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+    @pytest.mark.parametrize(("pooling", "pick"), [("auto", lambda t: t.mean(0)), ("last", lambda t: t[-1])])
+    def test_outputs_of_encoder_layers_are_pooled_sample_by_sample(self, tmp_path, pooling, pick):
+        module, data = self.Encoder(), texts(False)
+        layers = ["encoder.layers.0", "encoder.layers.1", "encoder"]
+        probes = {"same": Probe(data, num_classes=CLASSES)}
+        callback = LogMECallback("model.2", layers=layers, pooling=pooling, probes=probes)
+        trainer(tmp_path, callback).validate(module, data, verbose=False)
+        module.eval()
+        rows = []
+        with torch.no_grad():
+            for batch in data:
+                tokens = module.embedding(batch["input_ids"])
+                mask = batch["attention_mask"].bool()
+                for one, kept in zip(tokens, mask, strict=True):  # without any padding
+                    rows.append(pick(module.encoder.layers[0](one[kept][None])[0]))
+        expected = float(logme(torch.stack(rows), LABELS))
+        scores = {row["key"]: row["logme"] for row in callback.history}
+        for key in ("logme/encoder.layers.0", "logme/same/encoder.layers.0"):
+            assert scores[key] == pytest.approx(expected, abs=1e-4)
+        assert all(score == score for score in scores.values())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_a_scripted_part_of_the_network_is_left_alone(tmp_path):
+    module = Classifier()
+    module.augmentation = torch.jit.script(nn.Sequential(nn.Linear(16, 16), nn.ReLU()))
+    callback = LogMECallback(layers=["model.*"], probes={"same": loader()})
+    trainer(tmp_path, callback).fit(module, loader(), loader())
+    assert all(row["logme"] == row["logme"] for row in callback.history)
+    with pytest.raises(ValueError, match="layer 'augmentation' is a module of TorchScript, which takes no hooks"):
+        trainer(tmp_path, LogMECallback(layers=["augmentation"])).validate(module, loader(), verbose=False)
+
+
+def test_features_and_layers_may_run_the_same_modules(tmp_path):
+    callback = LogMECallback(
+        layers=["model.0"], features=lambda module, batch: module.model[0](batch[0]), num_classes=CLASSES
+    )
+    trainer(tmp_path, callback).validate(Classifier(), loader(), verbose=False)
+    first, second = callback.history
+    assert first["logme"] == pytest.approx(second["logme"], rel=1e-6)
+    assert (first["key"], second["key"]) == ("logme", "logme/model.0")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_logme.attach import AUTO, Head
 from lightning_logme.batch import TargetSpec, find_mask
 from lightning_logme.forward import Forward, call, copied
 from lightning_logme.heads import find_head, get_module
@@ -20,7 +21,7 @@ from lightning_logme.output_layer import OutputLayer
 from lightning_logme.packages import Fabric
 from lightning_logme.pooling import Pooling
 from lightning_logme.samples import seed_generators
-from lightning_logme.sources import AUTO, HEAD, Head, Source, Sources
+from lightning_logme.sources import HEAD, Source, Sources
 from lightning_logme.taps import Tap, first_tensor
 
 Transform = Callable[[Any], Any]
@@ -179,10 +180,12 @@ class Backbone:
     def _listen(self, heads: Sequence[str]) -> Sources:
         pooling = self._candidate.pooling
         if not heads:
-            return Sources(self._module, [Source(HEAD, features=self._feature_made, pooling=pooling)])
+            label, key = "the output", self._candidate.name
+            source = Source(HEAD, features=self._feature_made, pooling=pooling, label=label, pooling_key=key)
+            return Sources(self._module, [source])
         modules = {name: get_module(self._module, name, "head") for name in heads}
         taps = [Tap(module, "input", f"the head '{name}'") for name, module in modules.items()]
-        return Sources(self._module, [Source(HEAD, taps, pooling=pooling)])
+        return Sources(self._module, [Source(HEAD, taps, pooling=pooling, pooling_key=self._candidate.name)])
 
     def _prepared(self, batch: Any, fabric: Fabric) -> Any:
         batch = copied(batch)  # the module may write to it

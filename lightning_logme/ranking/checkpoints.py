@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_logme.attach import AUTO, Head, plain_name
 from lightning_logme.batch import TargetSpec
 from lightning_logme.forward import Forward
 from lightning_logme.moments import Task
@@ -20,7 +21,6 @@ from lightning_logme.pooling import Pooling
 from lightning_logme.ranking.candidate import Transform
 from lightning_logme.ranking.rank import rank_backbones
 from lightning_logme.ranking.result import Ranking
-from lightning_logme.sources import AUTO, Head, plain_name
 
 PathLike = str | os.PathLike[str]
 

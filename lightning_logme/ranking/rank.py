@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from lightning_logme.arguments import check_flags, check_task, integer, positive_or_none
+from lightning_logme.attach import AUTO, Head, checked_head
 from lightning_logme.batch import TargetSpec, check_target
 from lightning_logme.forward import Forward
 from lightning_logme.moments import Task
@@ -25,7 +26,6 @@ from lightning_logme.ranking.report import Report
 from lightning_logme.ranking.result import Ranking
 from lightning_logme.ranking.standing import standing
 from lightning_logme.samples import Samples
-from lightning_logme.sources import AUTO, Head, checked_head
 from lightning_logme.undisturbed import same_generators
 
 Source = nn.Module | Callable[[], nn.Module]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_MOST_CHARACTERS = 120  # of a message in the table; ``RankingRow.message`` has all
 _TEXT = (0, 1, 6, 10)  # columns of words, which begin at the left
 
 Ended = Literal["finished", "dropped", "failed", "interrupted"]
@@ -181,7 +182,7 @@ class Ranking:
                     "" if row.num_features is None else str(row.num_features),
                     _count(row.num_parameters),
                     f"{row.seconds:.1f}",
-                    row.ended + (f": {printable(row.message.splitlines()[0])[:80]}" if row.message else ""),
+                    row.ended + (f": {_shortened(printable(row.message.splitlines()[0]))}" if row.message else ""),
                 ]
             )
         return cells
@@ -190,6 +191,10 @@ class Ranking:
 def printable(text: str) -> str:
     """In one line, without characters that move a cursor or have no picture."""
     return "".join(character if character.isprintable() else "?" for character in " ".join(text.split()))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _MOST_CHARACTERS else text[: _MOST_CHARACTERS - 1] + "…"
 
 
 def _escaped(text: str) -> str:
