@@ -80,8 +80,8 @@ class LogMECallback(AnyCallback):
             random one.
         probes: by name, labelled loaders of other tasks, or :class:`~lightning_logme.Probe`: at each validation, or at
             the end of each epoch in a run without one, the module's forward runs on them in eval mode, and leaves no
-            trace. The feature is that of ``head`` or ``features``; where only ``layers`` are named, of the last of
-            them. One batch of each is run in the sanity check, or before the first step of a run without validation,
+            trace. The feature is that of ``head`` or ``features``. Where ``layers`` are named and ``head`` is "auto", a
+            head is looked for only if the validation set is scored; without one the last layer stands for it. One batch of each is run in the sanity check, or before the first step of a run without validation,
             so that mistakes surface early.
         probe_every: run the probes at the first of every so many validations, or "checkpoint" for those only whose
             weights a ModelCheckpoint will save. Between them monitors see the values of the last time.
