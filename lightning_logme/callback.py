@@ -81,8 +81,9 @@ class LogMECallback(AnyCallback):
         probes: by name, labelled loaders of other tasks, or :class:`~lightning_logme.Probe`: at each validation, or at
             the end of each epoch in a run without one, the module's forward runs on them in eval mode, and leaves no
             trace. The feature is that of ``head`` or ``features``. Where ``layers`` are named and ``head`` is "auto", a
-            head is looked for only if the validation set is scored; without one the last layer stands for it. One batch of each is run in the sanity check, or before the first step of a run without validation,
-            so that mistakes surface early.
+            head is looked for only if the validation set is scored; without one the last layer stands for it. One batch
+            of each is run in the sanity check, or before the first step of a run without validation, so that mistakes
+            surface early.
         probe_every: run the probes at the first of every so many validations, or "checkpoint" for those only whose
             weights a ModelCheckpoint will save. Between them monitors see the values of the last time.
         validation: whether the validation set itself is scored. Where there are probes, and nothing is said of its
@@ -90,9 +91,9 @@ class LogMECallback(AnyCallback):
             False leaves it out.
 
     Raises:
-        ValueError: an argument does not fit; when the run starts, a module or the head is not found; on
-            the first batch, features or labels do not fit; before training starts, a probe cannot be scored. After that
-            nothing raises: what cannot be scored is logged as NaN, with a warning.
+        ValueError: an argument does not fit; when the run starts, a module or the head is not found; on the first
+            batch, features or labels do not fit; before training starts, a probe cannot be scored. After that nothing
+            raises: a score that cannot be had is logged as NaN, with a warning.
 
     Attributes:
         history: one dict a validation and key, oldest first, as :func:`lightning_logme.read_history` returns it.
