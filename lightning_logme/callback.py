@@ -93,7 +93,7 @@ class LogMECallback(AnyCallback):
     Raises:
         ValueError: an argument does not fit; when the run starts, a module or the head is not found; on the first
             batch, features or labels do not fit; before training starts, a probe cannot be scored. After that nothing
-            raises: a score that cannot be had is logged as NaN, with a warning.
+            raises: a source that cannot be scored is logged as NaN, with a warning.
 
     Attributes:
         history: one dict a validation and key, oldest first, as :func:`lightning_logme.read_history` returns it.
