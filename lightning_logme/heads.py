@@ -218,12 +218,16 @@ class _Search:
                 return
             pooled = pooled or isinstance(child, _GLOBAL_POOLINGS)
 
+    def _fits(self, candidate: _Candidate) -> bool:
+        return candidate.outputs == self._num_outputs and not candidate.is_taken
+
     def _ends_of_branches(self, module: nn.Module, path: _Path) -> Iterator[_Candidate]:
         branches = [branch for branch in self._branches(module, path) if branch.candidates or branch.had_head]
         if not branches:
             return
-        fitting = [branch for branch in branches if any(c.outputs == self._num_outputs for c in branch.candidates)]
-        branches = fitting or branches  # A known number of outputs says more than a name.
+        # A known number of outputs says more than a name, unless another layer takes as many inputs.
+        fitting = [branch for branch in branches if any(map(self._fits, branch.candidates))]
+        branches = fitting or branches
         best = max(branch.rank for branch in branches)
         found = [candidate for branch in branches if branch.rank == best for candidate in branch.candidates]
         if best[0] == 2:  # "head" and "head_dist" of equal sizes are two heads.
