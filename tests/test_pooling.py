@@ -109,7 +109,7 @@ class TestChannelAxis:
             ((8, 96, 7, 7), [], [Call(96, (8, 7, 7, 96))], 1),
             # patches that become tokens
             ((8, 196, 192), [], [Call(192, (8, 192, 14, 14))], -1),
-            # nothing but convolutions of equal sizes
+            # convolutions only, of equal sizes
             ((8, 16, 16, 16), [Call(16, (8, 16, 16, 16), True)], [Call(16, (8, 16, 16, 16), True)], 1),
             ((8, 16, 16, 16), [Call(16, (8, 16, 16, 16), True)], [Call(16, (8, 16, 16, 16))], None),
             ((8, 5, 7), [], [], None),
@@ -182,7 +182,7 @@ class TestCallback:
     def test_layers_of_all_layouts_are_scored_at_their_width(self, tmp_path, caplog):
         module, data = Classifier(Network()), images()
         layers = ["model.stage.conv", "model.stage", "model.drop", "model.squeeze"]
-        callback = LogMECallback(layers=layers, layer_mean=False)
+        callback = LogMECallback(layers=layers)
         with caplog.at_level("INFO"):
             trainer(tmp_path, callback).validate(module, loader(data, 8), verbose=False)
         x = data.tensors[0]
