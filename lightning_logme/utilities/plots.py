@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 
 _WIDTH, _HEIGHT = 6.0, 4.0  # inches
 _GAIN = "gain in nats per sample"
+_SMALL = 8  # points of a name's font
 _DARK, _LIGHT, _ACCENT = "#4c72b0", "#b0b7c3", "#c44e52"
 _MAX_TICKS = 40  # names below an axis
 _MAX_LINES = 50
-_MAX_ENTRIES = 24  # of a legend
-_SHORT, _LONG = 24, 40  # characters of a name
+_MAX_ENTRIES = 40  # of a legend
+_SHORT, _LONG = 24, 36  # characters of a name
 
 
 def gain_by_output(
@@ -41,14 +42,15 @@ def gain_by_output(
     """
     axes = _prepared(axes, f"gain by output (n = {num_samples})", "output", _GAIN)
     if any(map(math.isfinite, gains)):
-        # One patch for all bars: 1000 rectangles would take 0.5 s.
-        edges = [index + side for index in range(len(gains)) for side in (-0.4, 0.4)]
+        # One patch for all bars is faster than one rectangle each. Many bars leave no gaps, which would make them pale.
+        half = 0.4 if len(gains) <= _MAX_TICKS else 0.5
+        edges = [index + side for index in range(len(gains)) for side in (-half, half)]
         heights = [height for gain in gains for height in (gain if math.isfinite(gain) else math.nan, math.nan)]
         axes.stairs(heights[:-1], edges, fill=True, color=_DARK)
     if math.isfinite(mean):
         axes.axhline(mean, color=_ACCENT, linewidth=1.2)
-        label = {"transform": axes.get_yaxis_transform(), "color": _ACCENT, "fontsize": 9, "va": "center"}
-        axes.text(1.01, mean, f"mean\n{mean:.3f}", **label)
+        transform = axes.get_yaxis_transform()
+        axes.text(1.01, mean, f"mean\n{mean:.3f}", transform=transform, color=_ACCENT, fontsize=9, va="center")
     if names is not None and len(names) <= _MAX_TICKS:
         _name_ticks(axes, names)
     else:
@@ -70,8 +72,8 @@ def gain_by_layer(layers: Sequence[str], gains: Sequence[Sequence[float]], axes:
     title = f"gain by layer (last of {len(gains)} validations black)" if len(gains) > 1 else "gain by layer"
     axes = _prepared(axes, title, "layer", _GAIN)
     for index, row in enumerate(newest):
-        shade = 0.85 * (1 - (index + 1) / len(newest))
-        _line(axes, enumerate(row), color=str(shade), markersize=3, linewidth=1.2)
+        age = 1 - (index + 1) / len(newest)
+        _line(axes, enumerate(row), color=str(0.85 * age), markersize=3, linewidth=1.2 if age else 2)
     _name_ticks(axes, _without_shared_prefix(layers))
     return _figure(axes)
 
@@ -90,7 +92,8 @@ def gain_by_samples(
     from matplotlib.ticker import LogLocator, MaxNLocator
 
     samples = "samples (dashed: not finished)" if any(name in unfinished for name in curves) else "samples"
-    axes = _prepared(axes, "gain by number of samples", samples, _GAIN)
+    height = max(_HEIGHT, 1 + 0.2 * min(len(curves), _MAX_ENTRIES))
+    axes = _prepared(axes, "gain by number of samples", samples, _GAIN, height)
     axes.set_xscale("log", base=2)
     numbers: list[int] = []
     for index, (name, points) in enumerate(curves.items()):
@@ -110,7 +113,9 @@ def gain_by_samples(
     if curves:
         more = len(curves) - _MAX_ENTRIES
         title = f"first {_MAX_ENTRIES} of {len(curves)}" if more > 0 else None
-        legend = axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False, title=title)
+        legend = axes.legend(
+            fontsize=_SMALL, labelspacing=0.4, loc="upper left", bbox_to_anchor=(1, 1), frameon=False, title=title
+        )
         for text in legend.get_texts():
             text.set_parse_math(False)
     return _figure(axes)
@@ -133,8 +138,8 @@ def gain_by_candidate(
         axes: where to draw; a new figure if None.
     """
     rows = [row for row in zip(names, gains, stderrs, highlighted, strict=True) if math.isfinite(row[1])]
-    title = "gain by candidate (dark: the best and its ties)"
-    axes = _prepared(axes, title, f"{_GAIN}, ± 1 standard error", "", height=max(_HEIGHT, 1.2 + 0.25 * len(rows)))
+    title = "gain by candidate (dark: best and ties)"
+    axes = _prepared(axes, title, f"{_GAIN}, ± 1 standard error", "", max(_HEIGHT, 1.2 + 0.25 * len(rows)))
     axes.barh(
         range(len(rows)),
         [gain for _, gain, _, _ in rows],
@@ -142,7 +147,7 @@ def gain_by_candidate(
         color=[_DARK if dark else _LIGHT for _, _, _, dark in rows],
         capsize=3,
     )
-    axes.set_yticks(range(len(rows)), [_shown(row[0], _LONG) for row in rows], fontsize=9, parse_math=False)
+    axes.set_yticks(range(len(rows)), [_shown(row[0], _LONG) for row in rows], fontsize=_SMALL, parse_math=False)
     axes.set_ylim(max(len(rows), 1) - 0.4, -0.6)
     return _figure(axes)
 
@@ -159,16 +164,14 @@ def page(draw_left: Callable[[Axes], Any], draw_right: Callable[[Axes], Any], ta
 
     lines = table.splitlines()
     columns = max(map(len, lines), default=0)
-    above, below = (
-        max(_HEIGHT, 0.25 * len(lines)),
-        0.3 + 0.15 * len(lines),
-    )  # A line for each candidate, on either side.
+    # Each line of the table is about one name beside the axes.
+    above, below = max(_HEIGHT, 0.25 * len(lines)), 0.3 + 0.15 * len(lines)
     figure = Figure(figsize=(max(2 * _WIDTH, 0.4 + 0.07 * columns), above + below), dpi=100, layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(above, below))
+    top, bottom = cast(Any, figure).subfigures(2, 1, height_ratios=(above, below))
     left, right = top.subplots(1, 2)
     draw_left(left)
     draw_right(right)
-    text = {"family": "monospace", "fontsize": 8, "verticalalignment": "top", "parse_math": False}
+    text = {"family": "monospace", "fontsize": _SMALL, "verticalalignment": "top", "parse_math": False}
     bottom.text(0.01, 0.98, "\n".join(map(_printed, lines)), **text)
     return figure
 
@@ -188,7 +191,7 @@ def _prepared(axes: Axes | None, title: str, x: str, y: str, height: float = _HE
 
     if axes is None:
         axes = Figure(figsize=(_WIDTH, height), dpi=100, layout="constrained").subplots()
-    axes.set_title(title, fontsize=11)
+    axes.set_title(title, fontsize=11, y=1.0)  # Given a height, matplotlib does not search for a free one.
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.spines[["top", "right"]].set_visible(False)
@@ -221,7 +224,7 @@ def _name_ticks(axes: Axes, names: Sequence[str]) -> None:
     if max(map(len, shown), default=0) + 1 > room:
         angle = 40 if len(shown) <= 16 else 90
         style = {"rotation": angle, "rotation_mode": "anchor", "ha": "right", "va": "top" if angle < 90 else "center"}
-    axes.set_xticks(range(0, len(names), every), shown, fontsize=8, parse_math=False, **style)
+    axes.set_xticks(range(0, len(names), every), shown, fontsize=_SMALL, parse_math=False, **style)
 
 
 def _without_shared_prefix(names: Sequence[str]) -> list[str]:

@@ -1,0 +1,513 @@
+"""Figures, and the board that shows them in loggers."""
+
+import logging
+import math
+import sys
+import warnings
+from collections import deque
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.patches import StepPatch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lightning_logme.utilities import loggers, plots
+from lightning_logme.utilities.loggers import Board
+
+UNIT = "gain in nats per sample"
+ODD_NAMES = ["$x_1$", "_hidden", "n" * 200, "a\x1b[31m\nb", "", r"\frac{"]
+
+
+def rendered(figure):
+    """Draw it as TensorBoard does; the tests turn warnings, such as one of a collapsed layout, into errors."""
+    FigureCanvasAgg(figure).draw()
+    return figure
+
+
+def only_axes(figure):
+    (axes,) = rendered(figure).axes
+    return axes
+
+
+def tick_labels(axis):
+    return [label.get_text() for label in axis.get_ticklabels()]
+
+
+def bar_heights(axes):
+    (bars,) = (patch for patch in axes.patches if isinstance(patch, StepPatch))
+    return bars.get_data().values[::2].tolist()
+
+
+def inside(figure):
+    """Whether nothing is cut off: the pixels at the border are white."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())
+    return all((strip == 255).all() for strip in (pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:]))
+
+
+def test_gain_by_output_has_a_bar_per_output_and_a_labelled_mean():
+    axes = only_axes(plots.gain_by_output([0.1, 0.4, 0.25], 0.25, 500, ["cat", "dog", "cow"]))
+    assert axes.get_title() == "gain by output (n = 500)"
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("output", UNIT)
+    assert tick_labels(axes.xaxis) == ["cat", "dog", "cow"]
+    assert axes.get_xticks().tolist() == [0, 1, 2]
+    assert bar_heights(axes) == [0.1, 0.4, 0.25]
+    (line,) = axes.lines
+    assert list(line.get_ydata()) == [0.25, 0.25]
+    assert [text.get_text() for text in axes.texts] == ["mean\n0.250"]
+
+
+@pytest.mark.parametrize(("number", "named"), [(3, False), (41, True), (1000, True)])
+def test_outputs_without_names_or_more_than_40_are_numbered(number, named):
+    names = [f"class {index}" for index in range(number)] if named else None
+    axes = only_axes(plots.gain_by_output([0.1] * number, 0.1, 500, names))
+    ticks = [tick for tick in axes.get_xticks() if 0 <= tick < number]
+    assert 3 <= len(ticks) <= 12
+    assert all(tick == int(tick) for tick in ticks)
+    assert len(bar_heights(axes)) == number
+
+
+def test_gain_by_output_leaves_out_nan():
+    axes = only_axes(plots.gain_by_output([0.1, math.nan, math.inf], math.nan, 5, list("abc")))
+    assert bar_heights(axes) == pytest.approx([0.1, math.nan, math.nan], nan_ok=True)
+    assert not axes.lines
+    assert tick_labels(axes.xaxis) == list("abc")
+
+
+def test_gain_by_layer_has_a_line_per_validation_and_the_last_is_black():
+    axes = only_axes(plots.gain_by_layer(["net.a.0", "net.a.1", "net.b"], [[0.1, 0.2, 0.3], [0.2, 0.3, 0.4]]))
+    assert axes.get_title() == "gain by layer (last of 2 validations black)"
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("layer", UNIT)
+    assert tick_labels(axes.xaxis) == ["a.0", "a.1", "b"]
+    assert [list(line.get_ydata()) for line in axes.lines] == [[0.1, 0.2, 0.3], [0.2, 0.3, 0.4]]
+    assert [float(line.get_color()) for line in axes.lines] == [0.425, 0]
+
+
+def test_gain_by_layer_shows_the_newest_50_validations():
+    axes = only_axes(plots.gain_by_layer(["a", "b"], [[index, index] for index in range(60)]))
+    assert [line.get_ydata()[0] for line in axes.lines] == list(range(10, 60))
+    shades = [float(line.get_color()) for line in axes.lines]
+    assert shades == sorted(shades, reverse=True)
+    assert "60 validations" in axes.get_title()
+
+
+def test_gain_by_layer_leaves_out_nan():
+    axes = only_axes(plots.gain_by_layer(["a", "b", "c"], [[0.1, math.nan, 0.3], [math.nan] * 3]))
+    assert [list(line.get_xdata()) for line in axes.lines] == [[0, 2], []]
+    assert tick_labels(axes.xaxis) == ["a", "b", "c"]
+
+
+def test_gain_by_layer_names_at_most_40_layers():
+    axes = only_axes(plots.gain_by_layer([f"layer{index}" for index in range(100)], [[0.1] * 100]))
+    assert tick_labels(axes.xaxis) == [f"layer{index}" for index in range(0, 100, 3)]
+    assert axes.get_xticks().tolist() == list(range(0, 100, 3))
+
+
+def test_gain_by_samples_has_a_line_and_a_legend_entry_per_curve():
+    curves = {"small": [(64, 0.1), (128, 0.2), (4096, 0.3)], "large": [(64, 0.2), (128, math.nan), (256, 0.4)]}
+    axes = only_axes(plots.gain_by_samples(curves, unfinished={"large"}))
+    assert axes.get_title() == "gain by number of samples"
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("samples (dashed: not finished)", UNIT)
+    assert axes.get_xscale() == "log"
+    assert {"64", "256", "1024", "4096"} <= set(tick_labels(axes.xaxis))
+    assert [list(line.get_xdata()) for line in axes.lines] == [[64, 128, 4096], [64, 256]]
+    assert [line.get_linestyle() for line in axes.lines] == ["-", "--"]
+    legend = axes.get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["small", "large"]
+    assert legend.get_window_extent().x0 > axes.get_window_extent().x1
+    assert only_axes(plots.gain_by_samples(curves)).get_xlabel() == "samples"
+
+
+def test_gain_by_samples_labels_a_narrow_range_with_plain_numbers():
+    axes = only_axes(plots.gain_by_samples({"head": [(100, 0.1), (150, 0.2), (200, 0.3)]}))
+    low, high = axes.get_xlim()
+    assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [100, 125, 150, 175, 200]
+    assert {"100", "200"} <= set(tick_labels(axes.xaxis))
+
+
+def test_gain_by_samples_lists_at_most_40_curves():
+    axes = only_axes(plots.gain_by_samples({f"model {index}": [(64, 0.1), (128, 0.2)] for index in range(50)}))
+    assert len(axes.lines) == 50
+    assert len(axes.get_legend().get_texts()) == 40
+    assert axes.get_legend().get_title().get_text() == "first 40 of 50"
+
+
+def test_gain_by_candidate_has_the_first_at_the_top_and_ties_dark():
+    axes = only_axes(
+        plots.gain_by_candidate(
+            ["first", "second", "failed", "third"],
+            [0.4, 0.39, math.nan, 0.1],
+            [0.02, math.nan, math.nan, 0.01],
+            [True, True, False, False],
+        )
+    )
+    assert axes.get_title() == "gain by candidate (dark: best and ties)"
+    assert axes.get_xlabel() == f"{UNIT}, ± 1 standard error"
+    assert tick_labels(axes.yaxis) == ["first", "second", "third"]
+    bars = axes.patches
+    assert [bar.get_width() for bar in bars] == [0.4, 0.39, 0.1]
+    heights = [axes.transData.transform(bar.get_center())[1] for bar in bars]
+    assert heights == sorted(heights, reverse=True)
+    first, second, third = (to_hex(bar.get_facecolor()) for bar in bars)
+    assert first == second != third
+    (errors,) = axes.collections
+    lengths = [path.vertices[1, 0] - path.vertices[0, 0] for path in errors.get_paths() if len(path.vertices)]
+    assert [length for length in lengths if length == length] == pytest.approx([0.04, 0.02])
+
+
+def test_page_holds_two_figures_and_the_table():
+    table = "rank  name\n1     $a_1$\x1b"
+    figure = rendered(
+        plots.page(
+            lambda axes: plots.gain_by_candidate(["a"], [0.1], [0.01], [True], axes),
+            lambda axes: plots.gain_by_samples({"a": [(64, 0.1), (128, 0.2)]}, (), axes),
+            table,
+        )
+    )
+    left, right = figure.axes
+    assert left.get_title().startswith("gain by candidate")
+    assert right.get_title() == "gain by number of samples"
+    (text,) = figure.subfigs[1].texts
+    assert text.get_text() == "rank  name\n1     $a_1$?"
+    assert (text.get_fontfamily(), text.get_parse_math()) == (["monospace"], False)
+    assert text.get_window_extent().y1 < min(axes.get_window_extent().y0 for axes in figure.axes)
+
+
+@pytest.mark.parametrize("lines", [0, 1, 60])
+def test_page_shows_all_of_its_table(lines):
+    names = [f"candidate {index} " + "x" * 20 for index in range(lines)]
+    figure = plots.page(
+        lambda axes: plots.gain_by_candidate(names, [0.1] * lines, [0.01] * lines, [True] * lines, axes),
+        lambda axes: plots.gain_by_samples({name: [(64, 0.1)] for name in names}, (), axes),
+        "\n".join(name * 5 for name in names),
+    )
+    assert inside(figure)
+
+
+def test_figures_draw_into_given_axes_and_return_the_figure_at_the_top():
+    top = Figure()
+    axes = top.subfigures(1, 2)[0].subfigures(2, 1)[0].subplots()
+    assert plots.gain_by_output([0.1], 0.1, 5, axes=axes) is top
+    assert plots.gain_by_layer(["a"], [[0.1]], axes=axes) is top
+    assert plots.gain_by_samples({"a": [(64, 0.1)]}, axes=axes) is top
+    assert plots.gain_by_candidate(["a"], [0.1], [0.1], [True], axes=axes) is top
+
+
+@pytest.mark.parametrize(
+    "figure",
+    [
+        lambda: plots.gain_by_output([], math.nan, 0),
+        lambda: plots.gain_by_output([], math.nan, 0, []),
+        lambda: plots.gain_by_output([math.nan], math.nan, 0),
+        lambda: plots.gain_by_output([0.0, 0.0], 0.0, 10),
+        lambda: plots.gain_by_layer([], []),
+        lambda: plots.gain_by_layer(["a"], []),
+        lambda: plots.gain_by_samples({}),
+        lambda: plots.gain_by_samples({"a": []}),
+        lambda: plots.gain_by_samples({"a": [(0, 0.1), (64, math.nan)]}),
+        lambda: plots.gain_by_samples({"a": [(64, 0.1)]}),
+        lambda: plots.gain_by_candidate([], [], [], []),
+        lambda: plots.gain_by_candidate(["a"], [math.nan], [math.nan], [False]),
+    ],
+)
+def test_figures_of_nothing_have_axes_with_labels(figure):
+    axes = only_axes(figure())
+    assert axes.get_title()
+    assert UNIT in axes.get_xlabel() + axes.get_ylabel()
+
+
+@pytest.mark.parametrize(
+    ("figure", "labels"),
+    [
+        (lambda names: plots.gain_by_output([0.1] * 6, 0.1, 5, names), lambda axes: axes.get_xticklabels()),
+        (lambda names: plots.gain_by_layer(names, [[0.1] * 6]), lambda axes: axes.get_xticklabels()),
+        (
+            lambda names: plots.gain_by_samples({name: [(64, 0.1)] for name in names}),
+            lambda axes: axes.get_legend().get_texts(),
+        ),
+        (
+            lambda names: plots.gain_by_candidate(names, [0.1] * 6, [0.1] * 6, [True] * 6),
+            lambda axes: axes.get_yticklabels(),
+        ),
+    ],
+)
+def test_names_are_shown_as_written_in_one_line_and_shortened(figure, labels):
+    texts = labels(only_axes(figure(ODD_NAMES)))
+    assert not any(text.get_parse_math() for text in texts)
+    shown = [text.get_text().strip() for text in texts]
+    assert shown[:2] == ODD_NAMES[:2]
+    assert set(shown[2]) == {"n", "…"}
+    assert len(shown[2]) <= 36
+    assert shown[3:] == ["a?[31m b", "", r"\frac{"]
+
+
+def test_shortened_names_keep_both_ends():
+    labels = tick_labels(only_axes(plots.gain_by_layer([f"{i}.{'x' * 50}.norm{i}" for i in range(2)], [[1, 2]])).xaxis)
+    assert labels == ["0.xxxxxxxxx…xxxxxx.norm0", "1.xxxxxxxxx…xxxxxx.norm1"]
+
+
+@pytest.mark.parametrize("number", [2, 9, 12, 40])
+def test_long_names_stay_inside_and_apart(number):
+    figure = plots.gain_by_output(
+        [0.1] * number, 0.1, 5, [f"a class of a long name, {index}" for index in range(number)]
+    )
+    assert inside(figure)
+    axes = figure.axes[0]
+    # Slanted names need a line height between them, measured across the slant.
+    angles = {label.get_rotation() for label in axes.get_xticklabels()}
+    gap = axes.get_window_extent().width / (number + 0.2)
+    if angles == {0}:
+        assert max(label.get_window_extent().width for label in axes.get_xticklabels()) < gap
+    else:
+        (angle,) = angles
+        assert gap * math.sin(math.radians(angle)) > 8 * 100 / 72
+
+
+def test_printable_replaces_control_characters_and_line_breaks():
+    assert plots.printable("a\tb\n c\x00\x1b\u202e\ud800é") == "a b c????é"
+
+
+def test_figures_need_no_pyplot():
+    from matplotlib import pyplot
+
+    plots.gain_by_output([0.1], 0.1, 5)
+    assert pyplot.get_fignums() == []
+
+
+def events(path):
+    return EventAccumulator(str(path), size_guidance={"images": 0, "histograms": 0, "tensors": 0}).Reload()
+
+
+def small_figure():
+    return plots.gain_by_output([0.1, 0.2], 0.15, 10)
+
+
+class Writer:
+    def __init__(self, error=None):
+        self.error, self.figures = error, []
+
+    def add_figure(self, tag, figure, step):
+        if self.error:
+            raise self.error
+        self.figures.append((tag, figure, step))
+
+
+class WriterLogger:
+    def __init__(self, error=None):
+        self.experiment = Writer(error)
+
+
+class BrokenLogger:
+    @property
+    def experiment(self):
+        raise OSError("no connection")
+
+    def log_metrics(self, values, step):
+        raise OSError("no connection")
+
+    save = None
+
+
+class Clock:
+    """A clock that drawing moves."""
+
+    def __init__(self, monkeypatch):
+        self.time = 0.0
+        monkeypatch.setattr(loggers, "_now", lambda: self.time)
+        monkeypatch.setattr(loggers, "_costs", deque([0.1], maxlen=9))
+
+    def draw(self, seconds=0.1):
+        self.time += seconds
+        return Figure()
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return Clock(monkeypatch)
+
+
+def test_board_shows_everything_in_tensorboard(tmp_path):
+    logger = TensorBoardLogger(tmp_path, "", "")
+    board = Board([logger])
+    board.scalars({"gain": 0.5, "logme": 1.5}, 3)
+    board.histogram("spectrum", torch.tensor([1.0, math.nan, 3.0, math.inf]), 3)
+    board.histogram("nothing", torch.tensor([math.nan]), 3)
+    board.figure("by output", small_figure, 3)
+    board.text("ranking", "| a |")
+    board.layout({"curves": {"gain": ["Multiline", ["gain"]]}})
+    board.flush()
+    seen = events(tmp_path)
+    assert [(event.step, event.value) for event in seen.Scalars("logme")] == [(3, 1.5)]
+    assert seen.Tags()["histograms"] == ["spectrum"]
+    (histogram,) = seen.Histograms("spectrum")
+    assert (histogram.step, histogram.histogram_value.num, histogram.histogram_value.max) == (3, 2, 3)
+    (image,) = seen.Images("by output")
+    assert (image.step, image.width, image.height) == (3, 600, 400)
+    assert {"ranking/text_summary", "custom_scalars__config__"} <= set(seen.Tags()["tensors"])
+
+
+def test_figure_is_drawn_once_for_all_loggers(tmp_path):
+    drawn = []
+    board = Board(
+        [TensorBoardLogger(tmp_path / "a", "", ""), CSVLogger(tmp_path), TensorBoardLogger(tmp_path / "b", "", "")]
+    )
+    board.figure("figure", lambda: drawn.append(small_figure()) or drawn[-1], 1)
+    board.flush()
+    assert len(drawn) == 1
+    images = [events(tmp_path / name).Images("figure") for name in "ab"]
+    assert [len(image) for image in images] == [1, 1]
+    assert images[0][0].encoded_image_string == images[1][0].encoded_image_string
+
+
+def test_nothing_is_drawn_where_no_logger_shows_figures(tmp_path):
+    csv = CSVLogger(tmp_path, "", "")
+    board = Board([csv, object()], info=pytest.fail)
+    board.budget(0.01)
+    board.figure("figure", lambda: pytest.fail("drawn"), 1)
+    board.histogram("histogram", torch.ones(3), 1)
+    board.text("text", "text")
+    board.layout({})
+    Board([csv]).scalars({"gain": 0.5}, 1)
+    Board([csv]).flush()
+    assert "0.5" in (tmp_path / "metrics.csv").read_text()
+
+
+def test_plots_false_leaves_out_pictures_and_keeps_scalars_and_text(tmp_path):
+    board = Board([TensorBoardLogger(tmp_path, "", "")], plots=False)
+    board.figure("figure", lambda: pytest.fail("drawn"), 1)
+    board.histogram("histogram", torch.ones(3), 1)
+    board.scalars({"gain": 0.5}, 1)
+    board.text("text", "text")
+    board.flush()
+    tags = events(tmp_path).Tags()
+    assert tags["images"] == tags["histograms"] == []
+    assert tags["scalars"] == ["gain"]
+    assert "text/text_summary" in tags["tensors"]
+
+
+def test_board_warns_once_of_loggers_that_fail_and_serves_the_others(tmp_path):
+    board = Board([BrokenLogger(), TensorBoardLogger(tmp_path, "", "")], name="rank_backbones")
+    with pytest.warns(UserWarning, match="rank_backbones") as caught:
+        for step in range(2):
+            board.scalars({"gain": 0.5}, step)
+            board.figure("figure", small_figure, step)
+            board.histogram("histogram", torch.ones(3), step)
+        board.flush()
+    messages = [str(warning.message) for warning in caught]
+    assert messages == ["rank_backbones: BrokenLogger.log_metrics failed; the run goes on. OSError: no connection"]
+    seen = events(tmp_path)
+    assert [len(read) for read in (seen.Scalars("gain"), seen.Images("figure"), seen.Histograms("histogram"))] == [
+        2
+    ] * 3
+
+
+def test_logger_that_fails_to_show_a_figure_gets_no_more_and_others_do():
+    broken, whole = WriterLogger(OSError("disk full")), WriterLogger()
+    board = Board([broken, whole])
+    with pytest.warns(UserWarning, match="WriterLogger.add_figure failed; it gets no more figures. OSError: disk full"):
+        board.figure("figure", Figure, 1)
+    broken.experiment.error = None
+    board.figure("figure", Figure, 2)
+    assert [step for _, _, step in whole.experiment.figures] == [1, 2]
+    assert broken.experiment.figures == []
+
+
+def test_no_figures_are_drawn_after_an_error_in_drawing():
+    logger = WriterLogger()
+    board = Board([logger])
+    with pytest.warns(UserWarning, match="LogMECallback: a figure could not be drawn.*ZeroDivisionError"):
+        board.figure("figure", lambda: 1 / 0, 1)
+    board.figure("figure", lambda: pytest.fail("drawn"), 2)
+    assert logger.experiment.figures == []
+
+
+def test_interruption_while_drawing_is_not_swallowed():
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Board([WriterLogger()]).figure("figure", interrupted, 1)
+
+
+@pytest.mark.parametrize("plots", [True, "auto"])
+def test_figures_are_skipped_silently_without_matplotlib(monkeypatch, plots):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    logger = WriterLogger()
+    board = Board([logger], plots, info=pytest.fail)
+    board.budget(0.01)
+    board.figure("figure", small_figure, 1)
+    assert logger.experiment.figures == []
+    with pytest.raises(ImportError):
+        small_figure()
+
+
+def test_names_in_other_scripts_give_no_warnings(tmp_path):
+    board = Board([TensorBoardLogger(tmp_path, "", "")])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        board.figure("figure", lambda: plots.gain_by_output([0.1], 0.1, 5, ["猫"]), 1)
+    board.flush()
+    assert [warning for warning in caught if "Glyph" in str(warning.message)] == []
+    assert len(events(tmp_path).Images("figure")) == 1
+
+
+def shown_in(board, logger, seconds, clock, figures=3, cost=0.1):
+    """The number of figures that a validation of this duration shows."""
+    before = len(logger.experiment.figures)
+    board.budget(seconds)
+    for _ in range(figures):
+        board.figure("figure", lambda: clock.draw(cost), 1)
+    return len(logger.experiment.figures) - before
+
+
+def test_auto_draws_as_long_as_figures_take_at_most_5_percent_of_a_validation(clock):
+    logger, messages = WriterLogger(), []
+    board = Board([logger], info=messages.append)
+    assert shown_in(board, logger, 60, clock) == 3
+    assert messages == []
+    assert shown_in(board, logger, 4.2, clock) == 2
+    assert shown_in(board, logger, 1.2, clock) == 0
+    assert shown_in(board, logger, 60, clock) == 3
+    assert messages == [
+        "plots: figures are left out, as drawing them (0.1 s each) would take more than 5% of this validation (4.2 s); "
+        "plots=True draws them always."
+    ]
+
+
+def test_auto_expects_the_cost_that_was_measured(clock):
+    logger = WriterLogger()
+    board = Board([logger], info=lambda message: None)
+    assert shown_in(board, logger, 600, clock, figures=9, cost=1.0) == 9
+    assert shown_in(board, logger, 21, clock, cost=1.0) == 1
+    other = WriterLogger()
+    assert shown_in(Board([other], info=lambda message: None), other, 19, clock, cost=1.0) == 0
+
+
+def test_slow_first_figure_of_a_process_does_not_end_the_figures(clock):
+    """It imports matplotlib."""
+    logger = WriterLogger()
+    board = Board([logger])
+    assert shown_in(board, logger, 4.2, clock, figures=1, cost=3.0) == 1
+    assert shown_in(board, logger, 4.2, clock, figures=1) == 1
+
+
+def test_plots_true_and_a_board_without_budget_draw_always(clock):
+    always, without = WriterLogger(), WriterLogger()
+    assert shown_in(Board([always], plots=True, info=pytest.fail), always, 0.01, clock) == 3
+    board = Board([without], info=pytest.fail)
+    board.figure("figure", lambda: clock.draw(9.0))
+    board.figure("figure", lambda: clock.draw(9.0))
+    assert len(without.experiment.figures) == 2
+
+
+def test_message_goes_to_the_log_by_default(clock, caplog):
+    logger = WriterLogger()
+    with caplog.at_level(logging.INFO, logger="lightning_logme"):
+        assert shown_in(Board([logger]), logger, 0.5, clock) == 0
+    assert [record.getMessage()[:26] for record in caplog.records] == ["plots: figures are left ou"]
