@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_logme.arguments import check_flags, check_options, check_task, names, positive_or_none
-from lightning_logme.attach import AUTO, Head, attach, check_poolings, checked_head
-from lightning_logme.batch import TargetSpec, check_target
-from lightning_logme.curve import CurvePoint
-from lightning_logme.distributed import is_sharded, number_of_loaders, why_out_of_step
-from lightning_logme.evidence import Evidence
-from lightning_logme.history import Row
-from lightning_logme.journal import Journal, is_key
-from lightning_logme.moments import Task
-from lightning_logme.packages import (
+from lightning_logme.features.extractor import Extractor, Features
+from lightning_logme.features.labels import TargetSpec, check_target
+from lightning_logme.features.pooling import Pooling
+from lightning_logme.features.selection import AUTO, Selection, attach_by_tree
+from lightning_logme.scores.curve import CurvePoint
+from lightning_logme.scores.evidence import Evidence
+from lightning_logme.scores.rows import Task
+from lightning_logme.tracking.history import History, Row, is_key
+from lightning_logme.tracking.passes import Scoring
+from lightning_logme.tracking.probe import Probe
+from lightning_logme.tracking.probes import Every, Probes
+from lightning_logme.tracking.strategy import is_sharded, why_out_of_step
+from lightning_logme.tracking.validation import Validation
+from lightning_logme.utilities.checks import check_flags, check_options, check_task, names, positive_or_none
+from lightning_logme.utilities.compat import (
     AnyCallback,
     LightningModule,
     Trainer,
@@ -25,11 +32,8 @@ from lightning_logme.packages import (
     rank_zero_info,
     rank_zero_warn,
 )
-from lightning_logme.pooling import Pooling
-from lightning_logme.probe import Probe
-from lightning_logme.probes import Every, Probes
-from lightning_logme.sources import Features, Sources
-from lightning_logme.validation import Validation
+
+Plots = bool | Literal["auto"]
 
 
 class LogMECallback(AnyCallback):
@@ -37,7 +41,7 @@ class LogMECallback(AnyCallback):
 
     The input of the classifier head is collected while ``validation_step`` runs, as additive moments on the device,
     and turned into the log of maximum evidence (see :func:`lightning_logme.functional.logme`) when validation ends. No
-    forward pass is added, and no feature is kept. Logged with ``pl_module.log``, so that
+    forward pass is added. Logged with ``pl_module.log``, so that
     ``ModelCheckpoint(monitor="logme", mode="max")``, ``EarlyStopping``, the progress bar and every logger see them in
     the same epoch:
 
@@ -47,7 +51,8 @@ class LogMECallback(AnyCallback):
     - with Lightning's suffix ``/dataloader_idx_<i>`` where there are several validation loaders.
 
     A source of D features takes a D × D matrix of float64 on the device while a pass lasts: L layers take L × D² × 8
-    bytes, for every validation loader, and with ``curve`` for every doubling of the samples.
+    bytes, for every validation loader, and with ``curve`` for every doubling of the samples. While there are fewer than
+    D samples, the features themselves are kept in its place.
 
     Checkpoints carry the history: see :func:`lightning_logme.read_history`.
 
@@ -73,8 +78,10 @@ class LogMECallback(AnyCallback):
         fit_intercept: centre features and targets first. The papers do not.
         ignore_index: rows with this label are left out, as in ``torch.nn.functional.cross_entropy``; has no part in
             regression.
+        normalize: scale the features of each sample to length 1. The papers do not; on real tasks it ranks better.
         class_names: names of the outputs for the figure.
-        plots: whether loggers that can show them get histograms and figures at every validation.
+        plots: whether loggers that can show them get histograms and figures at every validation. "auto" leaves out
+            figures where drawing takes more than 5 % of the validation.
         curve: record the score at 32, 64, 128, … samples and at all (see ``curves``); of more than 16 classes it begins
             at twice their number. In the order in which samples come: of the validation set its loader's, of a probe a
             random one.
@@ -84,11 +91,12 @@ class LogMECallback(AnyCallback):
             head is looked for only if the validation set is scored; without one the last layer stands for it. One batch
             of each is run in the sanity check, or before the first step of a run without validation, so that mistakes
             surface early.
-        probe_every: run the probes at the first of every so many validations, or "checkpoint" for those only whose
-            weights a ModelCheckpoint will save. Between them monitors see the values of the last time.
-        validation: whether the validation set itself is scored. Where there are probes, and nothing is said of its
-            labels (``target``, ``num_classes``, ``class_names``), one that cannot be scored is left out with a warning;
-            False leaves it out.
+        probe_every: run the probes at the first of every so many validations; between them monitors see the values of
+            the last time. "checkpoint" runs them while a checkpoint is being saved, and puts their results into that
+            checkpoint and to the loggers: too late for a monitor, so that none may name a probe, and not for
+            checkpoints with ``save_weights_only=True``, which hold no state of callbacks.
+        validation: whether the validation set itself is scored. False where it has no labels, and only probes are to
+            be scored.
 
     Raises:
         ValueError: an argument does not fit; when the run starts, a module or the head is not found; on the first
@@ -125,8 +133,9 @@ class LogMECallback(AnyCallback):
         name: str = "logme",
         fit_intercept: bool = False,
         ignore_index: int | None = -100,
+        normalize: bool = False,
         class_names: Sequence[str] | None = None,
-        plots: bool = True,
+        plots: Plots = "auto",
         curve: bool = False,
         probes: Mapping[str, Probe | DataLoader | Iterable[Any]] | None = None,
         probe_every: Every = 1,
@@ -134,75 +143,46 @@ class LogMECallback(AnyCallback):
     ) -> None:
         super().__init__()
         check_task(task)
-        check_poolings(pooling)
         check_target(target)
-        check_flags(layer_mean=layer_mean, plots=plots, curve=curve, validation=validation)
-        layers = () if layers is None else names("layers", layers)
-        class_names = None if class_names is None else names("class_names", class_names)
-        head = checked_head(head)
-        num_classes = positive_or_none("num_classes", num_classes)
+        check_flags(curve=curve, normalize=normalize, validation=validation)
+        if plots not in (True, False, "auto"):
+            raise ValueError(f"plots must be True, False or 'auto', got {plots!r}.")
+        self.num_classes = positive_or_none("num_classes", num_classes)
         ignore_index = None if task == "regression" else ignore_index
         check_options(task, ignore_index, fit_intercept)
         if not isinstance(name, str) or not name:
             raise ValueError(
                 f"name must not be empty, and must be a string: it is the key that is logged; got {name!r}."
             )
-        if layer_mean and not layers:
-            raise ValueError("layer_mean is the mean of layers: name them, as in layers=['encoder.layer.*'].")
-        if features is not None and (head != AUTO or not callable(features)):
-            raise ValueError(
-                f"features must be callable(module, batch), and takes the place of head; got features={features!r} and "
-                f"head={head!r}."
-            )
         if not (validation or probes):
             raise ValueError("validation=False leaves nothing to score without probes.")
-        self.head: Head = head
-        self.layers = layers
-        self.layer_mean = layer_mean
-        self.features = features
-        self.task: Task = task
-        self.num_classes = num_classes
-        self.target = target
-        self.pooling = pooling
         self.name = name
-        self.fit_intercept = fit_intercept
-        self.ignore_index = ignore_index
-        self.class_names = class_names
-        self.curve = curve
-        self.probes = Probes(probes, probe_every)
+        self.target = target
+        self.class_names = None if class_names is None else names("class_names", class_names)
         self.validation = validation
+        self.selection = Selection(head, layers, layer_mean, features, pooling)
+        self.scoring = Scoring(task, None, ignore_index, fit_intercept, normalize, curve)
+        self.probes = Probes(probes, probe_every)
 
-        # Setting `target`, `num_classes` or `class_names` means that the validation set must be scored.
-        self._optional = bool(self.probes) and target is None and num_classes is None and class_names is None
-        self._journal = Journal(name, plots)
-        self._validation = Validation(
-            name,
-            task,
-            target,
-            class_names,
-            optional=self._optional,
-            curve=curve,
-            ignore_index=self.ignore_index,
-            fit_intercept=fit_intercept,
-        )
+        self._history = History(name, plots)
+        self._validation = Validation(name, self.scoring, target, self.class_names)
         # Of a run
-        self._sources = Sources()
-        self._announced = False
-        self._compared = False
-        self._checkpoint_position: tuple[int, int] | None = None
+        self._extractor: Extractor | None = None
+        self._started = 0.0  # when the validation began
+        self._said: set[str] = set()  # what is reported once
         self._out_of_step: str | None = None
 
     @property
     def history(self) -> list[Row]:
-        return self._journal.history
+        return self._history.rows
 
     @property
     def evidence(self) -> dict[str, Evidence]:
-        return self._journal.evidence
+        return self._history.evidence
 
     @property
     def curves(self) -> dict[str, list[CurvePoint]]:
-        return self._journal.curves
+        return self._history.curves
 
     @property
     def state_key(self) -> str:
@@ -218,10 +198,10 @@ class LogMECallback(AnyCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._validation.prepare(alone=trainer.world_size == 1)
-        self._checkpoint_position = None
+        self._history.prepare(trainer)
         if stage not in ("fit", "validate"):
             return
-        if self.features is not None and is_sharded(trainer):
+        if self.selection.features is not None and is_sharded(trainer):
             raise ValueError(
                 f"features=callable makes forward passes of its own, which cannot be run under "
                 f"{type(trainer.strategy).__name__}, whose processes must make as many as each other; name layers."
@@ -236,11 +216,10 @@ class LogMECallback(AnyCallback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != "fit":  # which restores its own position
-            self._checkpoint_position = int(checkpoint.get("epoch", 0)), int(checkpoint.get("global_step", 0))
+            self._history.position = int(checkpoint.get("epoch", 0)), int(checkpoint.get("global_step", 0))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # A run that continues from the checkpoint drops the rows that came later.
-        self._journal.load_state_dict(state_dict, keep=self._checkpoint_position is not None)
+        self._history.load_state_dict(state_dict)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.enable_validation or self.probes:
@@ -253,15 +232,16 @@ class LogMECallback(AnyCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.enable_validation:  # or the sanity check has done so
-            self.probes.rehearse(trainer, pl_module, self._sources)
+            self._rehearse(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._sources.names:
+        if self._extractor is None:
             self._attach(pl_module)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.validation and self._out_of_step is None:
-            self._validation.open(self._sources, trainer.global_rank, trainer.world_size)
+        self._started = time.perf_counter()
+        if self.validation and self._extractor is not None and self._out_of_step is None:
+            self._validation.open(self._extractor, trainer, pl_module)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -277,34 +257,38 @@ class LogMECallback(AnyCallback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._validation.end_batch(trainer, pl_module, batch, batch_idx, dataloader_idx)
+        self._validation.end_batch(trainer, batch, batch_idx, dataloader_idx)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._out_of_step is not None:
+        if self._out_of_step is not None or self._extractor is None:
             return
-        collector = self._validation.close(trainer.sanity_checking)
+        current = self._validation.close(trainer.sanity_checking)
         if trainer.sanity_checking:
-            self.probes.rehearse(trainer, pl_module, self._sources)
+            self._rehearse(trainer, pl_module)
             return
-        if collector is not None:
-            self._journal.enter(
-                trainer,
-                pl_module,
-                collector,
-                self._sources.names,
-                loaders=number_of_loaders(trainer),
-                class_names=self.class_names,
-                position=self._checkpoint_position,
-            )
-            self._compare_width(trainer)
-        self._run_probes(trainer, pl_module)
+        if current is not None:
+            seconds = time.perf_counter() - self._started
+            names = self._extractor.names
+            self._history.record(trainer, pl_module, current, names, seconds, class_names=self.class_names)
+            self._compare_width(trainer, current.num_loaders)
+        if self.probes:
+            self._run_probes(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.enable_validation and self._out_of_step is None:
             self._run_probes(trainer, pl_module)
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self.probes.every == "checkpoint" and trainer.state.fn == "fit" and self._out_of_step is None:
+            try:
+                self._run_probes(trainer, pl_module, is_saving=True)
+            except Exception as error:  # a checkpoint must not be lost
+                warnings.warn(f"{self.name}: the probes failed: {type(error).__name__}: {error}", stacklevel=2)
+            # Lightning has collected the states of callbacks before.
+            checkpoint.setdefault("callbacks", {})[self.state_key] = self.state_dict()
+
     def state_dict(self) -> dict[str, Any]:
-        return self._journal.state_dict()
+        return self._history.state_dict()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._detach()
@@ -326,38 +310,35 @@ class LogMECallback(AnyCallback):
                 )
 
     def _attach(self, pl_module: LightningModule) -> None:
-        """Find the modules, and listen to them for the whole run."""
+        """Find the modules, and capture from them for the whole run."""
         self._detach()
-        self._sources = attach(
-            pl_module,
-            self.head,
-            self.layers,
-            self.task,
-            self.num_classes,
-            features=self.features,
-            layer_mean=self.layer_mean,
-            pooling=self.pooling,
-            optional=self._optional or not self.validation,
-            validated=self.validation,
+        self._extractor, announcement = attach_by_tree(
+            pl_module, self.selection, self.scoring.task, self.num_classes, is_scored=self.validation
         )
-        self.probes.check_names(self._sources)
-        if self._sources.announcement and not self._announced:
-            self._announced = True
-            rank_zero_info(f"LogMECallback: {self._sources.announcement}.")
+        self.probes.check_names(self._extractor)
+        if announcement is not None and "head" not in self._said:
+            self._said.add("head")
+            rank_zero_info(f"LogMECallback: {announcement}.")
 
-    def _compare_width(self, trainer: Trainer) -> None:
+    def _detach(self) -> None:
+        self._validation.drop()
+        if self._extractor is not None:
+            self._extractor.remove()
+            self._extractor = None
+
+    def _compare_width(self, trainer: Trainer, num_loaders: int) -> None:
         """Report once where the head has outputs that no label names: it may not be the classifier."""
-        head = self._sources.head
-        if head is None or head.outputs is None or self.num_classes is not None or self.task != "multiclass":
+        head = None if self._extractor is None else self._extractor.head
+        if head is None or head.outputs is None or self.num_classes is not None or self.scoring.task != "multiclass":
             return
-        if self._compared or trainer.limit_val_batches != 1.0 or getattr(trainer, "fast_dev_run", False):
+        if "width" in self._said or trainer.limit_val_batches != 1.0 or getattr(trainer, "fast_dev_run", False):
             return
-        keys = [self.name, *(f"{self.name}/dataloader_idx_{index}" for index in range(number_of_loaders(trainer)))]
+        keys = [self.name, *(f"{self.name}/dataloader_idx_{index}" for index in range(num_loaders))]
         present = [self.evidence[key].per_output.isfinite() for key in keys if key in self.evidence]
         known = torch.stack(present).any(0).nonzero() if present else torch.empty(0)
         if len(known) == 0:
             return
-        self._compared = True
+        self._said.add("width")
         classes = int(known.max()) + 1
         if classes < head.outputs:
             rank_zero_info(
@@ -366,18 +347,10 @@ class LogMECallback(AnyCallback):
                 f"if it is, num_classes={head.outputs} says so."
             )
 
-    def _detach(self) -> None:
-        self._sources.remove()
-        self._validation.drop()
-        self._sources = Sources()
+    def _rehearse(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._extractor is not None:
+            self.probes.rehearse(trainer, pl_module, self._extractor)
 
-    def _run_probes(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.probes.run(
-            trainer,
-            pl_module,
-            self._sources,
-            self._journal,
-            self._checkpoint_position,
-            curve=self.curve,
-            fit_intercept=self.fit_intercept,
-        )
+    def _run_probes(self, trainer: Trainer, pl_module: LightningModule, is_saving: bool = False) -> None:
+        if self._extractor is not None and self.probes.is_due(trainer, is_saving):
+            self.probes.run(trainer, pl_module, self._extractor, self._history, self.scoring, is_saving)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_logme.attach import AUTO, Head, plain_name
-from lightning_logme.batch import TargetSpec
-from lightning_logme.forward import Forward
-from lightning_logme.moments import Task
-from lightning_logme.packages import Logger, to_uncompiled
-from lightning_logme.pooling import Pooling
+from lightning_logme.features.calling import Forward
+from lightning_logme.features.labels import TargetSpec
+from lightning_logme.features.pooling import Pooling
+from lightning_logme.features.selection import AUTO, Head
 from lightning_logme.ranking.candidate import Transform
 from lightning_logme.ranking.rank import rank_backbones
 from lightning_logme.ranking.result import Ranking
+from lightning_logme.scores.rows import Task
+from lightning_logme.utilities.compat import Logger, plain_name, uncompiled
 
 PathLike = str | os.PathLike[str]
 
@@ -33,11 +33,14 @@ def score_checkpoints(
     task: Task = "multiclass",
     num_classes: int | None = None,
     head: Head | Mapping[Any, Head] = AUTO,
+    layers: Sequence[str] = (),
+    layer_mean: bool = False,
     target: TargetSpec = None,
     pooling: Pooling | Mapping[str, Pooling] = "auto",
     forward: Forward | Mapping[str, Forward | None] | None = None,
     transforms: Mapping[str, Transform] | None = None,
     fit_intercept: bool = False,
+    ignore_index: int | None = -100,
     normalize: bool = False,
     race: bool = True,
     seed: int = 0,
@@ -61,8 +64,8 @@ def score_checkpoints(
             ``.ckpt`` files. They are read with ``weights_only=True``: nothing in them is executed.
         dataloader: of the target task, as in :func:`~lightning_logme.rank_backbones`.
         head: where the feature is, as in :func:`~lightning_logme.rank_backbones`; one for all, or a mapping by path.
-        task, num_classes, target, pooling, forward, transforms, fit_intercept, normalize, race, seed, resume_from,
-            accelerator, devices, strategy, precision, logger, progress: as in
+        task, num_classes, layers, layer_mean, target, pooling, forward, transforms, fit_intercept, ignore_index,
+            normalize, race, seed, resume_from, accelerator, devices, strategy, precision, logger, progress: as in
             :func:`~lightning_logme.rank_backbones`. The keys of a mapping are paths, as strings.
 
     Returns:
@@ -101,11 +104,14 @@ def score_checkpoints(
         task=task,
         num_classes=num_classes,
         head=head,
+        layers=layers,
+        layer_mean=layer_mean,
         target=target,
         pooling=pooling,
         forward=forward,
         transforms=transforms,
         fit_intercept=fit_intercept,
+        ignore_index=ignore_index,
         normalize=normalize,
         race=race,
         seed=seed,
@@ -159,11 +165,8 @@ def _loaded(module: nn.Module, path: str) -> nn.Module:
 
 def _copy(module: nn.Module) -> nn.Module:
     """A copy that is not compiled: what torch.compile has made would go on with the weights of the original."""
-    copied: Any = copy.deepcopy(getattr(module, "_orig_mod", module))
-    if getattr(copied, "_compiler_ctx", None) is not None:
-        copied = to_uncompiled(copied)
+    copied = uncompiled(module, copy.deepcopy)
     for name, part in copied.named_modules():
-        vars(part).pop("_compiled_call_impl", None)
         if getattr(vars(part).get("forward"), "__closure__", None):
             raise ValueError(
                 f"{name or 'the module'} has a forward of its own (a function set on this instance), which in a copy "

@@ -2,37 +2,63 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from lightning_logme.evidence import Evidence
-from lightning_logme.moments import Moments
-from lightning_logme.packages import Fabric
+from lightning_logme.features.isolation import same_generators
+from lightning_logme.features.sampling import FIRST_SAMPLES, SAME_SAMPLES, Samples, total
 from lightning_logme.ranking.candidate import Backbone, Candidate
-from lightning_logme.ranking.collect import collect
-from lightning_logme.ranking.jackknife import leave_one_out, quantile_to_drop, trailing
-from lightning_logme.ranking.processes import Failure, everyone, summed, together
-from lightning_logme.ranking.progress import Progress, Round, Store, is_same
 from lightning_logme.ranking.report import Report
-from lightning_logme.samples import SAME_SAMPLES, Samples, total
-from lightning_logme.undisturbed import same_generators
+from lightning_logme.ranking.resume import Progress, Round, Score, Store, warn_of_restart, why_different
+from lightning_logme.scores.accumulator import Accumulator, reduced
+from lightning_logme.scores.jackknife import jackknife, quantile_to_drop, trailing
+from lightning_logme.scores.rows import Target
+from lightning_logme.utilities.compat import Fabric
+from lightning_logme.utilities.distributed import Failure, gathered, together
 
-# Of the features' mean square: a spread that is nothing but rounding.
-_CONSTANT = 1e-10
+_CONSTANT = 1e-10  # of the features' mean square: a spread that is nothing but rounding
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What is the same for all candidates."""
+    """What is the same for all candidates.
+
+    Attributes:
+        num_outputs: K.
+        ignore_index: label of samples that do not count.
+        fit_intercept: centre features and targets first.
+        normalize: scale the features of each sample to length 1.
+        race: whether candidates are dropped early.
+        seed: of random weights.
+    """
 
     num_outputs: int
+    ignore_index: int | None
     fit_intercept: bool
+    normalize: bool
     race: bool
     seed: int
+
+
+class Part:
+    """What this process has accumulated from one pass over a part of the samples.
+
+    Attributes:
+        accumulators: by source, with the block of each sample as the segment.
+        seen: number of samples.
+        labels: digest of their labels.
+        skipped: digest of the labels of a stream that came before.
+    """
+
+    def __init__(self) -> None:
+        self.accumulators: dict[str, Accumulator] = {}
+        self.seen, self.labels, self.skipped = 0, 0, 0
 
 
 class Race:
@@ -41,7 +67,6 @@ class Race:
     Attributes:
         samples: the same for all.
         progress: of each candidate.
-        evidence: of each candidate that has finished a round.
         dropped: those that trailed too far, and by how much.
         failed: those that could not go on, and why.
         complete: those that have seen all samples.
@@ -58,14 +83,16 @@ class Race:
         report: Report,
     ) -> None:
         self._fabric = fabric
+        self._alone = fabric.world_size == 1
         self._candidates = {candidate.name: candidate for candidate in candidates}
         self.samples = samples
         self._rules = rules
-        self._store = store
+        self._store = store if fabric.is_global_zero else None
+        self._is_resumed = store is not None
         self._report = report
         self._labels: dict[int, int] = {}  # by round
+        self._num_rows = len(candidates)
         self.progress = {name: Progress() for name in self._candidates}
-        self.evidence: dict[str, Evidence] = {}
         self.dropped: dict[str, str] = {}
         self.failed: dict[str, str] = {}
         self.complete: set[str] = set()
@@ -80,171 +107,226 @@ class Race:
         """Go on until one candidate is left, or the samples are used up, or Ctrl-C."""
         try:
             with same_generators():
-                self._resume()
+                if self._is_resumed:
+                    for name in self.running:
+                        self._resume(name)
                 if self._rules.race:
                     self._run_by_rounds()
                 else:
                     for name in self.running:
-                        self._advance(name, enumerate(self.samples.rounds(self._rules.num_outputs)))
+                        self._advance(name, self._rounds())
         except KeyboardInterrupt:
             self.interrupted = True
 
+    def _rounds(self) -> Iterable[tuple[int, int]]:
+        """Return the number of each round, and of the samples that have been read at its end."""
+        return enumerate(self.samples.rounds(self._rules.num_outputs))
+
     def _run_by_rounds(self) -> None:
-        for index, stop in enumerate(self.samples.rounds(self._rules.num_outputs)):
+        for index, stop in self._rounds():
             for name in self.running:
                 self._advance(name, [(index, stop)])
-            ended = stop == self.samples.number or all(self.progress[name].num_samples < stop for name in self.running)
-            if ended:
+            is_over = all(self.progress[name].seen < stop for name in self.running)
+            if is_over or stop == self.samples.number:
                 return
             self._drop(index)
             if self.dropped and len(self.running) == 1:
                 return
 
     def _drop(self, index: int) -> None:
+        """Drop the candidates all of whose sources trail the leader."""
         rounds = {name: self.progress[name].rounds[index] for name in self.running if self._has(name, index)}
+        scores = {(name, source): score for name, one in rounds.items() for source, score in one.scores.items()}
         if len(rounds) < 2:
             return
-        scores = {name: round_.logme for name, round_ in rounds.items()}
-        replicates = {name: round_.replicates for name, round_ in rounds.items()}
-        behind = trailing(scores, replicates, quantile_to_drop(len(self._candidates), index + 1))
-        for name, errors in behind.items():
-            self._give_up_moments(name)
-            self.dropped[name] = f"{errors:.1f} standard errors behind at {rounds[name].num_samples} samples"
-            self._report.line(f"{name} is dropped: {self.dropped[name]}.")
+        self._num_rows = max(self._num_rows, len(scores))
+        behind = trailing(
+            {row: score.logme for row, score in scores.items()},
+            {row: score.replicates for row, score in scores.items()},
+            quantile_to_drop(self._num_rows, index + 1),
+        )
+        for name, one in rounds.items():
+            errors = [behind.get((name, source)) for source in one.scores]
+            if None not in errors:
+                self.dropped[name] = (
+                    f"{min(error for error in errors if error is not None):.1f} standard errors behind at "
+                    f"{one.num_samples} samples"
+                )
+                self._finish(name)
+                self._report.line(f"{name} is dropped: {self.dropped[name]}.")
 
     def _has(self, name: str, index: int) -> bool:
         return len(self.progress[name].rounds) > index
 
     def _advance(self, name: str, rounds: Iterable[tuple[int, int]]) -> None:
         """Take a candidate through rounds it has not been through; what fails here is its failure alone."""
-        try:
-            with ExitStack() as stack:
-                backbone = None
+        started, backbone = time.perf_counter(), None
+        with self._failures(name), ExitStack() as stack:
+            for index, stop in rounds:
+                if name in self.complete:
+                    return
+                if self._has(name, index):
+                    continue
+                if self.progress[name].rounds and not self.progress[name].accumulators:
+                    # A saved result of a candidate that was dropped, and has to go on now.
+                    self.progress[name] = Progress()
+                    return self._advance(name, itertools.islice(self._rounds(), index + 1))
+                backbone = backbone or stack.enter_context(self._built(name))
+                self._run_round(name, backbone, index, stop, started)
                 started = time.perf_counter()
-                for index, stop in rounds:
-                    if self._has(name, index):
-                        continue
-                    backbone = backbone or self._build(name, stack)
-                    if not self._run_round(name, backbone, index, stop, started):
-                        return
-                    started = time.perf_counter()
+
+    @contextmanager
+    def _failures(self, name: str) -> Iterator[None]:
+        """Note that a candidate fails, in all processes, and let the others go on."""
+        try:
+            yield
         except Failure as failure:
-            self._fail(name, failure)
+            self.failed[name] = str(failure)
+            self._report.line(f"{name} failed: {failure}")
         finally:
             if self._fabric.device.type == "cuda":
-                torch.cuda.empty_cache()  # or what one candidate had could not be had by the next
+                torch.cuda.empty_cache()  # or the next candidate could not have the memory of this one
 
-    def _fail(self, name: str, failure: Failure) -> None:
-        self.failed[name] = str(failure)
-        self._report.line(f"{name} failed: {failure}")
+    @contextmanager
+    def _built(self, name: str) -> Iterator[Backbone]:
+        """Build the network of a candidate. A factory must give the same weights every time."""
+        fabric, candidate, before = self._fabric, self._candidates[name], self.progress[name]
+        if fabric.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(fabric.device)
+        with ExitStack() as stack:
+            with together(self._alone):
+                backbone = stack.enter_context(candidate.on_device(fabric, self._rules.seed, before.heads))
+                cause = None
+                if before.first and candidate.is_rebuilt:
+                    cause = why_different(before.first, self._first_features(backbone))
+                if cause is not None:
+                    raise ValueError(
+                        f"its factory made another network than before ({cause}); a factory must give the same weights "
+                        "every time, as it does where it draws them from torch's generator, which is seeded."
+                    )
+            yield backbone
 
-    def _build(self, name: str, stack: ExitStack) -> Backbone:
-        if self._fabric.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._fabric.device)
-        candidate, rules = self._candidates[name], self._rules
-        ready = candidate.on_device(self._fabric, rules.seed, self.samples.task, self.progress[name].heads)
-        backbone = together(self._fabric, lambda: stack.enter_context(ready))
-        known = self.progress[name].fingerprint
-        if known not in (None, backbone.fingerprint):
-            raise Failure(
-                "its factory made another network than before; a factory must give the same weights every time, as it "
-                "does where it draws them from torch's generator, which is seeded."
-            )
-        return backbone
+    def _first_features(self, backbone: Backbone) -> dict[str, Tensor]:
+        """Return the features of the first samples, by which a network is recognised."""
+        first, target = self.samples.first, self._target(self.samples.first.target)
+        rows = backbone.rows(first.batch, target, self._fabric)
+        few = target.first(min(FIRST_SAMPLES, len(first.target)))
+        return {source: few.rows(features).features.float().cpu() for source, features in rows.items()}
 
-    def _run_round(self, name: str, backbone: Backbone, index: int, stop: int, started: float) -> bool:
-        """Take a candidate through one round; whether there can be another one."""
-        fabric, samples, rules, before = self._fabric, self.samples, self._rules, self.progress[name]
-        portions = samples.portions(before.num_samples, stop, fabric.global_rank, fabric.world_size)
-        with self._report.bar(name, before.num_samples, stop) as count:
-            part = together(
-                fabric,
-                lambda: collect(backbone, portions, before.num_samples, samples.task, rules.num_outputs, fabric, count),
-            )
-        labels, skipped = map(total, zip(*everyone(fabric, (part.labels, part.skipped)), strict=True))
-        seen = before.rounds[-1].labels if before.rounds else 0
-        self._check_labels(name, samples.number is not None or skipped == seen)
-        labels = total((seen, labels))
-        new = summed(fabric, part.blocks, rules.num_outputs)
-        if not new:
+    def _target(self, labels: Tensor) -> Target:
+        return Target.checked(labels, self.samples.task, self._rules.num_outputs, self._rules.ignore_index)
+
+    def _run_round(self, name: str, backbone: Backbone, index: int, stop: int, started: float) -> None:
+        """Take a candidate through one round."""
+        before, samples = self.progress[name], self.samples
+        with self._report.bar(name, before.seen, stop) as count, together(self._alone):
+            part = self._collect(backbone, before.seen, stop, count)
+            if not before.first and (self._is_resumed or (self._rules.race and self._candidates[name].is_rebuilt)):
+                before.first = self._first_features(backbone)
+        counts = zip(*gathered(self._alone, (part.seen, part.labels, part.skipped)), strict=True)
+        seen, labels, skipped = map(total, counts)
+        earlier = before.rounds[-1].labels if before.rounds else 0
+        self._check_labels(name, samples.number is not None or skipped == earlier)
+        if seen == 0:
             self._check_labels(name, bool(before.rounds))
             self.complete.add(name)  # the stream had ended with the round before
-            self._give_up_moments(name)
-            return False
-        evidence, replicates, blocks = together(fabric, lambda: self._evaluate(new, before.blocks))
-        number = evidence.num_samples
-        samples.check_number(number)
+            self._finish(name)
+            return
+        labels = total((earlier, labels))
         self._check_labels(name, self._labels.setdefault(index, labels) == labels)
-        finished = Round(number, float(evidence.score), float(evidence.gain), replicates, labels)
-        self.evidence[name] = evidence
-        self.progress[name] = replace(
-            before,
-            rounds=[*before.rounds, finished],
-            blocks=blocks,
-            num_features=blocks[0].num_features,
-            constant=_is_constant(Moments.sum(blocks)),
-            probe=part.probe if before.probe is None else before.probe,
-            fingerprint=backbone.fingerprint,
-            num_parameters=backbone.num_parameters,
-            heads=before.heads if backbone.heads is None else list(backbone.heads),
-            seconds=before.seconds + time.perf_counter() - started,
-            peak_memory=torch.cuda.max_memory_allocated(fabric.device) if fabric.device.type == "cuda" else None,
-        )
-        if self._store is not None and fabric.is_global_zero:
-            self._store.save(self._candidates[name], self.progress[name])
-        self._report.point(name, finished)
-        if number == samples.number or number < stop:
+        seen += before.seen
+        samples.check_number(seen)
+        new, mismatches = reduced(part.accumulators, samples.task, self._fabric.device, self._alone)
+        with together(self._alone):
+            for reason in mismatches.values():
+                raise ValueError(reason)
+            self._evaluate(before, new, seen, labels)
+        before.num_parameters = backbone.num_parameters
+        before.heads = None if backbone.heads is None else list(backbone.heads)
+        if self._fabric.device.type == "cuda":
+            before.peak_memory = torch.cuda.max_memory_allocated(self._fabric.device)
+        before.seconds += time.perf_counter() - started
+        self._show(name, before.rounds[-1])
+        if seen == samples.number or seen < stop:
             self.complete.add(name)
-            self._give_up_moments(name)
-        return number >= stop
+            self._finish(name)
 
-    def _give_up_moments(self, name: str) -> None:
-        """Of a candidate that nothing will be added to: they are 8 D² numbers."""
-        self.progress[name] = replace(self.progress[name], blocks=[])
+    def _collect(self, backbone: Backbone, start: int, stop: int, count: Callable[[int], object]) -> Part:
+        """Accumulate this process's batches of the samples from ``start`` to ``stop``."""
+        part, rules, fabric = Part(), self._rules, self._fabric
+        for portion in self.samples.portions(start, stop, fabric.global_rank, fabric.world_size):
+            if portion.start < start:
+                part.skipped += portion.digest()
+                continue
+            number, target = len(portion.target), self._target(portion.target)
+            block, index = target.spread(portion.block), target.index(range(portion.start, portion.start + number))
+            for source, features in backbone.rows(portion.batch, target, fabric).items():
+                rows = target.rows(features, normalize=rules.normalize)
+                if source not in part.accumulators:
+                    width, device = rows.features.shape[1], rows.features.device
+                    part.accumulators[source] = Accumulator(self.samples.task, width, rules.num_outputs, device)
+                part.accumulators[source].add(rows, block, index)
+            part.seen += number
+            part.labels += portion.digest()
+            count(number)
+        return part
 
-    def _evaluate(self, new: list[Moments], before: list[Moments]) -> tuple[Evidence, list[float], list[Moments]]:
-        device = new[0].gram.device
-        blocks = [added.add_(old.to(device)) for added, old in zip(new, before, strict=True)] if before else new
-        if not all(bool(torch.isfinite(block.gram.diagonal()).all()) for block in blocks):
-            raise ValueError("the features contain NaN or Inf")
-        evidence, replicates = leave_one_out(blocks, self.samples.task, self._rules.fit_intercept)
-        return evidence.to("cpu"), replicates.tolist(), [block.to("cpu") for block in blocks]
+    def _evaluate(self, before: Progress, new: dict[str, Accumulator], seen: int, labels: int) -> None:
+        """Add what a round has accumulated, and score everything so far."""
+        scores = {}
+        for source, accumulator in new.items():
+            if source in before.accumulators:
+                accumulator.merge_(before.accumulators[source].to(accumulator.device))
+            evidence, replicates = jackknife(accumulator, self._rules.fit_intercept)
+            scores[source] = Score(float(evidence.score), float(evidence.gain), replicates)
+            before.evidence[source] = evidence.to("cpu")
+            before.accumulators[source] = accumulator.to("cpu")
+        before.constant = [source for source, accumulator in new.items() if _is_constant(accumulator)]
+        number = max(evidence.num_samples for evidence in before.evidence.values())
+        before.rounds.append(Round(seen, number, labels, scores))
 
-    def _check_labels(self, name: str, same: bool) -> None:
-        """Scores of different samples do not compare."""
-        if not same:
+    def _finish(self, name: str) -> None:
+        """Give up the accumulators of a candidate that nothing will be added to, and keep its results."""
+        self.progress[name].accumulators = {}
+        if self._store is not None:
+            self._store.save(self._candidates[name], self.progress[name])
+
+    def _show(self, name: str, one: Round) -> None:
+        scores = {row_name(name, source): (score.logme, score.gain) for source, score in one.scores.items()}
+        self._report.point(scores, one.num_samples)
+
+    def _check_labels(self, name: str, is_same: bool) -> None:
+        """Raise where samples differ between candidates: their scores do not compare."""
+        if not is_same:
             raise ValueError(f"{name!r} was given other labels than when samples were read before; {SAME_SAMPLES}")
 
-    def _resume(self) -> None:
-        """Take up what a folder holds of candidates that are still the same."""
-        if self._store is None:
+    def _resume(self, name: str) -> None:
+        """Take up what the folder holds of a candidate, if it is still the same."""
+        candidate = self._candidates[name]
+        saved = self._fabric.broadcast(None if self._store is None else self._store.load(candidate))
+        if saved is None:
             return
-        for name, candidate in self._candidates.items():
-            fabric = self._fabric
-            saved = fabric.broadcast(self._store.load(candidate) if fabric.is_global_zero else None)
-            if saved is None:
-                continue
-            try:
-                with ExitStack() as stack:
-                    backbone = self._build(name, stack)
-                    first = self.samples.first()
-                    features = together(fabric, lambda: backbone.features(first.batch, first.target, fabric))  # noqa: B023
-                    same = is_same(candidate, saved, backbone.fingerprint, features, first.target)
-            except Failure as failure:
-                self._fail(name, failure)
-                continue
-            if fabric.broadcast(same):
-                self.progress[name] = saved
-                self.evidence[name] = Evidence.from_moments(
-                    Moments.sum(saved.blocks), self.samples.task, self._rules.fit_intercept
-                )
-                if saved.num_samples == self.samples.number:
-                    self.complete.add(name)
-                for index, round_ in enumerate(saved.rounds):
-                    self._check_labels(name, self._labels.setdefault(index, round_.labels) == round_.labels)
-                    self._report.point(name, round_)
+        with self._failures(name), self._built(name) as backbone:
+            with together(self._alone):
+                cause = why_different(saved.first, self._first_features(backbone))
+            if self._fabric.broadcast(cause) is not None:
+                if self._store is not None:
+                    warn_of_restart(candidate, str(cause))
+                return
+            self.progress[name] = saved
+            if saved.seen == self.samples.number:
+                self.complete.add(name)
+            for index, one in enumerate(saved.rounds):
+                self._check_labels(name, self._labels.setdefault(index, one.labels) == one.labels)
+                self._show(name, one)
 
 
-def _is_constant(moments: Moments) -> bool:
-    square = float(moments.gram.diagonal().sum())
-    return square - float(moments.feature_sum.square().sum() / moments.count) <= _CONSTANT * square
+def row_name(candidate: str, source: str) -> str:
+    """Return the name of the row of one source of a candidate."""
+    return f"{candidate}/{source}" if source else candidate
+
+
+def _is_constant(accumulator: Accumulator) -> bool:
+    features = accumulator.sample()[0].features.double()
+    square = features.square().sum()
+    return bool((features - features.mean(0)).square().sum() <= _CONSTANT * square)

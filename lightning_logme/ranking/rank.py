@@ -5,28 +5,28 @@ from __future__ import annotations
 import os
 import pickle
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from torch import nn
 
-from lightning_logme.arguments import check_flags, check_task, integer, positive_or_none
-from lightning_logme.attach import AUTO, Head, checked_head
-from lightning_logme.batch import TargetSpec, check_target
-from lightning_logme.forward import Forward
-from lightning_logme.moments import Task
-from lightning_logme.packages import AnyLogger, Fabric, Logger
-from lightning_logme.pooling import Pooling, check_pooling
+from lightning_logme.features.calling import Forward
+from lightning_logme.features.isolation import same_generators
+from lightning_logme.features.labels import TargetSpec, check_target
+from lightning_logme.features.pooling import Pooling
+from lightning_logme.features.sampling import Samples
+from lightning_logme.features.selection import AUTO, Head, Selection
 from lightning_logme.ranking.candidate import Candidate, Transform
-from lightning_logme.ranking.progress import Store
 from lightning_logme.ranking.race import Race, Rules
 from lightning_logme.ranking.report import Report
 from lightning_logme.ranking.result import Ranking
+from lightning_logme.ranking.resume import Store
 from lightning_logme.ranking.standing import standing
-from lightning_logme.samples import Samples
-from lightning_logme.undisturbed import same_generators
+from lightning_logme.scores.rows import Task
+from lightning_logme.utilities.checks import check_flags, check_options, check_task, integer, positive_or_none
+from lightning_logme.utilities.compat import AnyLogger, Fabric, Logger
 
 Source = nn.Module | Callable[[], nn.Module]
 
@@ -38,11 +38,14 @@ def rank_backbones(
     task: Task = "multiclass",
     num_classes: int | None = None,
     head: Head | Mapping[str, Head] = AUTO,
+    layers: Sequence[str] | Mapping[str, Sequence[str]] = (),
+    layer_mean: bool = False,
     target: TargetSpec = None,
     pooling: Pooling | Mapping[str, Pooling] = "auto",
     forward: Forward | Mapping[str, Forward | None] | None = None,
     transforms: Mapping[str, Transform] | None = None,
     fit_intercept: bool = False,
+    ignore_index: int | None = -100,
     normalize: bool = False,
     race: bool = True,
     seed: int = 0,
@@ -75,6 +78,10 @@ def rank_backbones(
             that makes the module's output; where there is none, as in an encoder without a head, the output itself. A
             dotted name names the module whose input it is; several names stand for several heads, whose inputs are
             concatenated; None takes the output. One for all, or a mapping by candidate. The table says which it was.
+        layers: dotted names of modules whose output is scored as well, or glob patterns such as "encoder.layer.*"; one
+            list for all, or a mapping by candidate. Each layer has a row of its own, ``<candidate>/<layer>``, and a
+            candidate stays in the race as long as one of its rows does.
+        layer_mean: score the mean of the layers' pooled features, too.
         target: where the labels are in a batch: a key, an index, or a callable(batch) -> Tensor; None finds them in
             the usual forms.
         pooling: how tokens (N, T, D) and maps (N, C, H, W) become (N, D), as in
@@ -84,12 +91,13 @@ def rank_backbones(
         transforms: by candidate, callable(batch) -> batch: the preprocessing of its own, on the CPU. Labels are read
             before it.
         fit_intercept: centre features and targets first. The papers do not.
+        ignore_index: samples, or tokens, with this label are left out; has no part in regression.
         normalize: scale each sample's features to length 1 first. The papers do not; on real tasks it ranks better.
         race: drop candidates early. Among equally good ones, the chance that any is dropped in the whole race is at
             most 5 %. If False all see all samples.
         seed: of the order of the samples, and of factories.
-        resume_from: folder in which finished moments are kept, and from which a ranking that was killed goes on.
-            Candidates whose weights, features or options have changed start anew, with a warning.
+        resume_from: folder in which the results of candidates that are through are kept, and from which a ranking that
+            was killed takes them. Candidates whose features or options have changed start anew, with a warning.
         accelerator: as in :class:`lightning.fabric.Fabric`.
         devices: the same; several give the result of one.
         strategy: the same; one that keeps a whole model on every device, such as "ddp".
@@ -127,28 +135,24 @@ def rank_backbones(
     check_flags(fit_intercept=fit_intercept, normalize=normalize, race=race, progress=progress)
     num_classes = positive_or_none("num_classes", num_classes)
     seed = integer("seed", seed)
+    ignore_index = None if task == "regression" else ignore_index
+    check_options(task, ignore_index, fit_intercept)
     if resume_from is not None and not isinstance(resume_from, (str, os.PathLike)):
         raise ValueError(f"resume_from must be the path of a folder or None, got {resume_from!r}.")
     pairs = _pairs(candidates)
     names = [name for name, _ in pairs]
-    options = {
-        "head": _by_candidate("head", head, names, AUTO),
-        "pooling": _by_candidate("pooling", pooling, names, "auto"),
-        "forward": _by_candidate("forward", forward, names, None),
-        "transform": _by_candidate("transforms", transforms, names, None),
-    }
-    for name in names:
-        check_pooling(options["pooling"][name])
-        options["head"][name] = checked_head(options["head"][name])
-        for argument, values in (("forward", options["forward"]), ("transforms", options["transform"])):
-            _check(argument, name, values[name], callable, "callable")
+    heads, several_layers = (_by_candidate("head", head, names, AUTO), _by_candidate("layers", layers, names, ()))
+    poolings = _by_candidate("pooling", pooling, names, "auto")
+    forwards = _by_candidate("forward", forward, names, None, check=True)
+    several_transforms = _by_candidate("transforms", transforms, names, None, check=True)
     entries = [
         Candidate(
             name,
             source,
-            target=target,
-            normalize=normalize,
-            **{option: values[name] for option, values in options.items()},
+            Selection(heads[name], several_layers[name], layer_mean, pooling=poolings[name]),
+            forwards[name],
+            several_transforms[name],
+            target,
         )
         for name, source in pairs
     ]
@@ -156,9 +160,9 @@ def rank_backbones(
         samples = Samples(dataloader, task, target, seed)
         if samples.number is not None:
             samples.check_number(samples.number)
-        num_outputs = samples.num_outputs(num_classes)
+        num_outputs = samples.num_outputs(num_classes, ignore_index)
     fabric = Fabric(accelerator=accelerator, devices=devices, strategy=strategy, precision=precision)
-    rules = Rules(num_outputs, fit_intercept, race and len(entries) > 1, seed)
+    rules = Rules(num_outputs, ignore_index, fit_intercept, normalize, race and len(entries) > 1, seed)
     if logger is not None and not isinstance(logger, (AnyLogger, Iterable)):
         raise ValueError(f"logger must be a Lightning logger, or several, got {logger!r}.")
     several: Any = [] if logger is None else [logger] if isinstance(logger, AnyLogger) else logger
@@ -186,7 +190,7 @@ def _run(
     loggers: list[Logger],
     progress: bool,
 ) -> bytes:
-    """What every process does. Pickled, as the ranking may come from a process that ends, and shares its tensors."""
+    """Do what every process does. The ranking is pickled: it may come from a process that ends and shares its tensors."""
     store = None
     if resume_from is not None:
         store = Store(
@@ -196,7 +200,9 @@ def _run(
                 "task": samples.task,
                 "num_outputs": rules.num_outputs,
                 "rounds": next(samples.rounds(rules.num_outputs)),
+                "ignore_index": rules.ignore_index,
                 "fit_intercept": rules.fit_intercept,
+                "normalize": rules.normalize,
                 "precision": fabric.strategy.precision.precision,
             },
         )
@@ -204,14 +210,16 @@ def _run(
     report = Report(progress and first, loggers if first else [])
     race = Race(fabric, candidates, samples, rules, store, report)
     race.run()
-    if not race.evidence and not race.interrupted:
+    if not race.interrupted and len(race.failed) == len(candidates) and not any(
+        progress.rounds for progress in race.progress.values()
+    ):
         raise RuntimeError(
             "every candidate failed: " + "; ".join(f"{name}: {cause}" for name, cause in race.failed.items())
         )
     if race.interrupted and first:
         warnings.warn("the ranking was interrupted: it holds what was known by then.", stacklevel=2)
     ranking = standing(race)
-    with suppress(KeyboardInterrupt):  # of one who will not wait for a picture
+    with suppress(KeyboardInterrupt):  # Ctrl-C while drawing must not lose the ranking
         report.finish(ranking)
     return pickle.dumps(ranking)
 
@@ -246,19 +254,19 @@ def _pairs(candidates: Any) -> list[tuple[str, Source]]:
     return pairs
 
 
-def _check(argument: str, name: str, value: Any, right: Callable[[Any], bool], what: str) -> None:
-    if value is not None and not right(value):
-        raise ValueError(f"{argument} of {name!r} must be {what} or None, got {value!r}.")
-
-
-def _by_candidate(argument: str, value: Any, names: list[str], default: Any) -> dict[str, Any]:
-    """One value for each candidate, from a mapping or from one for all."""
+def _by_candidate(argument: str, value: Any, names: list[str], default: Any, check: bool = False) -> dict[str, Any]:
+    """Return one value for each candidate, from a mapping or from one for all; ``check`` that they can be called."""
     if not isinstance(value, Mapping):
-        return dict.fromkeys(names, value)
-    unknown = [name for name in value if name not in names]
-    if unknown:
-        raise ValueError(
-            f"{argument} names {', '.join(map(repr, unknown))}, and there are only the candidates "
-            f"{', '.join(map(repr, names))}."
-        )
-    return {name: value.get(name, default) for name in names}
+        values = dict.fromkeys(names, value)
+    else:
+        unknown = [name for name in value if name not in names]
+        if unknown:
+            raise ValueError(
+                f"{argument} names {', '.join(map(repr, unknown))}, and there are only the candidates "
+                f"{', '.join(map(repr, names))}."
+            )
+        values = {name: value.get(name, default) for name in names}
+    for name in names if check else ():
+        if values[name] is not None and not callable(values[name]):
+            raise ValueError(f"{argument} of {name!r} must be callable or None, got {values[name]!r}.")
+    return values

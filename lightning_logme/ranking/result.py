@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from lightning_logme.curve import CurvePoint, order_settled_at
-from lightning_logme.evidence import Evidence
+from lightning_logme.scores.curve import CurvePoint
+from lightning_logme.scores.evidence import Evidence
+from lightning_logme.utilities import plots
+from lightning_logme.utilities.plots import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,12 +31,12 @@ class RankingRow:
     """A candidate's result. Scores compare between rows of the same ``num_samples`` alone.
 
     Attributes:
-        name: of the candidate.
+        name: of the candidate, followed by "/" and the layer where it is a layer's.
         logme: log of maximum evidence in nats per sample; NaN if there is none.
         gain: what it exceeds the score of useless features by; 0 means that they explain nothing.
         stderr: standard error of ``logme``, by the block jackknife. Differences between candidates are far surer.
         tied_with_best: whether the paired difference from the best is within chance; true of the best itself.
-        feature: what was scored: "input of 'fc'", or "output" of the module.
+        feature: what was scored: "input of 'fc'", "output" of the module, or "output of 'layer4'".
         num_features: D.
         num_parameters: of the module.
         num_samples: that it was scored on.
@@ -64,10 +66,10 @@ class Ranking:
     """Candidates in the order of their scores, made by :func:`~lightning_logme.rank_backbones`.
 
     Attributes:
-        rows: one a candidate, the best first; then those that were dropped, the last to be dropped first; then those
-            without a result.
-        evidence: by name, the :class:`~lightning_logme.Evidence` behind the score.
-        curves: by name, the score after each round.
+        rows: one a candidate and source of features, the best first; then those that were dropped, the last to be
+            dropped first; then those without a result.
+        evidence: by name of the row, the :class:`~lightning_logme.Evidence` behind the score.
+        curves: by name of the row, the score after each round.
     """
 
     rows: list[RankingRow]
@@ -88,14 +90,6 @@ class Ranking:
     def scores(self) -> dict[str, float]:
         """The LogME of each candidate that has one, the best first. See ``rows`` for the samples behind each."""
         return {row.name: row.logme for row in self.rows if not math.isnan(row.logme)}
-
-    @property
-    def settled_at(self) -> int | None:
-        """The number of samples from which on the order of those that finished was the final one; None if it never was.
-
-        More samples than these have changed no place: see :func:`lightning_logme.curve.order_settled_at`.
-        """
-        return order_settled_at({row.name: self.curves[row.name] for row in self.rows if row.ended == "finished"})
 
     def head(self, name: str | None = None, dtype: torch.dtype | None = None) -> torch.nn.Linear:
         """The posterior mean as a linear layer on a candidate's features, see :meth:`Evidence.head`.
@@ -135,9 +129,13 @@ class Ranking:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        from lightning_logme.ranking.figures import bars
-
-        return bars(self, ax)
+        rows = [row for row in self.rows if not math.isnan(row.gain)]
+        names = [
+            row.name if row.ended == "finished" else f"{row.name} ({row.ended} at {row.num_samples})" for row in rows
+        ]
+        errors = [0.0 if math.isnan(row.stderr) else row.stderr for row in rows]
+        tied = [row.tied_with_best for row in rows]
+        return plots.gain_by_candidate(names, [row.gain for row in rows], errors, tied, ax)
 
     def plot_curves(self, ax: Axes | None = None) -> Figure:
         """The gain of each candidate against the number of samples.
@@ -148,9 +146,18 @@ class Ranking:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        from lightning_logme.ranking.figures import curves
+        curves = {
+            row.name: [(point.num_samples, point.gain) for point in self.curves[row.name]] for row in self.rows
+        }
+        return plots.gain_by_samples(curves, [row.name for row in self.rows if row.ended != "finished"], ax)
 
-        return curves(self, ax)
+    def page(self) -> Figure:
+        """Draw scores, curves and the table on one page.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        return plots.page(self.plot, self.plot_curves, str(self))
 
     def __str__(self) -> str:
         header, *body = self._cells()
@@ -186,11 +193,6 @@ class Ranking:
                 ]
             )
         return cells
-
-
-def printable(text: str) -> str:
-    """In one line, without characters that move a cursor or have no picture."""
-    return "".join(character if character.isprintable() else "?" for character in " ".join(text.split()))
 
 
 def _shortened(text: str) -> str:

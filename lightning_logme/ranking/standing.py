@@ -5,60 +5,81 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from lightning_logme.curve import CurvePoint
-from lightning_logme.ranking.jackknife import quantile_of_ties, standard_error, trailing
-from lightning_logme.ranking.progress import Progress, Round
-from lightning_logme.ranking.race import Race
+from lightning_logme.features.extractor import HEAD, LAYER_MEAN
+from lightning_logme.ranking.race import Race, row_name
 from lightning_logme.ranking.result import Ended, Ranking, RankingRow
+from lightning_logme.ranking.resume import Progress, Round, Score
+from lightning_logme.scores.curve import CurvePoint
+from lightning_logme.scores.jackknife import quantile_of_ties, standard_error, trailing
+
+_NO_SCORE = Score(math.nan, math.nan, [math.nan])
 
 
 def standing(race: Race) -> Ranking:
-    """Order the candidates: those still in the race by their scores, then the dropped, then those without a result."""
+    """Order the rows: those of candidates still in the race by score, then of the dropped, then without a result."""
     comparable = _comparable(race)
-    scores = {name: round_.logme for name, round_ in comparable.items()}
-    replicates = {name: round_.replicates for name, round_ in comparable.items()}
-    behind = trailing(scores, replicates, quantile_of_ties(len(race.progress)))
-    tied = {name for name, score in scores.items() if not math.isnan(score)} - set(behind)
+    scores = {(name, source): score for name, one in comparable.items() for source, score in one.scores.items()}
+    sources = {
+        name: list(progress.rounds[-1].scores) if progress.rounds else [HEAD]
+        for name, progress in race.progress.items()
+    }
+    pairs = [(name, source) for name, listed in sources.items() for source in listed]
+    behind = trailing(
+        {pair: score.logme for pair, score in scores.items()},
+        {pair: score.replicates for pair, score in scores.items()},
+        quantile_of_ties(len(pairs)),
+    )
 
-    def place(name: str) -> tuple[int, int, float]:
+    def place(pair: tuple[str, str]) -> tuple[int, int, float]:
+        name, source = pair
         rounds = race.progress[name].rounds
-        round_ = comparable.get(name) or (rounds[-1] if rounds else None)
-        if round_ is None or math.isnan(round_.logme):
+        one = comparable.get(name) or (rounds[-1] if rounds else None)
+        if one is None or math.isnan(one.scores[source].logme):
             return 3, 0, 0.0
         group = 0 if name in comparable else 1 if name in race.dropped else 2
-        return group, -round_.num_samples, -round_.logme
+        return group, -one.num_samples, -one.scores[source].logme
 
-    names = sorted(race.progress, key=place)
+    pairs.sort(key=place)
+    tied = {pair for pair, score in scores.items() if not math.isnan(score.logme)} - set(behind)
     return Ranking(
-        rows=[_row(race, name, name in tied) for name in names],
-        evidence={name: race.evidence[name] for name in names if name in race.evidence},
+        rows=[_row(race, *pair, pair in tied) for pair in pairs],
+        evidence={
+            row_name(name, source): race.progress[name].evidence[source]
+            for name, source in pairs
+            if source in race.progress[name].evidence
+        },
         curves={
-            name: [CurvePoint(r.num_samples, r.logme, r.gain) for r in race.progress[name].rounds] for name in names
+            row_name(name, source): [
+                CurvePoint(one.num_samples, one.scores[source].logme, one.scores[source].gain)
+                for one in race.progress[name].rounds
+            ]
+            for name, source in pairs
         },
     )
 
 
 def _comparable(race: Race) -> dict[str, Round]:
-    """The last round that all have finished who are still in the race, of each of them."""
+    """Return the last round that all candidates still in the race have finished, of each of them."""
     rounds = {name: race.progress[name].rounds for name in race.running if race.progress[name].rounds}
     common = min(map(len, rounds.values()), default=0)
     return {name: finished[common - 1] for name, finished in rounds.items()}
 
 
-def _row(race: Race, name: str, tied: bool) -> RankingRow:
+def _row(race: Race, name: str, source: str, tied: bool) -> RankingRow:
     progress = race.progress[name]
-    last = progress.rounds[-1] if progress.rounds else Round(0, math.nan, math.nan, [math.nan], 0)
-    ended, message = _end(race, name, progress)
+    score = progress.rounds[-1].scores[source] if progress.rounds else _NO_SCORE
+    ended, message = _end(race, name, source, progress)
+    evidence = progress.evidence.get(source)
     return RankingRow(
-        name=name,
-        logme=last.logme,
-        gain=last.gain,
-        stderr=standard_error(last.replicates) if progress.rounds else math.nan,
+        name=row_name(name, source),
+        logme=score.logme,
+        gain=score.gain,
+        stderr=standard_error(score.replicates) if progress.rounds else math.nan,
         tied_with_best=tied,
-        feature=_feature(progress.heads),
-        num_features=progress.num_features,
+        feature=_feature(source, progress.heads),
+        num_features=None if evidence is None else evidence.weight.shape[1],
         num_parameters=progress.num_parameters,
-        num_samples=last.num_samples,
+        num_samples=progress.num_samples,
         seconds=progress.seconds,
         peak_memory=progress.peak_memory,
         ended=ended,
@@ -66,25 +87,27 @@ def _row(race: Race, name: str, tied: bool) -> RankingRow:
     )
 
 
-def _end(race: Race, name: str, progress: Progress) -> tuple[Ended, str]:
+def _end(race: Race, name: str, source: str, progress: Progress) -> tuple[Ended, str]:
     if name in race.failed:
         return "failed", race.failed[name]
     if name in race.dropped:
         return "dropped", race.dropped[name]
     if race.interrupted and name not in race.complete:
         return "interrupted", ""
-    if math.isnan(progress.rounds[-1].logme):
+    if math.isnan(progress.rounds[-1].scores[source].logme):
         return "finished", "there is no evidence in these samples; a warning says why"
-    if progress.constant:
+    if source in progress.constant:
         return "finished", "its features are the same for every sample"
-    saturated = int(race.evidence[name].saturated.sum())
+    saturated = int(progress.evidence[source].saturated.sum())
     if saturated:
         return "finished", f"a perfect fit of {saturated} outputs, whose evidence has no bound: are labels leaked?"
     return "finished", ""
 
 
-def _feature(heads: Sequence[str] | None) -> str:
-    """What was scored, in words; nothing where no batch has shown it."""
+def _feature(source: str, heads: Sequence[str] | None) -> str:
+    """Return in words what was scored; nothing where no batch has shown it."""
+    if source:
+        return "mean of layers" if source == LAYER_MEAN else f"output of {source!r}"
     if heads is None:
         return ""
     return "input of " + " and ".join(map(repr, heads)) if heads else "output"

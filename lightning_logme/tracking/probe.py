@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from lightning_logme.arguments import check_options, check_task, positive_or_none
-from lightning_logme.batch import TargetSpec, check_target, find_mask
-from lightning_logme.collector import Collector
-from lightning_logme.distributed import reason_of
-from lightning_logme.forward import Forward, call, copied
-from lightning_logme.moments import Task
-from lightning_logme.packages import LightningModule, Trainer
-from lightning_logme.samples import Portion, Samples
-from lightning_logme.sources import Sources
-from lightning_logme.taps import NotCalledError
-from lightning_logme.undisturbed import same_generators, undisturbed
+from lightning_logme.features.calling import Forward, call, copied
+from lightning_logme.features.extractor import Errors, Extractor
+from lightning_logme.features.hooks import NotCalledError
+from lightning_logme.features.isolation import same_generators, undisturbed
+from lightning_logme.features.labels import Labels, TargetSpec, check_target, find_mask
+from lightning_logme.features.sampling import Portion, Samples
+from lightning_logme.scores.rows import Target, Task
+from lightning_logme.tracking.passes import Pass, Scoring
+from lightning_logme.utilities.checks import check_options, check_task, positive_or_none
+from lightning_logme.utilities.compat import LightningModule, Trainer, prepared_batch
+from lightning_logme.utilities.distributed import reason_of
 
-# Seconds of a pass after which there is a bar.
-_PATIENCE = 2.0
+_PATIENCE = 2.0  # seconds of a pass after which there is a bar
 
 
 class Probe:
@@ -97,85 +97,71 @@ class PreparedProbe:
         try:
             with same_generators():
                 self._samples = Samples(probe.dataloader, probe.task, probe.target, seed=0, repeatable=False)
-                self._num_outputs = self._samples.num_outputs(probe.num_classes, probe.ignore_index, tokens=True)
+                self._num_outputs = self._samples.num_outputs(probe.num_classes, probe.ignore_index)
         except Exception as error:
             raise ValueError(f"probes[{name!r}]: {reason_of(error)}") from error
 
-    def collect(
+    def run(
         self,
         trainer: Trainer,
         module: LightningModule,
-        sources: Sources,
+        extractor: Extractor,
+        scoring: Scoring,
         limit_batches: int | None = None,
-        **options: Any,
-    ) -> Collector:
+    ) -> tuple[Pass, set[str | None]]:
         """Run the module on this process's share of the samples.
 
         Args:
             trainer: whose device, precision and number of processes it is.
             module: is left as it was.
-            sources: attached to the module.
+            extractor: attached to the module.
+            scoring: of the callback; the task is the probe's own.
             limit_batches: fewer than the probe's own.
-            options: of the :class:`~lightning_logme.collector.Collector`.
 
         Returns:
-            The metrics; what fails on the way is broken in them.
+            The pass, which holds the errors of what fails on the way, and the sources whose module was not called.
         """
-        probe = self._probe
-        collector = Collector(
-            probe.task,
-            self._num_outputs,
-            ignore_index=probe.ignore_index,
-            rank=trainer.global_rank,
-            world=trainer.world_size,
-            **options,
-        )
+        probe, uncalled = self._probe, set()
+        scoring = replace(scoring, task=probe.task, num_outputs=self._num_outputs, ignore_index=probe.ignore_index)
+        current = Pass(scoring, trainer.global_rank, trainer.world_size)
         try:
             with undisturbed(module, getattr(trainer, "datamodule", None)):
                 for portion in self._portions(trainer, limit_batches or probe.limit_batches):
-                    errors = self._add(collector, portion, trainer, module, sources)
-                    for source, error in errors.items():
-                        collector.broken.setdefault(source, reason_of(error))
+                    current.batches[0] += 1
+                    for source, error in self._add(current, portion, trainer, module, extractor).items():
+                        current.errors.setdefault(source, reason_of(error))
                         if isinstance(error, NotCalledError):
-                            collector.uncalled.add(source)
-                    if collector.broken.keys() >= set(sources.names):
+                            uncalled.add(source)
+                    if current.errors.keys() >= set(extractor.names):
                         break
         except Exception as error:
-            collector.broken[None] = reason_of(error)
-        finally:
-            sources.stop()
-        return collector
+            current.errors[None] = reason_of(error)
+        return current, uncalled
 
     def _add(
-        self, collector: Collector, portion: Portion, trainer: Trainer, module: LightningModule, sources: Sources
-    ) -> dict[str | None, Exception]:
-        """Add the rows of a batch; returns the errors of sources that failed."""
-        batch = _prepared(portion.batch, trainer, module)
-        sources.start()
-        with trainer.precision_plugin.forward_context():
-            if sources.taps:
-                (self._probe.forward or self._call)(module, batch)
-            rows, failed = sources.rows(module, batch, portion.target, find_mask(batch), self._probe.task)
-        places = range(portion.start, portion.start + len(portion.target))
-        return {**failed, **collector.add(0, rows, portion.target, places)}
+        self, current: Pass, portion: Portion, trainer: Trainer, module: LightningModule, extractor: Extractor
+    ) -> Errors:
+        """Add the rows of a batch; return the errors of sources that failed."""
+        scoring = current.scoring
+        target = Target.checked(portion.target, scoring.task, scoring.num_outputs, scoring.ignore_index)
+        batch = prepared_batch(copied(portion.batch), trainer, module)  # the module may write to it
+        labels = Labels(target, find_mask(batch))
+        precision = trainer.precision_plugin.forward_context()
+        rows, errors = extractor.run(batch, labels, self._probe.forward or self._call, precision)
+        return errors | current.add(rows, labels, range(portion.start, portion.start + len(portion.target)))
 
     def _call(self, module: LightningModule, batch: Any) -> Any:
         return call(module, batch, self._probe.target)
 
     def _portions(self, trainer: Trainer, limit_batches: int | None) -> Iterator[Portion]:
-        """This process's batches, with a bar if they take their time."""
+        """Yield this process's batches, with a bar if they take their time."""
         rank, world = trainer.global_rank, trainer.world_size
-        shown = rank == 0 and getattr(trainer.progress_bar_callback, "is_enabled", False)
-        with tqdm(desc=f"probe {self._name}", delay=_PATIENCE, leave=False, disable=not shown, unit=" batches") as bar:
+        is_shown = rank == 0 and getattr(trainer.progress_bar_callback, "is_enabled", False)
+        with tqdm(
+            desc=f"probe {self._name}", delay=_PATIENCE, leave=False, disable=not is_shown, unit=" batches"
+        ) as bar:
             for index, portion in enumerate(self._samples.portions(0, None, rank, world)):
                 if limit_batches is not None and rank + index * world >= limit_batches:  # batches are dealt out in turn
                     return
                 yield portion
                 bar.update()
-
-
-def _prepared(batch: Any, trainer: Trainer, module: LightningModule) -> Any:
-    """A batch as a validation loop would give it to the module, which may write to it."""
-    batch = trainer.precision_plugin.convert_input(copied(batch))
-    batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
-    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)

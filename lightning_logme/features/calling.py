@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_logme.batch import LABEL_KEYS, TargetSpec, inputs_of
+from lightning_logme.features.labels import LABEL_KEYS, TargetSpec, inputs_of
 
 Forward = Callable[[Any, Any], Any]
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_logme.taps import Tap
+from lightning_logme.features.hooks import Capture
 
 _SAMPLES = 2  # whose numbers are compared: all of a batch would keep the activations of the whole network
 _INPUTS = 4  # of the last layers that ran are kept: a head is nearly always one of them
@@ -91,11 +91,11 @@ class OutputLayer:
             )
         return None
 
-    def replay(self, name: str, tap: Tap) -> None:
-        """Give a tap the inputs of a layer in the batch, as far as they are at hand."""
+    def replay(self, name: str, capture: Capture) -> None:
+        """Give a capture the inputs of a layer in the batch, as far as they are at hand."""
         for layer, seen in self._inputs:
             if layer == name:
-                tap.receive(seen)
+                capture.receive(seen)
 
 
 def _takes_hooks(module: nn.Module) -> bool:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import (
@@ -21,17 +19,25 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-from lightning_logme.arguments import positive_or_none
-from lightning_logme.batch import LABEL_KEYS, TargetSpec, conform_target, find_target
-from lightning_logme.moments import Batch, Task, is_exclusive
+from lightning_logme.features.isolation import seed_generators
+from lightning_logme.features.labels import (
+    LABEL_KEYS,
+    TargetSpec,
+    conform_target,
+    decide_num_outputs,
+    find_target,
+)
+from lightning_logme.scores.accumulator import mixed
+from lightning_logme.scores.rows import Target, Task, is_exclusive
+from lightning_logme.utilities.checks import positive_or_none
 
 # Of the first round: fewer tell little, and every round costs evidence and, with factories, loading.
 _FIRST_ROUND = 256
 _PER_CLASS = 4
 # Random parts of the samples, for the jackknife.
 BLOCKS = 8
-# Samples by which a later run tells whether it has the same ones, and the same features of them.
-PROBE = 16
+# Samples of the first batch, whose features show later whether candidate and samples are still the same.
+FIRST_SAMPLES = 16
 SAME_SAMPLES = "dataloader must give the same samples in the same order every time it is iterated over."
 
 
@@ -71,6 +77,10 @@ class Samples:
     Attributes:
         number: of samples; None if only the end of the stream will tell.
         labels: of all samples in their order, where they can be had without loading the samples.
+        first: the first batch, of a few samples where they are drawn.
+
+    Raises:
+        ValueError: the loader cannot be iterated over again and again, gives no batch, or one without labels.
     """
 
     def __init__(self, loader: Any, task: Task, target: TargetSpec, seed: int, repeatable: bool = True) -> None:
@@ -81,27 +91,27 @@ class Samples:
         self.number: int | None = None
         self._loader = loader
         self._repeatable = repeatable
-        self._first: Portion | None = None
         indices = _indices(loader)
         if indices is None:
-            if not isinstance(loader, Iterable):
-                raise ValueError(
-                    f"dataloader must be a DataLoader or another iterable of batches, got {type(loader).__name__}."
-                )
-            if iter(loader) is loader:
-                raise ValueError(
-                    "dataloader is an iterator that can be read only once, and every candidate reads it anew; pass a "
-                    "DataLoader, or a list of batches."
-                )
-            return
+            _check_stream(loader)
+        else:
+            self._draw(loader, indices)
+        self.first = next(self.portions(0, FIRST_SAMPLES), None)
+        if self.first is None:
+            raise ValueError("dataloader gave no batch.")
+        if self.labels is not None and not _equal(self.labels[: len(self.first.target)], self.first.target):
+            self.labels = None  # the data set gives others than it has at hand, as with a target_transform
+
+    def _draw(self, loader: Any, indices: Tensor) -> None:
+        """Draw the order and the blocks of the samples of a map-style data set."""
         self.number = len(indices)
         if self.number == 0:
             raise ValueError("dataloader has no samples.")
-        labels = _labels(loader.dataset, target)
+        labels = _labels(loader.dataset, self.target)
         if labels is not None:
-            labels = conform_target(labels[indices], task).cpu()
-        strata = labels if labels is not None and is_exclusive(task) and labels.ndim == 1 else None
-        order, block = _stratified(self.number, strata, torch.Generator().manual_seed(seed))
+            labels = conform_target(labels[indices], self.task).cpu()
+        strata = labels if labels is not None and is_exclusive(self.task) and labels.ndim == 1 else None
+        order, block = _stratified(self.number, strata, torch.Generator().manual_seed(self.seed))
         self.labels = None if labels is None else labels[order]
         self._order = indices[order]
         self._block = block
@@ -114,13 +124,12 @@ class Samples:
                 "blocks."
             )
 
-    def num_outputs(self, num_classes: int | None, ignore_index: int | None = None, tokens: bool = False) -> int:
-        """K, where the first batch's labels are right for it.
+    def num_outputs(self, num_classes: int | None, ignore_index: int | None = None) -> int:
+        """Return K, where the labels at hand, or those of the first batch, fit it.
 
         Args:
             num_classes: K of "multiclass" and "multilabel", if it was given; else it is counted.
-            ignore_index: a label that is none.
-            tokens: whether labels (N, T) may be those of tokens.
+            ignore_index: label of samples that do not count.
 
         Raises:
             ValueError: the labels do not fit the task, or K cannot be known.
@@ -128,21 +137,15 @@ class Samples:
         num_classes = positive_or_none("num_classes", num_classes)
         if num_classes not in {"binary": (None, 2), "regression": (None,)}.get(self.task, (num_classes,)):
             raise ValueError(f"num_classes={num_classes} has no meaning for task={self.task!r}; leave it out.")
-        first = self.first().target
-        labels = first if self.labels is None else self.labels
-        outputs = 2 if self.task == "binary" else num_classes
-        tokens = tokens and is_exclusive(self.task)
-        features = torch.zeros(*labels.shape[: 2 if tokens else 1], 1)
-        batch = Batch.checked(features, labels, self.task, outputs, ignore_index=ignore_index).kept()
-        if self.task != "multiclass":
-            return outputs or batch.target.shape[1]
+        labels = self.first.target if self.labels is None else self.labels
+        target = Target.checked(labels, self.task, 2 if self.task == "binary" else num_classes, ignore_index)
+        is_known = self.labels is not None or self.task != "multiclass"
+        outputs = decide_num_outputs(self.task, num_classes, labels=target.values if is_known else None)
         if outputs is None:
-            if self.labels is None or len(batch.target) == 0:
-                raise ValueError(
-                    "num_classes is needed for task='multiclass': pass the number of classes. It is counted only where "
-                    "the data set has all labels at hand, as `targets`, `labels` or in a TensorDataset."
-                )
-            outputs = int(batch.target.max()) + 1
+            raise ValueError(
+                "num_classes is needed for task='multiclass': pass the number of classes. It is counted only where the "
+                "data set has all labels at hand, as `targets`, `labels` or in a TensorDataset."
+            )
         return outputs
 
     def rounds(self, num_outputs: int) -> Iterator[int]:
@@ -152,19 +155,6 @@ class Samples:
             yield stop
             stop *= 2
         yield self.number
-
-    def first(self) -> Portion:
-        """The first batch, of a few samples where they are drawn.
-
-        Raises:
-            ValueError: it has no labels where they were looked for, or there is no batch.
-        """
-        for portion in self.portions(0, PROBE):
-            self._first = self._first or portion
-            if self.labels is not None and not _equal(self.labels[: len(portion.target)], portion.target):
-                self.labels = None  # the data set gives others than it has at hand, as with a target_transform
-            return portion
-        raise ValueError("dataloader gave no batch.")
 
     def portions(self, start: int, stop: int | None, rank: int = 0, world: int = 1) -> Iterator[Portion]:
         """This process's share of the samples from ``start`` to about ``stop``.
@@ -196,11 +186,11 @@ class Samples:
         for index, batch in enumerate(self._loader):
             target = self._read(batch)
             first, position = position, position + len(target)
-            changed = index == 0 and self._first is not None and not _equal(target, self._first.target)
-            if changed and self._repeatable:
+            known: Portion | None = getattr(self, "first", None)  # not while it is read
+            if index == 0 and self._repeatable and known is not None and not _equal(target, known.target):
                 raise ValueError(f"the first batch has other labels than when it was read before; {SAME_SAMPLES}")
             if index % world == rank:
-                yield Portion(batch, target, _mixed(torch.arange(first, position)) % BLOCKS, first)
+                yield Portion(batch, target, mixed(torch.arange(first, position)) % BLOCKS, first)
             if stop is not None and position >= stop:
                 return
 
@@ -212,7 +202,7 @@ class Samples:
         labels = None if self.labels is None else _digest(self.labels, 0)
         target = getattr(self.target, "__qualname__", type(self.target)) if callable(self.target) else self.target
         # A stream's rounds end with a batch.
-        batch = len(self._first.target) if self.number is None and self._first is not None else None
+        batch = len(self.first.target) if self.number is None else None
         return {"samples": self.number, "labels": labels, "seed": self.seed, "target": target, "batch": batch}
 
 
@@ -270,18 +260,13 @@ def _labels(dataset: Any, target: TargetSpec) -> Tensor | None:
     return None
 
 
-def seed_generators(seed: int) -> None:
-    """Seed every generator that a factory or a data set may draw from."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002
-    torch.manual_seed(seed)
 
 
 def _digest(target: Tensor, start: int) -> int:
     labels = target.double().reshape(len(target), -1).contiguous().view(torch.int64)
     place = torch.arange(start, start + len(labels))
     column = torch.arange(labels.shape[1])
-    return int(_mixed(_mixed(labels + column) + place[:, None]).sum())
+    return int(mixed(mixed(labels + column) + place[:, None]).sum())
 
 
 def total(digests: Iterable[int]) -> int:
@@ -293,11 +278,16 @@ def _equal(labels: Tensor, others: Tensor) -> bool:
     return labels.shape == others.shape and bool((labels == others).all())
 
 
-def _mixed(numbers: Tensor) -> Tensor:
-    """Integers that look random and are the same for the same int64: SplitMix64's finaliser (Steele et al. 2014)."""
-    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
-        numbers = (numbers ^ (numbers >> shift)) * factor
-    return numbers ^ (numbers >> 31)
+def _check_stream(loader: Any) -> None:
+    if not isinstance(loader, Iterable):
+        raise ValueError(
+            f"dataloader must be a DataLoader or another iterable of batches, got {type(loader).__name__}."
+        )
+    if iter(loader) is loader:
+        raise ValueError(
+            "dataloader is an iterator that can be read only once, and every candidate reads it anew; pass a "
+            "DataLoader, or a list of batches."
+        )
 
 
 def _stratified(number: int, strata: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -1,17 +1,42 @@
-"""Where the labels are in a batch."""
+"""The labels and the attention mask of a batch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lightning_logme.moments import Task, is_exclusive
+from lightning_logme.scores.rows import Target, Task, is_exclusive
 
 TargetSpec = int | str | Callable[[Any], Tensor] | None
 
 LABEL_KEYS = ("labels", "label", "targets", "target", "y")
+
+
+class Labels(NamedTuple):
+    """The labels of a batch, checked once for all sources of features.
+
+    Attributes:
+        target: of the samples that count.
+        mask: (N, T) attention mask, non-zero where a token counts; None if there is none.
+    """
+
+    target: Target
+    mask: Tensor | None
+
+
+def read_labels(
+    batch: Any, target: TargetSpec, task: Task, num_outputs: int | None = None, ignore_index: int | None = None
+) -> Labels:
+    """Return the labels and the mask of a batch.
+
+    Raises:
+        ValueError: there are no labels, or they do not fit the task.
+    """
+    # A copy, because validation_step may write to them: -100 is often replaced before tokens are decoded.
+    found = conform_target(find_target(batch, target), task).clone()
+    return Labels(Target.checked(found, task, num_outputs, ignore_index), find_mask(batch))
 
 
 def check_target(target: Any) -> None:
@@ -41,15 +66,13 @@ def find_target(batch: Any, target: TargetSpec = None) -> Tensor:
         ) from error
     if labels is None:
         raise ValueError(
-            f"no labels found in a batch that is {_describe(batch)}; say where they are: target= takes "
-            "a key, an index, or a "
-            "callable(batch) -> Tensor."
+            f"no labels found in a batch that is {_describe(batch)}; say where they are: target= takes a key, an "
+            "index, or a callable(batch) -> Tensor."
         )
     if not isinstance(labels, Tensor):
         raise ValueError(
             f"the labels (target={target!r}) must be a torch.Tensor, got {type(labels).__name__} from a batch that is "
-            f"{_describe(batch)}; "
-            "target=callable can convert them."
+            f"{_describe(batch)}; target=callable can convert them."
         )
     return labels
 
@@ -124,3 +147,25 @@ def _describe(batch: Any) -> str:
     if isinstance(batch, (tuple, list)):
         return f"a {type(batch).__name__} of {len(batch)} ({', '.join(type(item).__name__ for item in batch)})"
     return f"a {type(batch).__name__}"
+
+
+def decide_num_outputs(
+    task: Task, num_classes: int | None, *, head_outputs: int | None = None, labels: Tensor | None = None
+) -> int | None:
+    """Return K, the number of outputs, or None where it is not known yet.
+
+    Args:
+        task: of the labels.
+        num_classes: K of "multiclass" and "multilabel", where the user gave it.
+        head_outputs: number of outputs of the classifier head, which decides "multiclass" from 2 on.
+        labels: checked labels that count: all of them for "multiclass", any of them for the columns of other tasks.
+    """
+    if task == "binary":
+        return 2
+    if num_classes is not None:
+        return num_classes
+    if task != "multiclass":
+        return None if labels is None else labels.shape[1]
+    if labels is not None and len(labels):
+        return int(labels.max()) + 1
+    return head_outputs if head_outputs is not None and head_outputs >= 2 else None

@@ -1,0 +1,1 @@
+"""From a module and a batch to features: one vector for each label."""

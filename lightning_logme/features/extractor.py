@@ -1,0 +1,263 @@
+"""From a module and a batch to features, by source: one vector for each label."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_logme.features.hooks import CallTrace, Capture, NotCalledError, first_tensor
+from lightning_logme.features.labels import Labels
+from lightning_logme.features.pooling import Pooler, Pooling
+from lightning_logme.utilities.compat import compiled_modules
+
+Features = Callable[[Any, Any], Any]
+Errors = dict[str | None, Exception]  # by source; None stands for all of them
+
+HEAD = ""  # the source that is the head's input; every other source is the name of a layer
+LAYER_MEAN = "layer_mean"
+HEAD_KEY = "head"  # what a mapping of poolings calls the head's input
+
+
+class Source:
+    """One origin of features: the input of one or several heads, the output of a layer, or a callable.
+
+    Args:
+        name: :data:`HEAD`, or the name of a layer.
+        captures: the features of several are concatenated.
+        features: callable(module, batch), in place of captures.
+        pooling: of what the callable returns.
+        guess: the name of the head, where it was found and not named by the user.
+        outputs: number of outputs of the head, where it is known.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        captures: Sequence[Capture] = (),
+        *,
+        features: Features | None = None,
+        pooling: Pooling = "auto",
+        guess: str | None = None,
+        outputs: int | None = None,
+    ) -> None:
+        self.name = name
+        self.captures = tuple(captures)
+        self.features = features
+        self.guess = guess
+        self.outputs = outputs
+        self.poolers = [capture.pooler for capture in captures]
+        if features is not None:
+            self.poolers = [Pooler(pooling, "features=callable", HEAD_KEY)]
+
+    def __str__(self) -> str:
+        return " and ".join(pooler.name for pooler in self.poolers)
+
+    def rows(self, module: nn.Module, batch: Any, labels: Labels, trace: CallTrace) -> Tensor:
+        """Return one vector for each label of the last batch: (N, D), or (N, T, D) for labels (N, T).
+
+        Raises:
+            NotCalledError: a module was not called.
+            ValueError: a module was called several times, or the shapes do not fit.
+        """
+        if self.features is not None:
+            begin = len(trace.calls)
+            tensor = first_tensor(self.features(module, batch))
+            if tensor is None:
+                raise ValueError("features=callable(module, batch) returned no tensor; it must return (N, D) features.")
+            # On the device of the run, as a layer's would be: a collective takes no other.
+            tensor = tensor.detach().to(getattr(module, "device", tensor.device))
+            return self.poolers[0].rows(tensor, labels, (trace.calls[begin:], trace.calls[:begin]))
+        try:
+            parts = [capture.rows(labels) for capture in self.captures]
+        except NotCalledError as error:
+            if self.guess is None:
+                raise
+            raise NotCalledError(
+                f"'{self.guess}' was taken for the classifier head, but it was not called for this batch; name "
+                "the head with head=, or write head=None for what the module's forward returns, or give "
+                "features=callable(module, batch). Probe(forward=callable(module, batch)) says how a probe runs the "
+                "module. If the model was compiled and run before, its hooks are not seen: call "
+                'torch.compiler.set_stance("force_eager") or compile it anew.'
+            ) from error
+        return parts[0] if len(parts) == 1 else _concatenated(parts)
+
+
+class Extractor:
+    """Gives the features of one network, by source, for batches that it is run on.
+
+    Args:
+        module: the network.
+        sources: in the order in which they are logged.
+        trace: of the calls in the network.
+        layer_mean: whether the mean of the layers is a source as well.
+        num_outputs: K, where the head or the user says it.
+
+    Attributes:
+        sources: by name.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        sources: Iterable[Source] = (),
+        trace: CallTrace | None = None,
+        *,
+        layer_mean: bool = False,
+        num_outputs: int | None = None,
+    ) -> None:
+        self.module = module
+        self.sources = {source.name: source for source in sources}
+        self.layer_mean = layer_mean
+        self.num_outputs = num_outputs
+        self._trace = CallTrace(module) if trace is None else trace
+
+    @property
+    def captures(self) -> list[Capture]:
+        return [capture for source in self.sources.values() for capture in source.captures]
+
+    @property
+    def head(self) -> Source | None:
+        """The source that is the head's input, if there is one."""
+        return self.sources.get(HEAD)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all sources: the head, the layers in their order, their mean."""
+        return [*self.sources, *([LAYER_MEAN] if self.layer_mean else [])]
+
+    @property
+    def layers(self) -> list[str]:
+        return [name for name in self.sources if name != HEAD]
+
+    @property
+    def is_head_guessed(self) -> bool:
+        """Whether there is a head that was found and not named by the user."""
+        return self.head is not None and self.head.guess is not None
+
+    def give(self, output: Any) -> None:
+        """Give the output of the network to the capture that waits for it, if there is one."""
+        for capture in self.captures:
+            if capture.module is None:
+                capture.receive(output)
+
+    def replace_head(self, part: nn.Module, name: str, labels: Labels) -> Capture:
+        """Take the input of a module for the feature of the head from now on; return its capture, which is open."""
+        pooler = self.sources[HEAD].poolers[0]
+        capture = Capture(part, "input", f"the head '{name}'", self._trace, pooler.pooling, pooler.key)
+        capture.start(labels)
+        self.sources[HEAD] = Source(HEAD, [capture])
+        return capture
+
+    def drop_guess(self) -> None:
+        """Leave out a head that was guessed, where there are layers to be scored in its place."""
+        if self.is_head_guessed and self.layers:
+            for capture in self.sources.pop(HEAD).captures:
+                capture.remove()
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether a module that is captured from is inside one that ``torch.compile`` compiles."""
+        compiled = compiled_modules(self.module)
+        return any(capture.module in compiled for capture in self.captures)
+
+    @property
+    def poolings(self) -> list[str]:
+        """How the tokens and maps of the last batch were pooled, in words."""
+        poolers = (pooler for source in self.sources.values() for pooler in source.poolers)
+        return [pooler.description for pooler in poolers if pooler.description is not None]
+
+    def start(self, labels: Labels | None) -> None:
+        """Capture for a batch with these labels; None where they are not known yet."""
+        captures = self.captures
+        for capture in captures:
+            capture.start(labels)
+        if not all(pooler.settled for source in self.sources.values() for pooler in source.poolers):
+            self._trace.open(capture.module for capture in captures if capture.module is not None)
+
+    @property
+    def called(self) -> bool:
+        """Whether a module was called since the start, or a callable gives features."""
+        return any(
+            source.features is not None or any(capture.called for capture in source.captures)
+            for source in self.sources.values()
+        )
+
+    def stop(self) -> None:
+        """Capture no more, and forget."""
+        self._trace.close()
+        for capture in self.captures:
+            capture.stop()
+
+    def remove(self) -> None:
+        """Leave the network as it was."""
+        self._trace.close()
+        for capture in self.captures:
+            capture.remove()
+
+    def rows(self, batch: Any, labels: Labels) -> tuple[dict[str, Tensor], Errors]:
+        """Return by source one vector for each label of the last batch, and the errors of the sources that failed.
+
+        Args:
+            batch: that the network has just run on.
+            labels: of it.
+        """
+        rows: dict[str, Tensor] = {}
+        errors: Errors = {}
+        # Hooks first: features=callable may call the same modules again.
+        for name, source in sorted(self.sources.items(), key=lambda item: not item[1].captures):
+            try:
+                rows[name] = source.rows(self.module, batch, labels, self._trace)
+            except Exception as error:
+                errors[name] = error
+        if self.layer_mean:
+            try:
+                for layer in self.layers:
+                    if layer in errors:
+                        raise errors[layer]
+                rows[LAYER_MEAN] = _mean({layer: rows[layer] for layer in self.layers})
+            except Exception as error:
+                errors[LAYER_MEAN] = error
+        return rows, errors
+
+    def run(
+        self, batch: Any, labels: Labels, forward: Callable[[Any, Any], Any], precision: AbstractContextManager[Any]
+    ) -> tuple[dict[str, Tensor], Errors]:
+        """Run the network on a batch, and return what :meth:`rows` does.
+
+        Args:
+            batch: on the device.
+            labels: of it.
+            forward: runs the network; not called where no module is captured from.
+            precision: autocast of the run.
+        """
+        self.start(labels)
+        try:
+            with precision, torch.no_grad():
+                if self.captures:
+                    forward(self.module, batch)
+                return self.rows(batch, labels)
+        finally:
+            self.stop()
+
+
+def _concatenated(parts: Sequence[Tensor]) -> Tensor:
+    """Return the features of several heads as one."""
+    dtype = parts[0].dtype
+    for part in parts:
+        dtype = torch.promote_types(dtype, part.dtype)
+    return torch.cat([part.to(dtype) for part in parts], -1)
+
+
+def _mean(rows: Mapping[str, Tensor]) -> Tensor:
+    """Return the mean of the features of several layers."""
+    shapes = {tuple(tensor.shape) for tensor in rows.values()}
+    if len(shapes) > 1:
+        listed = ", ".join(f"'{layer}' {tuple(tensor.shape)}" for layer, tensor in rows.items())
+        raise ValueError(f"layer_mean needs layers of one length, got {listed}; name layers that have it.")
+    tensors = list(rows.values())
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    return torch.stack([tensor.to(dtype) for tensor in tensors]).mean(0)

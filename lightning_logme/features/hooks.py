@@ -1,0 +1,279 @@
+"""Hooks on a network: they capture what modules take or give, pooled at once, and record which layers run."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.utils.hooks import RemovableHandle
+
+from lightning_logme.features.labels import Labels
+from lightning_logme.features.pooling import FIRST, LAST, Call, Calls, Pooler, Pooling
+from lightning_logme.utilities.compat import compiled_modules, hooks_of
+
+# Attributes that give the number of channels that a layer puts out.
+_WIDTHS = ("out_channels", "out_features", "num_features", "num_channels", "embedding_dim", "normalized_shape")
+_BEFORE_SCRIPT = "__prepare_scriptable__"
+
+
+class NotCalledError(ValueError):
+    """A module was not called for a batch."""
+
+
+class CallTrace:
+    """Records which layers run, and when the watched modules begin, while it is open.
+
+    Hooks are there only while it is open. Modules compiled by ``torch.compile`` are left alone, as hooks that come and
+    go would be compiled in: their layers count in the order in which they are registered.
+
+    Args:
+        root: the network.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+        self.is_open = False
+        self.calls: list[Call] = []
+        self._begins: dict[nn.Module, int] = {}
+        self._handles: list[RemovableHandle] = []
+
+    def open(self, watched: Iterable[nn.Module]) -> None:
+        """Forget what was recorded, and record."""
+        self.close()
+        self.calls, self._begins, self.is_open = [], {}, True
+        compiled = compiled_modules(self.root)  # or scripted
+        # Prepended, so that a capture that follows finds the layer recorded.
+        for module in self.root.modules():
+            if module not in compiled and layer_width(module) is not None:
+                self._handles.append(module.register_forward_hook(self._on_layer, prepend=True))
+        for module in watched:
+            if module not in compiled:
+                self._handles.append(module.register_forward_pre_hook(self._on_begin, prepend=True))
+
+    def close(self) -> None:
+        """Remove the hooks; what was recorded stays."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self.is_open = [], False
+
+    def around(self, module: nn.Module) -> Calls:
+        """Return the calls since a watched module began, and those before."""
+        if module in self._begins:
+            begin = self._begins[module]
+            return self.calls[begin:], self.calls[:begin]
+        before = itertools.takewhile(lambda part: part is not module, self.root.modules())
+        return _registered(module.modules()), _registered(before)
+
+    def _on_begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._begins[module] = len(self.calls)
+
+    def _on_layer(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        width = layer_width(module)
+        if self.is_open and width is not None and isinstance(output, Tensor) and not output.is_nested:
+            self.calls.append(Call(width, tuple(output.shape), isinstance(module, (_ConvNd, _BatchNorm))))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the user's module takes this along: idle, without what was recorded.
+        return {"root": None, "is_open": False, "calls": [], "_begins": {}, "_handles": []}
+
+
+class Capture:
+    """Captures the input, or the output, of a module while it is open, and pools it at once.
+
+    Hooks stay attached for a whole run, and a plain flag opens them: hooks that come and go are not seen by code that
+    torch.compile has compiled before. Inside compiled code, and where the labels are not known yet, the tensor is
+    copied, and pooled later. A class and not a closure, so that the user's module can still be pickled and copied.
+
+    Args:
+        module: to capture from; None for values that are given to :meth:`receive`.
+        side: "input" or "output".
+        name: what messages call it.
+        trace: of the calls in the network.
+        pooling: see :func:`~lightning_logme.features.pooling.pool`.
+        key: what a mapping of poolings calls it.
+        remedy: what to do where the module is not called.
+
+    Raises:
+        ValueError: the module is one of TorchScript, which takes no hooks.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module | None,
+        side: Literal["input", "output"],
+        name: str,
+        trace: CallTrace,
+        pooling: Pooling,
+        key: str,
+        remedy: str = "name a module that is called",
+    ) -> None:
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(f"{name} is a module of TorchScript, which takes no hooks; name another module.")
+        axis = None
+        if side == "input":
+            axis = FIRST if hasattr(module, "in_channels") else LAST if hasattr(module, "in_features") else None
+        self.module = module
+        self.side = side
+        self.name = name
+        self.remedy = remedy
+        self.pooler = Pooler(pooling, name, key, axis)
+        self.is_open = False
+        self.labels: Labels | None = None
+        self._seen: list[tuple[Tensor | None, bool]] = []  # and whether it is pooled
+        self._error: Exception | None = None
+        self._trace = trace
+        self._calls: Calls | None = None
+        self._handle: RemovableHandle | None = None
+        self._attach()
+
+    def _attach(self) -> None:
+        if self.module is None:
+            return
+        if self.side == "input":
+            self._handle = self.module.register_forward_pre_hook(self._on_input, with_kwargs=True)
+        else:
+            self._handle = self.module.register_forward_hook(self._on_output)
+        # torch.jit.script calls this before it compiles the module, and all of its hooks.
+        vars(self.module)[_BEFORE_SCRIPT] = partial(_without_captures, self.module)
+
+    def _on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.receive((args, kwargs))
+
+    def _on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.receive(output)
+
+    def receive(self, value: Any) -> None:
+        """Capture the first tensor in a value."""
+        if not self.is_open:
+            return
+        try:
+            tensor = first_tensor(value)
+            if tensor is None:
+                self._seen.append((None, False))
+            elif torch.compiler.is_compiling():
+                self._seen.append((tensor.detach().clone(), False))
+            else:
+                self._calls = self._around()
+                rows = tensor.detach() if self.labels is None else self._pooled(tensor.detach(), self.labels)
+                # A later layer may work in place, and a view would keep all that it is a view of.
+                shared = rows.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+                self._seen.append((rows.clone() if shared else rows, self.labels is not None))
+        except Exception as error:  # which must not end the user's forward pass
+            self._error = error
+
+    def _around(self) -> Calls | None:
+        """Return the calls inside the module and before it, those of the last batch that was traced."""
+        if not self._trace.is_open:
+            return self._calls
+        if self.module is None:
+            return [], list(self._trace.calls)
+        inside, before = self._trace.around(self.module)
+        return ([] if self.side == "input" else inside), before
+
+    def _pooled(self, tensor: Tensor, labels: Labels) -> Tensor:
+        calls = self._around() if self._calls is None else self._calls
+        return self.pooler.rows(tensor, labels, calls or ([], []))
+
+    def start(self, labels: Labels | None) -> None:
+        """Forget what was captured, and capture for a batch with these labels, None where they are not known yet."""
+        if self._handle is not None and self._handle.id not in (self._handle.hooks_dict_ref() or ()):
+            self._handle.remove()  # what torch.jit.script has left of it
+            self._attach()
+        self._seen, self._error, self.labels, self.is_open = [], None, labels, True
+
+    @property
+    def called(self) -> bool:
+        """Whether the module was called since the start."""
+        return bool(self._seen) or self._error is not None
+
+    def rows(self, labels: Labels) -> Tensor:
+        """Return (N, D), or (N, T, D) for labels of tokens: what was captured since the start.
+
+        Raises:
+            NotCalledError: the module was not called.
+            ValueError: it was called more than once, there was no tensor, or the shapes do not fit.
+            Exception: any other error of a call.
+        """
+        if self._error is not None:
+            raise self._error
+        if len(self._seen) == 0:
+            raise NotCalledError(
+                f"{self.name} was not called for this batch; {self.remedy}. If the model was compiled and run before "
+                'the hooks were attached, call torch.compiler.set_stance("force_eager") or compile it anew, so that '
+                "they are seen."
+            )
+        if len(self._seen) > 1:
+            raise ValueError(
+                f"{self.name} was called {len(self._seen)} times for one batch, so its features cannot be matched with "
+                "the labels; name a module that is called once, or give features=callable(module, batch)."
+            )
+        tensor, is_pooled = self._seen[0]
+        if tensor is None:
+            raise ValueError(f"{self.name} was called without a tensor; name a module that takes and returns tensors.")
+        return tensor if is_pooled else self._pooled(tensor, labels)
+
+    def stop(self) -> None:
+        """Forget what was captured, and capture no more."""
+        self._seen, self._error, self.labels, self.is_open = [], None, None, False
+
+    def remove(self) -> None:
+        """Leave the module as it was."""
+        self.stop()
+        if self.module is not None and self._handle is not None:
+            self._handle.remove()
+            if not hooks_of(self.module, Capture):
+                vars(self.module).pop(_BEFORE_SCRIPT, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the user's module takes this along: idle, without the features.
+        idle = dict.fromkeys(("labels", "module", "pooler", "_calls", "_error", "_handle"))
+        return {**vars(self), **idle, "is_open": False, "_seen": []}
+
+
+def _without_captures(module: nn.Module) -> nn.Module:
+    """Return the module without its captures, for torch.jit.script; the next batch attaches them again."""
+    for hooks, key in hooks_of(module, Capture):
+        del hooks[key]
+    prepare = getattr(type(module), _BEFORE_SCRIPT, None)
+    return module if prepare is None else prepare(module)
+
+
+def first_tensor(value: Any) -> Tensor | None:
+    """Return the first tensor in nested tuples, lists and mappings; of Hugging Face the last hidden state or logits."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, Mapping):
+        value = (value.get("last_hidden_state"), value.get("logits"), *value.values())
+    if isinstance(value, (tuple, list)):
+        for item in value:
+            tensor = first_tensor(item)
+            if tensor is not None:
+                return tensor
+    return None
+
+
+def _registered(modules: Iterable[nn.Module]) -> list[Call]:
+    """Return the layers among modules as if each was called once, in this order."""
+    widths = ((module, layer_width(module)) for module in modules)
+    return [Call(width, None, isinstance(module, (_ConvNd, _BatchNorm))) for module, width in widths if width]
+
+
+def layer_width(module: nn.Module) -> int | None:
+    """Return the number of channels that a layer with parameters of its own puts out; None for other modules."""
+    if next(module.parameters(recurse=False), None) is None:
+        return None
+    if any(next(child.parameters(), None) is not None for child in module.children()):
+        return None
+    for name in _WIDTHS:
+        value = getattr(module, name, None)
+        if isinstance(value, (tuple, list)) and len(value) == 1:
+            value = value[0]
+        if isinstance(value, int):
+            return value
+    return None

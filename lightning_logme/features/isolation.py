@@ -1,0 +1,65 @@
+"""Forward passes beside a run, which leave no trace in it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lightning_logme.utilities.compat import isolate_rng, kept_buffers
+
+
+@contextmanager
+def same_generators() -> Iterator[None]:
+    """Put the global random generators back as they were, also after an exception."""
+    isolated = isolate_rng()
+    isolated.__enter__()
+    try:
+        yield
+    finally:
+        isolated.__exit__(None, None, None)  # which forgets them where it is told of an exception
+
+
+def seed_generators(seed: int) -> None:
+    """Seed every global generator that a factory or a data set may draw from."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def undisturbed(module: nn.Module, datamodule: object = None) -> Iterator[None]:
+    """Set a module to eval mode and without gradients; afterwards everything is as it was.
+
+    That is the attributes of its parts (modes, counters, caches, the states of metrics), its buffers, and the global
+    random generators. What it logs meanwhile is dropped. Lists and dicts of its own that it adds to keep what was
+    added. The attributes of the data module, whose hooks prepare batches, are kept as well.
+    """
+    scripted = {part: part.training for part in module.modules() if isinstance(part, torch.jit.ScriptModule)}
+    parts = [part for part in module.modules() if part not in scripted]
+    kept = [(owner, dict(vars(owner))) for owner in (*parts, datamodule) if owner is not None]
+    try:
+        for part in parts:
+            if isinstance(part, Metric):  # which may write to its states: to copies of them
+                for name, state in part.metric_state.items():
+                    setattr(part, name, state.clone() if isinstance(state, Tensor) else list(state))
+        vars(module)["log"] = _drop  # a forward that logs would log these batches as the user's
+        with kept_buffers(module), same_generators(), torch.no_grad():
+            module.eval()
+            yield
+    finally:
+        for owner, attributes in kept:
+            vars(owner).clear()
+            vars(owner).update(attributes)
+        for part, training in scripted.items():  # whose attributes are not in Python
+            part.train(training)
+
+
+def _drop(*_: Any, **__: Any) -> None:
+    pass

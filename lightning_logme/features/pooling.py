@@ -1,0 +1,274 @@
+"""From tokens and maps to one vector a sample, and which of their axes holds the channels."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeGuard, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_logme.features.labels import Labels
+from lightning_logme.scores.rows import is_exclusive
+
+PoolingName = Literal["auto", "mean", "cls", "last", "channels_first", "channels_last"]
+Pooling = PoolingName | Callable[[Tensor], Tensor]
+
+FIRST, LAST = 1, -1  # the axes that may hold the channels
+
+
+class MaskError(ValueError):
+    """An attention mask does not fit the tokens."""
+
+
+class Call(NamedTuple):
+    """One call of a layer.
+
+    Attributes:
+        width: number of channels that the layer puts out.
+        shape: of its output; None if it was not seen.
+        convolutional: whether it is a convolution or a batch norm.
+    """
+
+    width: int
+    shape: tuple[int, ...] | None
+    convolutional: bool = False
+
+
+Calls = tuple[Sequence[Call], Sequence[Call]]  # inside a module, and before it
+
+
+class Pooler:
+    """Turns what a module takes or gives into one vector for each label of a batch.
+
+    Args:
+        pooling: see :func:`pool`.
+        name: what messages call the tensor.
+        key: what a mapping of poolings calls it.
+        axis: that holds the channels, where the kind of the module shows it.
+
+    Attributes:
+        settled: whether a batch has shown where the channels are.
+        description: how tokens or maps of the last batch were pooled.
+    """
+
+    def __init__(self, pooling: Pooling, name: str, key: str, axis: int | None = None) -> None:
+        self.pooling: Pooling = pooling
+        self.name = name
+        self.settled = False
+        self.description: str | None = None
+        self.key = key
+        self._axis_of_module = axis
+        self._axes: dict[int, int] = {}  # by number of dimensions
+
+    def rows(self, tensor: Tensor, labels: Labels, calls: Calls) -> Tensor:
+        """Return (N, D), or (N, T, D) for labels (N, T).
+
+        Args:
+            tensor: of a batch.
+            labels: of the same batch.
+            calls: layers that ran inside the module that made the tensor, and before it.
+
+        Raises:
+            ValueError: the shapes do not fit, or nothing shows which axis holds the channels.
+        """
+        shape, (number, *tokens) = tuple(tensor.shape) if not tensor.is_nested else (), labels.target.shape
+        by_token = bool(tokens) and is_exclusive(labels.target.task)
+        self.description = None
+        if tensor.is_nested:
+            tensor = pool_nested(tensor, self.pooling)
+            shape = tuple(tensor.shape)
+        if tensor.ndim == 1 and number == 1:  # a squeezed batch of one
+            tensor = tensor[None]
+        if by_token and tensor.ndim == 2 and len(tensor) == number * tokens[0]:
+            tensor = tensor.unflatten(0, (number, tokens[0]))  # a head that takes all tokens in one row
+        if not (by_token and tensor.ndim == 3 and tensor.shape[:2] == labels.target.shape):
+            tensor = self._pooled(tensor, labels.mask, calls)
+        if len(tensor) != number:
+            raise ValueError(
+                f"{self.name} gave {len(tensor)} features for {number} labels, shapes {shape} and "
+                f"{tuple(labels.target.shape)}; name a module that gives one feature a label, or let pooling=callable "
+                "make it one."
+            )
+        self.settled = True
+        return tensor
+
+    def _pooled(self, tensor: Tensor, mask: Tensor | None, calls: Calls) -> Tensor:
+        axis = None
+        if tensor.ndim > 2 and not callable(self.pooling) and _given_axis(self.pooling) is None:
+            axis = self._axis(tensor, calls)
+        try:
+            pooled = pool(tensor, self.pooling, mask, axis)
+        except MaskError as error:
+            raise ValueError(
+                f"{self.name}: {error}; say how to pool them, as in "
+                f"pooling={{{self.key!r}: lambda tokens: tokens.mean(1)}}."
+            ) from error
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from error
+        if tensor.ndim > 2:
+            shape = tuple(tensor.shape)
+            self.description = f"{self.name}: {shape} {describe_pooling(shape, self.pooling, axis, mask)}"
+        return pooled
+
+    def _axis(self, tensor: Tensor, calls: Calls) -> int:
+        if tensor.ndim not in self._axes:
+            axis = self._axis_of_module or find_channel_axis(*calls, tensor.shape)
+            if axis is None:
+                raise ValueError(
+                    f"pooling: {self.name} has shape {tuple(tensor.shape)}, and no layer shows whether its channels "
+                    f"are on the second axis ({tensor.shape[1]}) or on the last ({tensor.shape[-1]}); write "
+                    f"pooling={{{self.key!r}: 'channels_first'}} or 'channels_last'."
+                )
+            self._axes[tensor.ndim] = axis
+        return self._axes[tensor.ndim]
+
+
+def check_poolings(pooling: Any) -> None:
+    """Raise ``ValueError`` unless ``pooling`` is a pooling, or a mapping of them by layer."""
+    for value in pooling.values() if isinstance(pooling, Mapping) else [pooling]:
+        if not callable(value) and not (isinstance(value, str) and value in get_args(PoolingName)):
+            raise ValueError(
+                f"pooling must be {', '.join(map(repr, get_args(PoolingName)))} or a callable(Tensor) -> Tensor, got "
+                f"{value!r}."
+            )
+
+
+def pool(
+    features: Tensor, pooling: Pooling = "auto", mask: Tensor | None = None, channel_axis: int | None = None
+) -> Tensor:
+    """Reduce a batch of features to one vector a sample.
+
+    Args:
+        features: (N, D), tokens (N, T, D), or a map of any number of dimensions: (N, C, H, W), (N, H, W, C), (N, C, T).
+        pooling: "auto" and "mean" average over tokens or positions; so do "channels_first" and "channels_last", which
+            say where the channels are; "cls" takes the first token and "last" the last one that are not masked; a
+            callable gets ``features`` as they are.
+        mask: (N, T), non-zero where a token counts. Maps of more than three dimensions have no tokens.
+        channel_axis: 1 or -1, see :func:`find_channel_axis`; None takes the last axis of three, the second of more.
+
+    Returns:
+        (N, D), averages of half precision in float32.
+
+    Raises:
+        ValueError: the shape or the mask does not fit, or a callable does not return (N, D).
+    """
+    if callable(pooling):
+        pooled = pooling(features)
+        if not isinstance(pooled, Tensor) or pooled.ndim != 2:
+            shape = tuple(pooled.shape) if isinstance(pooled, Tensor) else type(pooled).__name__
+            raise ValueError(f"pooling must return a tensor of shape (N, D), got {shape} from {tuple(features.shape)}.")
+        return pooled
+    if features.ndim == 2:
+        return features
+    if features.ndim < 2:
+        raise ValueError(
+            f"pooling={pooling!r} needs features of shape (N, D), (N, T, D) or (N, C, H, W), got "
+            f"{tuple(features.shape)}."
+        )
+    axis = _given_axis(pooling) or channel_axis or (LAST if features.ndim == 3 else FIRST)
+    if features.ndim == 3:
+        return _pool_tokens(features if axis == LAST else features.transpose(1, 2), pooling, mask)
+    if pooling in ("cls", "last"):
+        raise ValueError(
+            f"pooling={pooling!r} needs tokens of shape (N, T, D), got {tuple(features.shape)}; use 'mean' or a "
+            "callable."
+        )
+    positions = range(1, features.ndim - 1) if axis == LAST else range(2, features.ndim)
+    return features.mean(tuple(positions), dtype=_average_dtype(features))
+
+
+def pool_nested(tokens: Tensor, pooling: Pooling) -> Tensor:
+    """Reduce a nested tensor, as torch's encoder makes of masked tokens, to (N, D): it holds no padding."""
+    if callable(pooling):
+        return pool(tokens, pooling)
+    return torch.cat([pool(one[None], pooling) for one in tokens.unbind()])
+
+
+def _pool_tokens(tokens: Tensor, pooling: Pooling, mask: Tensor | None) -> Tensor:
+    """Reduce tokens (N, T, D) under a mask (N, T)."""
+    if mask is not None and mask.shape != tokens.shape[:2]:
+        raise MaskError(
+            f"pooling: the batch's attention_mask has shape {tuple(mask.shape)}, but there are {tokens.shape[1]} "
+            f"tokens (features of shape {tuple(tokens.shape)})"
+        )
+    if pooling in ("cls", "last"):
+        if mask is None:
+            return tokens[:, 0 if pooling == "cls" else -1]
+        places = torch.arange(tokens.shape[1], device=mask.device)
+        counted = mask != 0
+        if pooling == "cls":  # under left padding the first token is not at 0
+            place = torch.where(counted, places, len(places) - 1).amin(1)
+        else:
+            place = torch.where(counted, places, 0).amax(1)
+        return tokens[torch.arange(len(tokens), device=tokens.device), place.to(tokens.device)]
+    dtype = _average_dtype(tokens)
+    if mask is None:
+        return tokens.mean(1, dtype=dtype)
+    weight = (mask != 0).to(tokens.device, dtype)[:, :, None]
+    # Padding may hold anything, NaN too: selected, not multiplied away.
+    total = torch.where(weight > 0, tokens.to(dtype), 0.0).sum(1)
+    return total / weight.sum(1).clamp(min=1)
+
+
+def _average_dtype(features: Tensor) -> torch.dtype:
+    return torch.promote_types(features.dtype, torch.float32)
+
+
+def _given_axis(pooling: Pooling) -> int | None:
+    """Return the axis that ``pooling`` itself names: the first and last token are those of (N, T, D)."""
+    if callable(pooling):
+        return None
+    return {"channels_first": FIRST, "channels_last": LAST, "cls": LAST, "last": LAST}.get(pooling)
+
+
+def describe_pooling(shape: Sequence[int], pooling: Pooling, channel_axis: int | None, mask: Tensor | None) -> str:
+    """Say in words what :func:`pool` did with a tensor of this shape."""
+    if callable(pooling):
+        return "pooled by the callable"
+    under = "" if mask is None or len(shape) != 3 else " under attention_mask"
+    if pooling in ("cls", "last"):
+        return f"its {'first' if pooling == 'cls' else 'last'} token{under}"
+    axis = _given_axis(pooling) or channel_axis or (LAST if len(shape) == 3 else FIRST)
+    what = "tokens" if len(shape) == 3 and axis == LAST else "positions"
+    return f"averaged over {what}{under}, {shape[axis]} channels on the {'last' if axis == LAST else 'second'} axis"
+
+
+def find_channel_axis(inside: Sequence[Call], before: Sequence[Call], shape: Sequence[int]) -> int | None:
+    """Return the axis of the channels, 1 or -1, of a tensor that a module put out; None if nothing decides it.
+
+    The last layers that ran inside the module decide: first those whose width is the size of exactly one of the two
+    axes, then those whose own output has its width on exactly one of them. The kind of a layer is no guide, as there
+    are layer norms for channels first, and linear layers between permutations. A module without such layers, such as an
+    activation, keeps the layout of what ran before it. Where all sizes are equal, a network whose layers are all
+    convolutions has channels first.
+
+    Args:
+        inside: calls of the layers inside the module, in order.
+        before: calls of the layers that ran before it.
+        shape: of the tensor, of three dimensions or more.
+    """
+    by_size = (_axis_of(call.width, shape) for call in reversed(inside))
+    by_layout = (_axis_of(call.width, call.shape) for call in reversed(inside) if _are_alike(call.shape, shape))
+    by_origin = (
+        _axis_of(call.width, call.shape if _is_kept(call.shape, shape) else shape) for call in reversed(before)
+    )
+    found = next((axis for axis in itertools.chain(by_size, by_layout, by_origin) if axis is not None), None)
+    convolutional = [call.convolutional for call in itertools.chain(inside, before)]
+    return FIRST if found is None and convolutional and all(convolutional) else found
+
+
+def _are_alike(made: Sequence[int] | None, shape: Sequence[int]) -> TypeGuard[Sequence[int]]:
+    """Return whether the output of a layer is known, and has as many axes."""
+    return made is not None and len(made) == len(shape)
+
+
+def _is_kept(made: Sequence[int] | None, shape: Sequence[int]) -> TypeGuard[Sequence[int]]:
+    """Return whether a tensor can have the layout of what a layer made: other sizes, not its axes in another order."""
+    return _are_alike(made, shape) and sorted(made) != sorted(shape)
+
+
+def _axis_of(width: int, shape: Sequence[int]) -> int | None:
+    first, last = shape[FIRST] == width, shape[LAST] == width
+    return None if first == last else FIRST if first else LAST

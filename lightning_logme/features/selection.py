@@ -1,0 +1,241 @@
+"""Which features of a network are wanted, and which of its modules give them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+from torchmetrics import Metric
+
+from lightning_logme.features.extractor import HEAD, HEAD_KEY, Extractor, Features, Source
+from lightning_logme.features.heads import find_head, get_module
+from lightning_logme.features.hooks import CallTrace, Capture
+from lightning_logme.features.labels import decide_num_outputs
+from lightning_logme.features.pooling import Pooling, check_poolings
+from lightning_logme.scores.rows import Task
+from lightning_logme.utilities.checks import check_flags, names
+from lightning_logme.utilities.compat import plain_name
+
+Head = str | Sequence[str] | None
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """Which features are wanted.
+
+    Attributes:
+        head: dotted names of the modules whose input is the feature, :data:`AUTO`, or None for the output.
+        layers: dotted names of modules whose output is scored as well, or glob patterns of them.
+        layer_mean: whether the mean of the layers is wanted.
+        features: callable(module, batch), in place of ``head``.
+        pooling: of all sources, or by layer.
+
+    Raises:
+        ValueError: an argument does not fit.
+    """
+
+    head: Head = AUTO
+    layers: Sequence[str] | None = ()
+    layer_mean: bool = False
+    features: Features | None = None
+    pooling: Pooling | Mapping[str, Pooling] = "auto"
+
+    def __post_init__(self) -> None:
+        check_poolings(self.pooling)
+        check_flags(layer_mean=self.layer_mean)
+        object.__setattr__(self, "head", _checked_head(self.head))
+        object.__setattr__(self, "layers", () if self.layers is None else names("layers", self.layers))
+        if self.layer_mean and not self.layers:
+            raise ValueError("layer_mean is the mean of layers: name them, as in layers=['encoder.layer.*'].")
+        if self.features is not None and (self.head != AUTO or not callable(self.features)):
+            raise ValueError(
+                f"features must be callable(module, batch), and takes the place of head; got features="
+                f"{self.features!r} and head={self.head!r}."
+            )
+
+    @property
+    def named_heads(self) -> list[str] | None:
+        """The heads that the user has named, none for the output; None where they are to be found."""
+        if self.head == AUTO:
+            return None
+        return [] if self.head is None else [self.head] if isinstance(self.head, str) else list(self.head)
+
+
+def attach(
+    module: nn.Module,
+    selection: Selection,
+    heads: Sequence[str] | None,
+    *,
+    guess: str | None = None,
+    is_output_given: bool = False,
+    num_outputs: int | None = None,
+    key: str = HEAD_KEY,
+) -> Extractor:
+    """Find the modules that give the features, and attach hooks to them.
+
+    Args:
+        module: the network.
+        selection: of its features.
+        heads: dotted names of the modules whose inputs are the feature of the head; none for the output of the network,
+            None where there is no such feature, or ``selection.features`` gives it.
+        guess: the head, where it was not named by the user.
+        is_output_given: whether the output of the network is given to the capture, and not captured by a hook.
+        num_outputs: K, where it is known.
+        key: what a mapping of poolings calls the feature of the head.
+
+    Raises:
+        ValueError: a module is not found.
+    """
+    trace = CallTrace(module)
+    layers = _matching(module, selection.layers)
+    if selection.layer_mean and len(layers) < 2:
+        raise ValueError(
+            f"layer_mean is the mean of several layers, and layers={tuple(selection.layers)!r} names {len(layers)}."
+        )
+    parts = {name: get_module(module, name, "head") for name in heads or ()}
+    found = {name: get_module(module, name, "layers") for name in layers}  # all are found before any gets a hook
+    poolings = _poolings(selection.pooling, layers)
+    sources = []
+    if selection.features is not None:
+        sources.append(Source(HEAD, features=selection.features, pooling=poolings[HEAD]))
+    elif heads is not None:
+        captures = [
+            Capture(part, "input", f"the head '{name}'", trace, poolings[HEAD], key) for name, part in parts.items()
+        ]
+        if not parts and is_output_given:
+            captures = [Capture(None, "output", "the output", trace, poolings[HEAD], key)]
+        elif not parts:
+            name = f"forward of {type(module).__name__}"
+            remedy = "call self(…) in validation_step, or name layers=[…], or give features=callable(module, batch)"
+            captures = [Capture(module, "output", name, trace, poolings[HEAD], key, remedy)]
+        outputs = num_outputs_of(next(iter(parts.values()), None))
+        sources.append(Source(HEAD, captures, guess=guess, outputs=outputs))
+    for name, layer in found.items():
+        sources.append(Source(name, [Capture(layer, "output", f"layer '{name}'", trace, poolings[name], name)]))
+    return Extractor(module, sources, trace, layer_mean=selection.layer_mean, num_outputs=num_outputs)
+
+
+def attach_by_tree(
+    module: nn.Module, selection: Selection, task: Task, num_classes: int | None, is_scored: bool
+) -> tuple[Extractor, str | None]:
+    """Attach hooks before the network has run: what is not named is found in the module tree.
+
+    Args:
+        module: the network.
+        selection: of its features.
+        task: of the head.
+        num_classes: K of "multiclass" and "multilabel"; None reads it off the head.
+        is_scored: whether the network's own validation set is scored. If not, K may stay unknown, and no head is
+            guessed beside layers.
+
+    Returns:
+        The extractor, and which module was taken for the head in words, None without one.
+
+    Raises:
+        ValueError: a module or the head is not found, or the number of classes is not known.
+    """
+    guess, why_not, heads = None, "there is none", selection.named_heads
+    if selection.features is not None:
+        heads = None
+    elif heads is None:
+        try:
+            guess = find_head(module, num_classes) if is_scored or not selection.layers else None
+        except ValueError as error:
+            if not selection.layers:
+                raise
+            why_not = f"it was not found ({str(error).rstrip('.')})"
+        heads = None if guess is None else [guess]
+    modules = {name: get_module(module, name, "head") for name in heads or ()}
+    outputs = num_outputs_of(next(iter(modules.values()), None))
+    num_outputs = decide_num_outputs(task, num_classes, head_outputs=outputs)
+    if task == "multiclass" and num_outputs is None and is_scored:
+        if modules:
+            why_not = f"'{next(iter(modules))}' puts out {outputs}" if outputs else f"'{next(iter(modules))}' does not tell"
+        raise ValueError(
+            f"num_classes: the number of classes is read off the head, but {why_not}; give "
+            "LogMECallback(num_classes=…), or task='binary' or task='regression' if that is what the network does, or "
+            "validation=False to score probes alone."
+        )
+    extractor = attach(module, selection, heads, guess=guess, num_outputs=num_outputs)
+    if heads is None:
+        return extractor, None
+    if not modules:
+        return extractor, f"the feature is the output of {type(module).__name__}"
+    widths = [getattr(part, "in_features", getattr(part, "in_channels", None)) for part in modules.values()]
+    width = sum(known) if len(known := [width for width in widths if width]) == len(widths) else "?"
+    listed = " and ".join(f"'{name}' ({type(part).__name__})" for name, part in modules.items())
+    text = f"the feature is the input of {listed}, D = {width}, K = {num_outputs or outputs or '?'}"
+    if guess is not None and num_classes is not None and outputs not in (None, num_classes):
+        text += f"; its {outputs} outputs are not num_classes: if it is not the classifier, give head="
+    return extractor, text
+
+
+def num_outputs_of(head: nn.Module | None) -> int | None:
+    """Return the number of outputs of a head, where it says it."""
+    return getattr(head, "out_features", getattr(head, "out_channels", None))
+
+
+def _poolings(pooling: Pooling | Mapping[str, Pooling], layers: Sequence[str]) -> dict[str, Pooling]:
+    """Return the pooling of the head and of every layer."""
+    if not isinstance(pooling, Mapping):
+        return dict.fromkeys([HEAD, *layers], pooling)
+    found: dict[str, Pooling] = dict.fromkeys([HEAD, *layers], "auto")
+    for key, value in pooling.items():
+        matches = [name for name in layers if name == key or _matches(name.split("."), key.split("."))]
+        if key == HEAD_KEY and not matches:
+            matches = [HEAD]
+        if not matches:
+            listed = ", ".join(map(repr, [HEAD_KEY, *layers]))
+            raise ValueError(f"pooling names {key!r}, which is not scored; use a layer or pattern of {listed}.")
+        found.update(dict.fromkeys(matches, value))
+    return found
+
+
+def _checked_head(head: Any) -> Head:
+    """Return ``head`` with several names as a tuple."""
+    if head is None or (isinstance(head, str) and head):
+        return head
+    if isinstance(head, (list, tuple)) and head and all(isinstance(name, str) and name for name in head):
+        return tuple(head)
+    raise ValueError(
+        "head must be 'auto', the dotted name of a module such as 'model.fc', a list of names, or None for the "
+        f"module's output, got {head!r:.60}."
+    )
+
+
+def _matching(root: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Return the names that patterns match, each once, in the order of the patterns and of the network."""
+    known = [plain_name(name) for name, module in root.named_modules() if name and _is_called(module)]
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        if not set(pattern) & set("*?["):
+            found[pattern] = None
+            continue
+        parts = pattern.split(".")
+        matches = [name for name in known if _matches(name.split("."), parts)]
+        if not matches:
+            ends = [name.split(".") for name in known]
+            meant = {".".join([*end[: -len(parts)], pattern]) for end in ends if _matches(end[-len(parts) :], parts)}
+            listed = ", ".join(map(repr, known[:8])) + (", …" if len(known) > 8 else "")
+            raise ValueError(
+                f"layers: no module of {type(root).__name__} matches {pattern!r}, in which * stands for one part of a "
+                f"dotted name; {f'write {sorted(meant)[0]!r}' if meant else f'its modules are {listed}'}."
+            )
+        found.update(dict.fromkeys(matches))
+    return list(found)
+
+
+def _is_called(module: nn.Module) -> bool:
+    """Return whether a module is a layer: containers without a forward, and metrics, are none."""
+    forward = getattr(type(module), "forward", None)
+    return forward is not nn.Module.forward and not isinstance(module, (Metric, torch.jit.ScriptModule))
+
+
+def _matches(name: Sequence[str], pattern: Sequence[str]) -> bool:
+    return len(name) == len(pattern) and all(map(fnmatchcase, name, pattern))

@@ -1,0 +1,177 @@
+"""The folder of a ranking that can be resumed: the results of candidates that are through."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_logme.ranking.candidate import Candidate
+from lightning_logme.scores.accumulator import Accumulator
+from lightning_logme.scores.evidence import Evidence
+
+# Relative difference of features in a later process: other devices, threads and libraries round differently.
+_SAME = 1e-3
+
+
+@dataclass
+class Score:
+    """The score of one source of a candidate at the end of a round.
+
+    Attributes:
+        logme: of the samples so far.
+        gain: of them.
+        replicates: the scores with one block left out.
+    """
+
+    logme: float
+    gain: float
+    replicates: list[float]
+
+
+@dataclass
+class Round:
+    """A candidate's results at the end of a round.
+
+    Attributes:
+        seen: number of samples read so far.
+        num_samples: number of those that were scored; tokens count one by one.
+        labels: digest of the labels of all samples read.
+        scores: by source of features.
+    """
+
+    seen: int
+    num_samples: int
+    labels: int
+    scores: dict[str, Score]
+
+
+@dataclass(eq=False)
+class Progress:
+    """All that goes on from one round to the next.
+
+    Attributes:
+        rounds: finished ones.
+        evidence: by source, of the last round.
+        accumulators: by source, of the samples so far, on the CPU; none once nothing will be added to them.
+        first: by source, the features (n, D) of the first samples, float32, on the CPU.
+        heads: the modules whose input is the feature, none for the output of the module.
+        constant: sources whose features are the same for every sample.
+        num_parameters: of the module.
+        seconds: spent.
+        peak_memory: bytes of the accelerator's memory, where it has one.
+    """
+
+    rounds: list[Round] = field(default_factory=list)
+    evidence: dict[str, Evidence] = field(default_factory=dict)
+    accumulators: dict[str, Accumulator] = field(default_factory=dict)
+    first: dict[str, Tensor] = field(default_factory=dict)
+    heads: list[str] | None = None
+    constant: list[str] = field(default_factory=list)
+    num_parameters: int | None = None
+    seconds: float = 0.0
+    peak_memory: int | None = None
+
+    @property
+    def seen(self) -> int:
+        return self.rounds[-1].seen if self.rounds else 0
+
+    @property
+    def num_samples(self) -> int:
+        return self.rounds[-1].num_samples if self.rounds else 0
+
+
+class Store:
+    """A folder with the results of candidates that finished or were dropped.
+
+    Args:
+        folder: is made where it does not exist.
+        options: what all results depend on: a file that was written under other ones is not used.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], options: Mapping[str, Any]) -> None:
+        self._folder = Path(folder)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._options = dict(options)
+
+    def load(self, candidate: Candidate) -> Progress | None:
+        """Return the results of a candidate; None, with a warning that names the cause, where they cannot be used."""
+        path = self._path(candidate)
+        if not path.exists():
+            return None
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            values, options = saved["progress"], saved["options"]
+            values["rounds"] = [
+                Round(**{**one, "scores": {source: Score(**score) for source, score in one["scores"].items()}})
+                for one in values["rounds"]
+            ]
+            values["evidence"] = {source: Evidence(**one) for source, one in values["evidence"].items()}
+            progress = Progress(**values)
+        except Exception as error:
+            warn_of_restart(candidate, f"{path} cannot be read ({type(error).__name__}: {error})")
+            return None
+        now = self._all_options(candidate)
+        for option in {**now, **options}:
+            if now.get(option) != options.get(option):
+                warn_of_restart(candidate, f"{option} was {options.get(option)} and is {now.get(option)}")
+                return None
+        return progress
+
+    def save(self, candidate: Candidate, progress: Progress) -> None:
+        """Write the results of a candidate; a process that is killed meanwhile leaves the file that there was."""
+        rounds = [
+            {**vars(one), "scores": {source: vars(score) for source, score in one.scores.items()}}
+            for one in progress.rounds
+        ]
+        evidence = {source: vars(one) for source, one in progress.evidence.items()}
+        values = {**vars(progress), "rounds": rounds, "evidence": evidence, "accumulators": {}}
+        path = self._path(candidate)
+        unfinished = path.with_suffix(".unfinished")
+        try:
+            torch.save({"options": self._all_options(candidate), "progress": values}, unfinished)
+            unfinished.replace(path)
+        except (OSError, RuntimeError) as error:  # a full disk must not end the ranking
+            warnings.warn(f"resume_from: {path} could not be written ({error}).", stacklevel=2)
+
+    def _all_options(self, candidate: Candidate) -> dict[str, str]:
+        selection = {name: _named(value) for name, value in vars(candidate.selection).items()}
+        own = {"forward": _named(candidate.forward), "transform": _named(candidate.transform)}
+        return {name: str(value) for name, value in {**self._options, **selection, **own}.items()}
+
+    def _path(self, candidate: Candidate) -> Path:
+        readable = re.sub(r"[^\w.-]+", "_", candidate.name)[:60]
+        return self._folder / f"{readable}-{hashlib.sha1(candidate.name.encode()).hexdigest()[:8]}.pt"
+
+
+def why_different(saved: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> str | None:
+    """Return why features of the first samples are not the ones that were saved, or None if they are.
+
+    They depend on the weights, on the samples and on all that is done to them.
+    """
+    for source, then in saved.items():
+        features = now.get(source)
+        if features is None or features.shape != then.shape:
+            return "its features of the first samples have another shape"
+        atol = _SAME * float(then.abs().mean())
+        if not torch.allclose(features, then, rtol=_SAME, atol=atol, equal_nan=True):
+            return "its features of the first samples changed: its weights, the samples, or what is done to them"
+    return None
+
+
+def warn_of_restart(candidate: Candidate, cause: str) -> None:
+    """Warn that results in the folder are not used."""
+    warnings.warn(f"resume_from: {candidate.name!r} starts anew, as {cause}.", stacklevel=2)
+
+
+def _named(value: Any) -> str:
+    """Return a callable's name: its address differs between processes."""
+    return getattr(value, "__qualname__", type(value).__qualname__) if callable(value) else str(value)

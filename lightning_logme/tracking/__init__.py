@@ -1,0 +1,1 @@
+"""What :class:`~lightning_logme.LogMECallback` is made of."""

@@ -1,0 +1,280 @@
+"""The results of a callback: logged, remembered, drawn, kept in checkpoints, and read from them."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal
+
+import torch
+
+from lightning_logme.features.extractor import HEAD, LAYER_MEAN
+from lightning_logme.scores.curve import CurvePoint
+from lightning_logme.scores.evidence import Evidence
+from lightning_logme.tracking.passes import Pass, Result
+from lightning_logme.utilities.compat import LightningModule, Trainer, logged_step, rank_zero_info
+from lightning_logme.utilities.loggers import Board
+from lightning_logme.utilities.plots import gain_by_layer, gain_by_output, gain_by_samples
+
+Row = dict[str, Any]
+
+_OF_SHARDS = "meta.pt"
+_PER_OUTPUT = ("per_output", "null", "alpha", "beta", "effective_dim", "saturated")
+_NOTHING: dict[str, Any] = {"logme": math.nan, "gain": math.nan, "num_samples": 0}
+
+
+def is_key(key: Any, name: str, part: str = "") -> bool:
+    """Return whether a score or a gain is logged under a key, such as that of a monitor.
+
+    Args:
+        key: of the monitor.
+        name: prefix of all keys.
+        part: "/" and the name of a probe, for the keys of that probe alone.
+    """
+    return any(key == start or str(key).startswith(f"{start}/") for start in (f"{name}{part}", f"{name}_gain{part}"))
+
+
+class History:
+    """The results of a :class:`~lightning_logme.LogMECallback`.
+
+    Args:
+        name: prefix of all keys.
+        plots: whether loggers that can show them get histograms and figures; "auto" leaves out slow figures.
+
+    Attributes:
+        rows: one dict a pass and key, oldest first.
+        evidence: by key, the last.
+        curves: by key, the last.
+        position: epoch and step of the weights, where they are not the trainer's own.
+    """
+
+    def __init__(self, name: str, plots: bool | Literal["auto"]) -> None:
+        self.name = name
+        self.rows: list[Row] = []
+        self.evidence: dict[str, Evidence] = {}
+        self.curves: dict[str, list[CurvePoint]] = {}
+        self.position: tuple[int, int] | None = None
+        self._plots: bool | Literal["auto"] = plots
+        self._board: Board | None = None
+        self._numbers: dict[str, dict[str, Any]] = {}
+
+    def prepare(self, trainer: Trainer) -> None:
+        """Begin a new run."""
+        self.position, self._board = None, None
+        if trainer.is_global_zero and trainer.loggers:
+            self._board = Board(trainer.loggers, self._plots, info=rank_zero_info)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain numbers, which torch loads with ``weights_only=True``."""
+        return {"history": list(self.rows), "evidence": dict(self._numbers)}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take up what a checkpoint holds. A run that continues from it drops the rows that came later."""
+        if not _is_state(state_dict):
+            warnings.warn(
+                f"{self.name}: the checkpoint holds a history in a form that is not known; it is left out.",
+                stacklevel=2,
+            )
+            state_dict = {"history": [], "evidence": {}}
+        if self.position is None:
+            self.rows, self._numbers = [], {}
+        known = set(map(repr, state_dict["history"]))  # NaN is not equal to itself, but written as itself
+        self.rows = list(state_dict["history"]) + [row for row in self.rows if repr(row) not in known]
+        self._numbers = {**state_dict["evidence"], **self._numbers}
+
+    def record(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        current: Pass,
+        sources: Sequence[str],
+        seconds: float,
+        *,
+        probe: str | None = None,
+        head: str = HEAD,
+        class_names: Sequence[str] | None = None,
+        is_saving: bool = False,
+    ) -> None:
+        """Log, remember and draw the results of a pass, by source and loader. All processes call this in step.
+
+        Args:
+            trainer: of the run.
+            module: logs.
+            current: the pass.
+            sources: names of what was scored.
+            seconds: that the pass took.
+            probe: whose samples they were; None for the validation set.
+            head: the source that stands for the head's input, which a module may not have.
+            class_names: for the figure.
+            is_saving: whether a checkpoint is being saved, when ``module.log`` must not be called.
+        """
+        results = dict(current.results(trainer.strategy.root_device, alone=trainer.world_size == 1))
+        prefix = "" if probe is None else f"/{probe}"
+        if self._board is not None:
+            self._board.budget(seconds)
+        for index in range(current.num_loaders):
+            ending = f"/dataloader_idx_{index}" if current.num_loaders > 1 else ""
+            if not (current.errors or current.unseen[index] or any(loader == index for _, loader in results)):
+                loader = "the validation loader" if probe is None else "its loader"
+                warnings.warn(f"{self.name}{prefix}{ending} is NaN: {loader} gave no batch.", stacklevel=2)
+            suffixes = {source: prefix + (f"/{source}" if source else "") + ending for source in sources}
+            known = {source: results.get((source or head, index)) for source in sources}
+            for source, suffix in suffixes.items():
+                values = self._remember(trainer, suffix, known[source], current.scoring.curve)
+                in_bar = probe is None and not source  # what belongs to a layer or a probe would crowd it
+                self._log(trainer, module, values, in_bar, is_saving)
+            if self._board is not None:
+                self._draw(self._board, logged_step(trainer), prefix + ending, suffixes, known, class_names)
+
+    def _remember(self, trainer: Trainer, suffix: str, result: Result | None, has_curve: bool) -> dict[str, float]:
+        """Remember one result, None for NaN; return what is to be logged."""
+        key = self.name + suffix
+        numbers = _NOTHING if result is None else _plain(result.evidence)
+        epoch, global_step = self.position or (trainer.current_epoch, trainer.global_step)
+        stage = str(trainer.state.fn.value) if trainer.state.fn is not None else ""
+        row: Row = {"epoch": epoch, "global_step": global_step, "key": key, "stage": stage}
+        row |= {name: numbers[name] for name in _NOTHING}
+        if has_curve:
+            row["curve"] = [] if result is None else [list(point) for point in result.curve]
+        self.rows.append(row)
+        if result is not None:
+            self._numbers[key], self.evidence[key], self.curves[key] = numbers, result.evidence, result.curve
+        return {key: numbers["logme"], f"{self.name}_gain{suffix}": numbers["gain"]}
+
+    def _log(
+        self, trainer: Trainer, module: LightningModule, values: Mapping[str, float], in_bar: bool, is_saving: bool
+    ) -> None:
+        if is_saving:
+            if self._board is not None:
+                self._board.scalars(values, logged_step(trainer))
+            return
+        for key, value in values.items():
+            try:
+                # The values are equal in all processes; sync_dist tells Lightning so.
+                is_synced = trainer.world_size > 1
+                module.log(key, value, prog_bar=in_bar, sync_dist=is_synced, add_dataloader_idx=False)
+            except Exception as error:  # as where the module logs something under the same key
+                warnings.warn(f"{key} could not be logged: {type(error).__name__}: {error}", stacklevel=2)
+
+    def _draw(
+        self,
+        board: Board,
+        step: int,
+        suffix: str,
+        suffixes: Mapping[str, str],
+        known: Mapping[str, Result | None],
+        class_names: Sequence[str] | None,
+    ) -> None:
+        """Draw the results of one loader."""
+        keys = {source: self.name + ending for source, ending in suffixes.items()}
+        results = {source: result for source, result in known.items() if result is not None}
+        for source, (evidence, _) in results.items():
+            key, gains = keys[source], (evidence.per_output - evidence.null)
+            if not bool(gains.isfinite().any()):
+                continue
+            board.histogram(f"{key}/gain_per_output", gains[gains.isfinite()], step)
+            board.histogram(f"{key}/log10_spectrum", evidence.spectrum.log10(), step)
+            bars = gains.tolist(), float(evidence.gain), evidence.num_samples, class_names
+            board.figure(f"{key}/gain_by_output", lambda bars=bars: gain_by_output(*bars), step)
+        layers = {source: key for source, key in keys.items() if source not in (HEAD, LAYER_MEAN)}
+        if len(layers) > 1:
+            tag = f"{self.name}{suffix}/gain_by_layer"
+            board.figure(tag, lambda: gain_by_layer(list(layers), self._gains(list(layers.values()))), step)
+        curves = {source or "head": result.curve for source, result in results.items()}
+        points = {name: [(point.num_samples, point.gain) for point in curve] for name, curve in curves.items()}
+        if any(len(curve) > 1 for curve in points.values()):
+            board.figure(f"{self.name}{suffix}/gain_by_samples", lambda: gain_by_samples(points), step)
+
+    def _gains(self, keys: Sequence[str]) -> list[list[float]]:
+        """Return the gain under each key, by validation."""
+        validations: dict[tuple[Any, ...], dict[str, float]] = {}
+        for row in self.rows:
+            if row["key"] in keys:
+                moment = row["stage"], row["epoch"], row["global_step"]
+                validations.setdefault(moment, {})[row["key"]] = row["gain"]
+        return [[gains.get(key, math.nan) for key in keys] for gains in validations.values()]
+
+
+def _plain(evidence: Evidence) -> dict[str, Any]:
+    """Return the numbers of an evidence, without its large tensors, as plain floats."""
+    return {
+        "logme": float(evidence.score),
+        "gain": float(evidence.gain),
+        "num_samples": int(evidence.num_samples),
+        **{name: getattr(evidence, name).tolist() for name in _PER_OUTPUT},
+    }
+
+
+def read_history(path: str | PathLike[str]) -> list[Row]:
+    """Return the history of LogME in a Lightning checkpoint.
+
+    Args:
+        path: of a ``.ckpt`` file, or of the folder that sharded strategies write. It is read with
+            ``weights_only=True``: nothing in it is executed.
+
+    Returns:
+        One dict a validation and key, oldest first: ``epoch``, ``global_step``, ``key`` (the logged name), ``logme``,
+        ``gain`` (nats per sample), ``num_samples`` and ``stage`` ("fit" or "validate").
+
+    Raises:
+        ValueError: the file holds no such history, is no whole checkpoint, or holds objects that could run code.
+        OSError: there is no such file, or it must not be read.
+    """
+    return [row for state in _states(path) for row in state["history"]]
+
+
+def read_evidence(path: str | PathLike[str]) -> dict[str, dict[str, Any]]:
+    """Return the last evidence behind every logged key in a Lightning checkpoint, as plain numbers.
+
+    Args:
+        path: of a checkpoint, read as in :func:`read_history`.
+
+    Returns:
+        By key: ``logme``, ``gain``, ``num_samples``, and one number an output in the lists ``per_output``, ``null``,
+        ``alpha``, ``beta``, ``effective_dim`` and ``saturated``, as in :class:`~lightning_logme.Evidence`.
+
+    Raises:
+        ValueError, OSError: as in :func:`read_history`.
+    """
+    return {key: numbers for state in _states(path) for key, numbers in state["evidence"].items()}
+
+
+def _is_state(value: Any) -> bool:
+    """Return whether this has the form of what a callback leaves in a checkpoint."""
+    if not (isinstance(value, Mapping) and {"history", "evidence"} <= value.keys()):
+        return False
+    history, evidence = value["history"], value["evidence"]
+    plain = isinstance(history, list) and all(isinstance(row, dict) and _is_plain(row) for row in history)
+    return plain and isinstance(evidence, dict) and all(isinstance(numbers, dict) for numbers in evidence.values())
+
+
+def _is_plain(row: Row) -> bool:
+    named = (row.get(name) for name in ("key", "stage", "epoch", "global_step"))
+    return all(isinstance(part, (str, int, NoneType)) for part in named)
+
+
+def _states(path: str | PathLike[str]) -> list[dict[str, Any]]:
+    file = Path(path)
+    if file.is_dir():  # of a sharded strategy: what is not weights is in one file
+        file /= _OF_SHARDS
+    with file.open("rb") as opened:
+        try:
+            checkpoint = torch.load(opened, map_location="cpu", weights_only=True)
+        except Exception as error:
+            cause = (str(error).splitlines() or [""])[0]
+            raise ValueError(
+                f"{str(path)!r} cannot be read: it is no whole checkpoint, or holds objects that could run code "
+                f"({type(error).__name__}: {cause})."
+            ) from error
+    callbacks = checkpoint.get("callbacks") if isinstance(checkpoint, dict) else None
+    states = [state for state in callbacks.values() if _is_state(state)] if isinstance(callbacks, dict) else []
+    if not states:
+        raise ValueError(
+            f"{str(path)!r} holds no history of LogME; it must be a Lightning checkpoint of a run with LogMECallback, "
+            "saved without save_weights_only=True."
+        )
+    return states

@@ -1,0 +1,46 @@
+"""What a strategy with several processes allows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+
+from lightning_logme.utilities.compat import LightningModule, Trainer, is_one_of, validates_by_clock
+
+# Strategies that gather weights in every forward pass.
+_SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
+_UNEVEN = "allow_zero_length_dataloader_with_multiple_devices"
+
+
+def is_sharded(trainer: Trainer) -> bool:
+    """Return whether the weights are spread over processes, which must then make as many forward passes as others."""
+    return trainer.world_size > 1 and is_one_of(trainer.strategy, _SHARDED)
+
+
+def why_out_of_step(trainer: Trainer, module: LightningModule) -> str | None:
+    """Return why processes could wait for each other in vain, or would not know of each other, if so."""
+    if trainer.world_size == 1:
+        return None
+    if not (dist.is_available() and dist.is_initialized()):
+        return (
+            f"the {trainer.world_size} processes of {type(trainer.strategy).__name__} are not connected by "
+            "torch.distributed, so that their sums cannot be added up"
+        )
+    mesh: Any = getattr(trainer.strategy, "device_mesh", None)
+    if "tensor_parallel" in (getattr(mesh, "mesh_dim_names", None) or ()) and mesh["tensor_parallel"].size() > 1:
+        return (
+            "under tensor parallelism a process holds parts of the features of samples that others see as well; save "
+            "checkpoints, and score them afterwards with score_checkpoints"
+        )
+    if validates_by_clock(trainer):
+        return (
+            "with a time for val_check_interval each process goes by its own clock, and one that validates earlier "
+            "would wait for the others; give a number of batches"
+        )
+    if getattr(module, _UNEVEN, False) or getattr(getattr(trainer, "datamodule", None), _UNEVEN, False):
+        return (
+            f"with {_UNEVEN}=True a process whose loader has length 0 passes over the validation, and the others would "
+            "wait for it; give each a batch, or a loader without a length"
+        )
+    return None

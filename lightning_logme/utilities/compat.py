@@ -1,0 +1,203 @@
+"""Everything that depends on the insides of Lightning, torch and torchmetrics, and on which Lightning is imported.
+
+Checked with lightning 2.5.3 to 2.6.6 (also as pytorch_lightning), torch 2.6 to 2.13 and torchmetrics 1.6 to 1.9.
+"""
+
+from __future__ import annotations
+
+import sys
+from abc import ABCMeta
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+# Both packages log through this module.
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+from torch import nn
+
+__all__ = [
+    "AnyCallback",
+    "AnyDataModule",
+    "AnyLogger",
+    "Callback",
+    "Fabric",
+    "LightningModule",
+    "Logger",
+    "Trainer",
+    "callbacks_of_new_trainer",
+    "compiled_modules",
+    "hooks_of",
+    "isolate_rng",
+    "is_one_of",
+    "kept_buffers",
+    "logged_step",
+    "plain_name",
+    "prepared_batch",
+    "rank_zero_info",
+    "rank_zero_only",
+    "rank_zero_warn",
+    "uncompiled",
+    "validates_by_clock",
+    "validation_loaders",
+]
+
+_FABRIC = {"lightning.pytorch": "lightning.fabric", "pytorch_lightning": "lightning_fabric"}
+# The parts that wrappers insert into the names of modules: FSDP, activation checkpointing, torch.compile.
+_WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+
+
+def _imported() -> list[str]:
+    return [package for package in _FABRIC if package in sys.modules]
+
+
+def _everywhere(name: str) -> tuple[type, ...]:
+    """Return the class of that name in every imported package: each package has classes of its own."""
+    places = [f"{_FABRIC[package]}.loggers" if name == "Logger" else package for package in _imported()]
+    return tuple(getattr(sys.modules[place], name) for place in places)
+
+
+def _any(name: str) -> type:
+    """Return a base class of that class in every package, for ``isinstance``."""
+
+    def covers(_: type, other: type) -> bool:
+        return issubclass(other, _everywhere(name))
+
+    return ABCMeta(name, (), {"__subclasshook__": classmethod(covers)})
+
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+    from lightning.fabric.loggers import Logger
+    from lightning.fabric.loggers import Logger as AnyLogger
+    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch import Callback as AnyCallback
+    from lightning.pytorch import LightningDataModule as AnyDataModule
+    from lightning.pytorch.utilities.seed import isolate_rng
+
+else:
+    # The import of a package redirects the log and the deprecation warnings of the other one to itself. So Lightning
+    # is imported here only for a user who has imported neither.
+    if not _imported():
+        import_module("lightning.pytorch")
+    _pytorch = _imported()[0]
+    _fabric = _FABRIC[_pytorch]
+    Callback, LightningModule, Trainer = (
+        getattr(sys.modules[_pytorch], name) for name in ("Callback", "LightningModule", "Trainer")
+    )
+    Fabric = import_module(_fabric).Fabric
+    Logger = import_module(f"{_fabric}.loggers").Logger
+    isolate_rng = import_module(f"{_pytorch}.utilities.seed").isolate_rng
+
+    class AnyCallback(*_everywhere("Callback")):
+        """A callback for the Trainer of every package that is imported by the time it is made."""
+
+        def __init__(self) -> None:
+            if AnyCallback.__bases__ != _everywhere("Callback"):
+                AnyCallback.__bases__ = _everywhere("Callback")
+            super().__init__()
+
+    AnyDataModule, AnyLogger = _any("LightningDataModule"), _any("Logger")
+
+
+def is_one_of(thing: object, names: tuple[str, ...]) -> bool:
+    """Return whether an object is of a class of one of these names, which not all versions of Lightning have."""
+    return any(cls.__name__ in names for cls in type(thing).__mro__)
+
+
+def callbacks_of_new_trainer() -> list[Any]:
+    """Return the callbacks of a Trainer in the making while it compares their ``state_key``, else nothing.
+
+    Lightning does so in ``_validate_callbacks_list(callbacks)``, whose own error does not say what to do.
+    """
+    caller = sys._getframe(2)
+    return caller.f_locals.get("callbacks", []) if caller.f_code.co_name == "_validate_callbacks_list" else []
+
+
+def validation_loaders(trainer: Trainer) -> list[Any]:
+    """Return the validation loaders as Lightning has prepared them; [None] where their batches come combined."""
+    # Trainer.val_dataloaders would go on to name those of fit during a later Trainer.validate.
+    fitting = trainer.state.fn == "fit"
+    loop = trainer.fit_loop.epoch_loop.val_loop if fitting else trainer.validate_loop
+    combined = loop._combined_loader
+    return list(combined.flattened) if combined is not None and combined._mode == "sequential" else [None]
+
+
+def validates_by_clock(trainer: Trainer) -> bool:
+    """Return whether ``val_check_interval`` is a time, so that each process validates when its own clock says so."""
+    return getattr(trainer, "_val_check_time_interval", None) is not None
+
+
+def logged_step(trainer: Trainer) -> int:
+    """Return the step under which ``pl_module.log`` logs at the end of an epoch."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped - int(trainer.training)
+
+
+def prepared_batch(batch: Any, trainer: Trainer, module: LightningModule) -> Any:
+    """Return a batch as a validation loop would give it to the module: in precision, through the hooks, on device."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def plain_name(name: str) -> str:
+    """Return the name of a module without the parts that wrappers insert."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def compiled_modules(root: nn.Module) -> set[nn.Module]:
+    """Return the modules that ``torch.compile`` compiles, those of TorchScript, and all modules inside them."""
+    compiled: Iterable[nn.Module] = (
+        module
+        for module in root.modules()
+        if isinstance(module, torch.jit.ScriptModule)
+        or hasattr(module, "_orig_mod")
+        or getattr(module, "_compiled_call_impl", None) is not None
+    )
+    return {part for module in compiled for part in module.modules()}
+
+
+def uncompiled(module: nn.Module, copy: Callable[[Any], Any]) -> Any:
+    """Return a copy of a module without what ``torch.compile`` has put around it.
+
+    Compiled code in a copy would go on with the weights of the original.
+    """
+    plain: Any = copy(getattr(module, "_orig_mod", module))
+    if getattr(plain, "_compiler_ctx", None) is not None:  # a compiled LightningModule
+        package = next(name for name in _imported() if isinstance(plain, sys.modules[name].LightningModule))
+        plain = import_module(f"{package}.utilities.compile").to_uncompiled(plain)
+    for part in plain.modules():
+        vars(part).pop("_compiled_call_impl", None)
+    return plain
+
+
+def hooks_of(module: nn.Module, kind: type) -> list[tuple[dict[int, Any], int]]:
+    """Return the forward hooks of a module that are methods of objects of that class: the dict of each, and its key."""
+    return [
+        (hooks, key)
+        for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        for key, hook in hooks.items()
+        if isinstance(getattr(hook, "__self__", None), kind)
+    ]
+
+
+@contextmanager
+def kept_buffers(root: nn.Module) -> Iterator[None]:
+    """Put the buffers of a module back as they were, also those that were added or removed meanwhile."""
+    parts = [part for part in root.modules() if not isinstance(part, torch.jit.ScriptModule)]
+    held = [(part, dict(part._buffers), set(part._non_persistent_buffers_set)) for part in parts]
+    contents = [(buffer, buffer.clone()) for buffer in root.buffers()]
+    try:
+        yield
+    finally:
+        for part, buffers, transient in held:
+            part._buffers.clear()
+            part._buffers.update(buffers)
+            part._non_persistent_buffers_set.clear()
+            part._non_persistent_buffers_set.update(transient)
+        with torch.no_grad():
+            for buffer, content in contents:
+                if not torch.equal(buffer, content):
+                    buffer.copy_(content)
