@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_logme.arguments import check_options, check_task, positive_or_none
-from lightning_logme.evidence import Evidence
-from lightning_logme.moments import Batch, Moments, Task, moments_device
+from lightning_logme.scores.evidence import Evidence
+from lightning_logme.scores.rows import Target, Task, moments_device
+from lightning_logme.utilities.checks import check_flags, check_options, check_task, positive_or_none
 
 # Beyond which num_classes=None takes labels for something else, unless there are samples for them.
 _MOST_CLASSES = 1_000_000
@@ -26,6 +26,7 @@ def logme(
     num_classes: int | None = None,
     ignore_index: int | None = None,
     fit_intercept: bool = False,
+    normalize: bool = False,
 ) -> Tensor:
     r"""Log of maximum evidence (LogME): how well features suit a target, without training anything.
 
@@ -46,6 +47,7 @@ def logme(
         ignore_index: rows with this label are left out ("multilabel": with any such entry). Has no meaning for
             "regression".
         fit_intercept: centre features and targets first. The papers do not.
+        normalize: scale the features of each sample to length 1 first. The papers do not.
 
     Returns:
         A float64 scalar on the device of the features. NaN, with a warning that names the cause, where there is no
@@ -74,6 +76,7 @@ def logme(
         num_classes=num_classes,
         ignore_index=ignore_index,
         fit_intercept=fit_intercept,
+        normalize=normalize,
     ).score
 
 
@@ -85,6 +88,7 @@ def evidence(
     num_classes: int | None = None,
     ignore_index: int | None = None,
     fit_intercept: bool = False,
+    normalize: bool = False,
 ) -> Evidence:
     """Everything behind :func:`logme`: the evidence of each output, the gain over the null, and the posterior.
 
@@ -102,6 +106,7 @@ def evidence(
     """
     check_task(task)
     check_options(task, ignore_index, fit_intercept)
+    check_flags(normalize=normalize)
     num_classes = positive_or_none("num_classes", num_classes)
     if task == "binary" and num_classes not in (None, 2):
         raise ValueError(f"num_classes must be 2 or None for task='binary', got {num_classes}.")
@@ -111,22 +116,17 @@ def evidence(
         raise ValueError(
             f"num_classes={num_classes} has no meaning for task='regression'; the target's columns are the outputs."
         )
-    rows, labels = _as_tensor(features, "features"), _as_tensor(target, "target")
-    batch = Batch.checked(rows, labels, task, num_outputs=num_classes, ignore_index=ignore_index).kept()
-    for name, value in (("features", batch.features), ("target", batch.target)):
+    labels = Target.checked(_as_tensor(target, "target"), task, num_classes, ignore_index)
+    rows = labels.rows(_as_tensor(features, "features"))
+    for name, value in (("features", rows.features), ("target", rows.target)):
         if not torch.isfinite(value.sum(dtype=torch.float64)):  # far cheaper than to look at each
             bad = int((~torch.isfinite(value)).sum())
             if bad:
                 raise ValueError(f"{name} must be finite, but {bad} of {value.numel()} values are NaN or Inf.")
-
-    if num_classes is None:
-        num_classes = _number_of_outputs(batch.target)
-    (n, d), device = batch.features.shape, batch.features.device
-    batch = Batch(batch.features.to(moments_device(device)), batch.target.to(moments_device(device)))
-    if n < d:
-        return Evidence.from_rows(batch, num_classes, task, fit_intercept)
-    moments = Moments.zeros(d, num_classes, batch.features.device).accumulate(batch)
-    return Evidence.from_moments(moments, task, fit_intercept)
+    if normalize:
+        rows = rows.normalized()
+    rows = rows.to(moments_device(rows.features.device))
+    return Evidence.of(rows, num_classes or _number_of_outputs(rows.target), task, fit_intercept)
 
 
 def _number_of_outputs(target: Tensor) -> int:

@@ -1,26 +1,35 @@
 """LogME as a torchmetrics metric whose states are the moments."""
 
 # Annotations are not postponed here: torch.jit.script cannot read those of a class that are strings.
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module
 from torchmetrics import Metric
+from torchmetrics.utilities.distributed import gather_all_tensors
 
-from lightning_logme.arguments import check_options, check_task, positive
-from lightning_logme.evidence import Evidence
-from lightning_logme.moments import Batch, Moments, Task, moments_device
+from lightning_logme.scores.accumulator import Accumulator, Held
+from lightning_logme.scores.evidence import Evidence
+from lightning_logme.scores.moments import Moments
+from lightning_logme.scores.rows import Rows, Target, Task, moments_device
+from lightning_logme.utilities.checks import check_flags, check_options, check_task, positive
+
+_LISTS = ("held_features", "held_target", "held_index", "subset_features", "subset_target", "subset_index")
+_INDICES = ("held_index", "subset_index")  # stay on the CPU
 
 
 class LogME(Metric):
     r"""Log of maximum evidence (LogME) of features for a target, accumulated over batches and processes.
 
-    See :func:`lightning_logme.functional.logme` for the formula and the source. No feature is kept: the states are
-    float64 sums over samples, :math:`F^T F` and :math:`F^T Y` above all, so that memory is O(D² + DK) whatever the
-    number of samples, and batches and processes combine by addition, exactly.
+    See :func:`lightning_logme.functional.logme` for the formula and the source. The states are float64 sums over
+    samples, :math:`F^T F` and :math:`F^T Y` above all, so that memory is O(D² + DK) whatever the number of samples, and
+    batches and processes combine by addition, exactly. Fewer than D samples are held as they are, which takes less
+    memory and time; the sums are then 0. A random subset of at most 2048 samples stays.
 
     As input to ``forward`` and ``update`` the metric accepts
 
@@ -44,6 +53,7 @@ class LogME(Metric):
         ignore_index: rows with this label are left out ("multilabel": with any such entry). Has no meaning for
             "regression".
         fit_intercept: centre features and targets first. The papers do not.
+        normalize: scale the features of each sample to length 1 first. The papers do not.
         kwargs: see :class:`torchmetrics.Metric`.
 
     Raises:
@@ -75,6 +85,12 @@ class LogME(Metric):
     feature_sum: Tensor
     target_sum: Tensor
     target_square: Tensor
+    held_features: list[Tensor]
+    held_target: list[Tensor]
+    held_index: list[Tensor]
+    subset_features: list[Tensor]
+    subset_target: list[Tensor]
+    subset_index: list[Tensor]
 
     def __init__(
         self,
@@ -85,32 +101,48 @@ class LogME(Metric):
         num_outputs: int = 1,
         ignore_index: int | None = None,
         fit_intercept: bool = False,
+        normalize: bool = False,
         **kwargs: Any,
     ) -> None:
         # torchmetrics would gather the matrices of all processes in each, and add them up there.
         super().__init__(**{**kwargs, "dist_sync_fn": kwargs.get("dist_sync_fn") or _all_reduce})
         check_task(task)
         check_options(task, ignore_index, fit_intercept)
+        check_flags(normalize=normalize)
         self.task: Task = task
         self.num_features = positive("num_features", num_features)
         self.num_outputs = _number_of_outputs(task, num_classes, num_labels, num_outputs)
         self.ignore_index = ignore_index
         self.fit_intercept = fit_intercept
+        self.normalize = normalize
         self._evidence: Evidence | None = None
-        for name, value in vars(Moments.zeros(self.num_features, self.num_outputs)).items():
-            self.add_state(name, default=value, dist_reduce_fx="sum")
-            # torchmetrics keeps a copy of every default, which reset() clones: D × D zeros, held in one number.
-            self._defaults[name] = value.new_zeros(()).expand_as(value)
+        self._next_index = 0
+        # A single zero until rows are folded: torchmetrics copies every state and its default, and D × D is much.
+        zero = torch.zeros((), dtype=torch.float64)
+        self.add_state("count", default=zero, dist_reduce_fx="sum")
+        self.add_state("gram", default=zero, dist_reduce_fx="sum")
+        self.add_state("cross", default=zero, dist_reduce_fx="sum")
+        self.add_state("feature_sum", default=zero, dist_reduce_fx="sum")
+        self.add_state("target_sum", default=zero, dist_reduce_fx="sum")
+        self.add_state("target_square", default=zero, dist_reduce_fx="sum")
+        for name in _LISTS:
+            self.add_state(name, default=[], dist_reduce_fx="cat")
 
     def update(self, features: Tensor, target: Tensor) -> None:
         """Add a batch."""
-        batch = Batch.checked(features, target, self.task, self.num_outputs, self.num_features, self.ignore_index)
-        for name, value in vars(self.moments().accumulate(batch)).items():
-            setattr(self, name, value)
+        checked = Target.checked(target, self.task, self.num_outputs, self.ignore_index)
+        rows = checked.rows(features, self.num_features, self.normalize)
+        accumulator = self._accumulator()
+        if not self._is_folded:  # they may be held, and their owner may overwrite them
+            rows = Rows(rows.features.clone(), rows.target.clone())
+        accumulator.add(rows, index=torch.arange(self._next_index, self._next_index + len(rows)))
+        # Not num_samples: torchmetrics resets the states within forward.
+        self._next_index += len(rows)
+        self._set(accumulator)
 
     def compute(self) -> Tensor:
         """LogME of everything seen since the last reset, by all processes."""
-        self._evidence = Evidence.from_moments(self.moments(), self.task, self.fit_intercept)
+        self._evidence = self._accumulator().evidence(self.fit_intercept)
         return self._evidence.score
 
     def evidence(self) -> Evidence:
@@ -126,36 +158,82 @@ class LogME(Metric):
         self._computed = None
         self._update_count += 1
 
+    def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
+        """Add states, as forward and merge_state do."""
+        super()._reduce_states({**{name: [] for name in _LISTS}, **incoming_state})  # version 0.1 had no lists
+        self._set(self._accumulator())
+
+    def _sync_dist(self, dist_sync_fn: Callable = gather_all_tensors, process_group: Any = None) -> None:
+        """Add up the sums of all processes. Each keeps the random subset of its own samples."""
+        sums = self._accumulator().moments().get(0) or Moments.zeros(
+            self.num_features, self.num_outputs, self.count.device
+        )
+        for name, value in vars(sums).items():
+            everyone = dist_sync_fn(value, group=process_group or self.process_group)
+            setattr(self, name, functools.reduce(torch.add, everyone))
+        self.held_features, self.held_target, self.held_index = [], [], []
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Copies of states that fit; what was computed before is forgotten."""
-        for name, value in vars(self.moments()).items():
+        """Load copies of states that fit, and forget what was computed before."""
+        for name, value in vars(Moments.zeros(self.num_features, self.num_outputs, "meta")).items():
             loaded = state_dict.get(prefix + name)
-            if loaded is not None and loaded.shape != value.shape:
+            if loaded is not None and loaded.shape not in (value.shape, ()):
                 raise ValueError(
                     f"the state {name!r} must have shape {tuple(value.shape)}, got {tuple(loaded.shape)}; load it into "
                     "a metric of the same num_features and number of outputs."
                 )
         self._computed, self._evidence = None, None
+        if prefix + "count" in state_dict:  # version 0.1 had no lists
+            state_dict = {**{prefix + name: [] for name in _LISTS}, **state_dict}
         super()._load_from_state_dict(state_dict, prefix, *args)
-        for name, value in vars(self.moments()).items():
-            setattr(self, name, value.clone())
+        for name, value in self.metric_state.items():
+            setattr(self, name, value.clone() if isinstance(value, Tensor) else [each.clone() for each in value])
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
         """Plot one or several values, see :meth:`torchmetrics.Metric.plot`."""
         return self._plot(val, ax)
 
-    def moments(self) -> Moments:
-        """The states as they are: the sums of this process, unless they have been synchronised."""
-        return Moments(**{field.name: getattr(self, field.name) for field in fields(Moments)})
+    @property
+    def _is_folded(self) -> bool:
+        return self.gram.ndim > 0
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Module:
+    def _accumulator(self) -> Accumulator:
+        """Return what the states hold. Either rows are held, or there are sums, never both between two calls."""
+        accumulator = Accumulator(self.task, self.num_features, self.num_outputs, self.count.device)
+        if self._is_folded:
+            accumulator.sums = {0: Moments(**{field.name: getattr(self, field.name) for field in fields(Moments)})}
+        accumulator.held = [
+            Held(Rows(features, target), 0, index)
+            for features, target, index in zip(self.held_features, self.held_target, self.held_index, strict=True)
+        ]
+        accumulator.subset = [
+            (Rows(features, target), index)
+            for features, target, index in zip(self.subset_features, self.subset_target, self.subset_index, strict=True)
+        ]
+        accumulator.segments = {0}
+        accumulator.num_samples = sum(map(len, self.held_features))
+        return accumulator
+
+    def _set(self, accumulator: Accumulator) -> None:
+        """Write the states, folded unless all samples are held and fewer than D."""
+        if accumulator.sums or accumulator.num_samples >= self.num_features:
+            for name, value in vars(accumulator.moments()[0]).items():
+                setattr(self, name, value)
+        self.held_features = [held.rows.features for held in accumulator.held]
+        self.held_target = [held.rows.target for held in accumulator.held]
+        self.held_index = [held.index for held in accumulator.held]
+        self.subset_features = [rows.features for rows, _ in accumulator.subset]
+        self.subset_target = [rows.target for rows, _ in accumulator.subset]
+        self.subset_index = [index for _, index in accumulator.subset]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> Module:
         """Let torch move the states between devices, never change their precision."""
 
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(moments_device(fn(tensor.new_empty(0)).device))
 
         self._computed, self._evidence = None, None
-        return super()._apply(move, *args, **kwargs)
+        return super()._apply(move, (*exclude_state, *_INDICES))
 
 
 def _all_reduce(state: Tensor, group: Any = None) -> list[Tensor]:

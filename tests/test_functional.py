@@ -78,7 +78,7 @@ BAD = {
     "features of rank 3": ((F[None], Y), {}, r"features must have shape \(N, D\), got \(1, 20, 4\)"),
     "complex features": ((F.cfloat(), Y), {}, "features must be floating point, got torch.complex64"),
     "different lengths": ((F, Y[:-1]), {}, r"same length, got \(20, 4\) and \(19,\)"),
-    "scalar target": ((F, torch.tensor(1)), {}, r"same length, got \(20, 4\) and \(\)"),
+    "scalar target": ((F, torch.tensor(1)), {}, r"target must have shape \(N,\) for task='multiclass', got \(\)"),
     "one-hot labels": ((F, torch.eye(3)[Y]), {}, r"target must have shape \(N,\) for task='multiclass', got \(20, 3\)"),
     "float labels": ((F, Y.float()), {}, "integer class labels for task='multiclass', got torch.float32"),
     "flat multilabel": (

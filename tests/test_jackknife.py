@@ -8,27 +8,30 @@ import torch
 from backbones import WIDTH
 from oracles import problem
 from scipy import stats
+from streamed import rows_of
 
 from lightning_logme.functional import logme
-from lightning_logme.moments import Batch, Moments
-from lightning_logme.ranking.jackknife import (
+from lightning_logme.scores.accumulator import Accumulator
+from lightning_logme.scores.jackknife import (
     ERROR_RATE,
-    leave_one_out,
+    jackknife,
     quantile_of_ties,
     quantile_to_drop,
     standard_error,
     student_quantile,
     trailing,
 )
-from lightning_logme.samples import BLOCKS
+from lightning_logme.scores.moments import Moments
+
+BLOCKS = 8
 
 
-def blocks_of(features, labels, classes, task="multiclass"):
-    empty = Moments.zeros(features.shape[1], classes)
-    return [
-        (empty + empty).accumulate(Batch.checked(features[k::BLOCKS], labels[k::BLOCKS], task, classes))
-        for k in range(BLOCKS)
-    ]
+def jackknifed(features, labels, classes, fit_intercept=False):
+    """The evidence and the scores without each block, where block k has every eighth sample from k on."""
+    accumulator = Accumulator("multiclass", features.shape[1], classes)
+    accumulator.add(rows_of(features, labels, "multiclass", classes), torch.arange(len(labels)) % BLOCKS)
+    evidence, scores = jackknife(accumulator, fit_intercept)
+    return evidence, torch.tensor(scores, dtype=torch.float64)
 
 
 def tensors(*args, **options):
@@ -49,7 +52,7 @@ def test_error_rate_is_shared_among_pairs_and_rounds():
 @pytest.mark.parametrize("fit_intercept", [False, True])
 def test_scores_with_a_block_left_out_are_those_of_the_other_rows(fit_intercept):
     features, labels = tensors(200, 12, 3)
-    evidence, scores = leave_one_out(blocks_of(features, labels, 3), "multiclass", fit_intercept)
+    evidence, scores = jackknifed(features, labels, 3, fit_intercept)
     expected = logme(features, labels, num_classes=3, fit_intercept=fit_intercept)
     torch.testing.assert_close(evidence.score, expected)
     rest = [torch.arange(200) % BLOCKS != k for k in range(BLOCKS)]
@@ -61,7 +64,7 @@ def test_scores_with_a_block_left_out_are_those_of_the_other_rows(fit_intercept)
 def test_leading_directions_are_enough_for_error_bars(n, d):
     features, labels = tensors(n, d, 5, noise=3.0)
     features = features / torch.arange(1, d + 1)  # a spectrum that decays, as that of networks does
-    _, scores = leave_one_out(blocks_of(features, labels, 5), "multiclass", False)
+    _, scores = jackknifed(features, labels, 5)
     rest = [torch.arange(n) % BLOCKS != k for k in range(BLOCKS)]
     exact = [float(logme(features[r], labels[r], num_classes=5)) for r in rest]
     assert standard_error(scores.tolist()) == pytest.approx(standard_error(exact), rel=0.35)
@@ -69,10 +72,10 @@ def test_leading_directions_are_enough_for_error_bars(n, d):
 
 def test_a_class_of_one_block_does_not_blow_up_the_error():
     features, labels = tensors(160, 6, 3)
-    without = standard_error(leave_one_out(blocks_of(features, labels, 3), "multiclass", False)[1].tolist())
+    without = standard_error(jackknifed(features, labels, 3)[1].tolist())
     labels = labels.clone()
     labels[3] = 3
-    evidence, scores = leave_one_out(blocks_of(features, labels, 4), "multiclass", False)
+    evidence, scores = jackknifed(features, labels, 4)
     assert not evidence.per_output.isnan().any()
     assert scores.isfinite().all()
     assert standard_error(scores.tolist()) < 5 * without
@@ -80,10 +83,10 @@ def test_a_class_of_one_block_does_not_blow_up_the_error():
 
 def test_projected_moments_are_those_of_projected_features():
     features, labels = tensors(300, 600, 3)
-    moments = Moments.zeros(600, 3).accumulate(Batch.checked(features, labels, "multiclass", 3))
+    moments = Moments.zeros(600, 3).accumulate(rows_of(features, labels, "multiclass", 3))
     basis = torch.randn(600, 20, dtype=torch.float64)
     got = moments.project(basis)
-    expected = Moments.zeros(20, 3).accumulate(Batch.checked(features @ basis, labels, "multiclass", 3))
+    expected = Moments.zeros(20, 3).accumulate(rows_of(features @ basis, labels, "multiclass", 3))
     for name, value in vars(expected).items():
         mine = getattr(got, name)
         torch.testing.assert_close(mine.tril() if name == "gram" else mine, value.tril() if name == "gram" else value)
@@ -91,7 +94,7 @@ def test_projected_moments_are_those_of_projected_features():
 
 def test_sum_of_parts_leaves_the_parts_alone():
     features, labels = tensors(64, 5, 3)
-    blocks = blocks_of(features, labels, 3)
+    blocks = [Moments.zeros(5, 3).accumulate(rows_of(features[k::8], labels[k::8], num_outputs=3)) for k in range(8)]
     before = blocks[0].cross.clone()
     assert int(Moments.sum(blocks).count) == 64
     torch.testing.assert_close(blocks[0].cross, before)
@@ -107,7 +110,7 @@ def test_error_bars_are_the_spread_of_fresh_samples():
         labels = torch.randint(classes, (n,), generator=generator)
         features = means[labels] + 3 * torch.randn(n, WIDTH, generator=generator, dtype=torch.float64)
         noisy = features + torch.randn(n, WIDTH, generator=generator, dtype=torch.float64)
-        results = [leave_one_out(blocks_of(f, labels, classes), "multiclass", False) for f in (features, noisy)]
+        results = [jackknifed(f, labels, classes) for f in (features, noisy)]
         (first, left_out), (second, left_out_too) = results
         scores.append(float(first.score))
         differences.append(float(first.score - second.score))
@@ -131,7 +134,7 @@ def test_error_bars_of_many_features_are_no_smaller_than_the_spread(first_inform
         labels = torch.randint(classes, (n,), generator=generator)
         shared = means[labels] / 2 + torch.randn(n, d, generator=generator)
         candidates = [(shared + torch.randn(n, d, generator=generator)).relu() * sizes for _ in range(2)]
-        results = [leave_one_out(blocks_of(f, labels, classes), "multiclass", False) for f in candidates]
+        results = [jackknifed(f, labels, classes) for f in candidates]
         (first, left_out), (second, left_out_too) = results
         differences.append(float(first.score - second.score))
         errors.append(standard_error((left_out - left_out_too).tolist()))
@@ -159,10 +162,7 @@ def simulated_race(candidates: int, rng: np.random.Generator) -> int:
     features = [signal + torch.as_tensor(rng.normal(size=(n, d))) * 2 for _ in range(candidates)]
     running = list(range(candidates))
     for index, stop in enumerate((60, 120, 240)):
-        results = {
-            k: leave_one_out(blocks_of(features[k][:stop], labels[:stop], classes), "multiclass", False)
-            for k in running
-        }
+        results = {k: jackknifed(features[k][:stop], labels[:stop], classes) for k in running}
         behind = trailing(
             {k: float(evidence.score) for k, (evidence, _) in results.items()},
             {k: scores.tolist() for k, (_, scores) in results.items()},

@@ -10,6 +10,7 @@ import pytest
 import torch
 from models import CLASSES, Classifier, ConvNet, images, loader, penultimate, trainer, vectors
 from oracles import one_hot, problem
+from streamed import streamed
 from torch import nn
 
 from lightning_logme import LogME, LogMECallback
@@ -196,8 +197,7 @@ class TestMeanFarAboveSpread:
         exact = np.mean([oracles.by_singular_values(contrasts[0], y) for y in contrasts[1].T])
         if path == "rows":
             return exact, float(logme(features, labels, fit_intercept=fit_intercept))
-        features, labels = torch.as_tensor(features), torch.as_tensor(labels)
-        return exact, float(metric_of(features, labels, num_classes=4, fit_intercept=fit_intercept).score)
+        return exact, float(streamed(features, labels, num_outputs=4, fit_intercept=fit_intercept, batch=50).score)
 
     @pytest.mark.parametrize("fit_intercept", [False, True])
     @pytest.mark.parametrize(("n", "d"), [(1000, 40), (60, 90), (200, 230)])

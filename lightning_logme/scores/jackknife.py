@@ -1,4 +1,4 @@
-"""How sure a score is, and how sure a difference of scores: the paired block jackknife."""
+"""Standard errors of a score and of a difference of scores: the paired block jackknife."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
 
-from lightning_logme.evidence import Evidence, maximise_moments
-from lightning_logme.moments import Moments, Task
+from lightning_logme.scores.accumulator import Accumulator
+from lightning_logme.scores.evidence import Evidence
+from lightning_logme.scores.moments import Moments
 
 # Of a race in which several candidates are equally good: the chance that any of them is dropped. Also of the report of
 # ties: the chance that a candidate as good as the best is not called tied.
@@ -22,32 +22,32 @@ ERROR_RATE = 0.05
 _DIRECTIONS = 256
 
 
-def leave_one_out(blocks: Sequence[Moments], task: Task, fit_intercept: bool) -> tuple[Evidence, Tensor]:
-    """The evidence of all blocks together, and the score without each of them.
+def jackknife(accumulator: Accumulator, fit_intercept: bool = False) -> tuple[Evidence, list[float]]:
+    """Return the evidence of all blocks together, and the score without each of them.
 
     Args:
-        blocks: the moments of disjoint random parts of the samples, about equally large.
-        task: of the targets.
+        accumulator: its segments are the blocks: disjoint random parts of the samples, about equally large.
         fit_intercept: as in :class:`~lightning_logme.Evidence`.
 
     Returns:
-        The evidence, and the (B,) scores in the leading directions of feature space. A class that only the block left
-        out has keeps its evidence of all blocks, so that every score is a mean over the same classes.
+        The evidence, and B scores in the leading directions of feature space; NaN where there is no evidence, or only
+        one block. A class that occurs in a single block keeps its evidence of all blocks, so that every score is a
+        mean over the same classes.
     """
-    evidence, spectrum = maximise_moments(Moments.sum(blocks), task, fit_intercept)
-    if spectrum is None:
-        return evidence, evidence.per_output.new_full((len(blocks),), math.nan)
-    if blocks[0].num_features > _DIRECTIONS:
-        basis = spectrum.leading(_DIRECTIONS)
-        blocks = [block.project(basis) for block in blocks]
+    evidence, spectrum = accumulator.decomposed(fit_intercept)
+    if spectrum is None or len(accumulator.segments) < 2:
+        return evidence, [math.nan] * len(accumulator.segments)
+    many = accumulator.num_features > _DIRECTIONS
+    blocks = accumulator.projected(spectrum.leading(_DIRECTIONS) if many else None)
     scores = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what is wrong with a part has been said of the whole, or is no news
+        warnings.simplefilter("ignore")  # the evidence of all blocks has warned already
         for index in range(len(blocks)):
-            rest = Evidence.from_moments(Moments.sum([*blocks[:index], *blocks[index + 1 :]]), task, fit_intercept)
+            others = Moments.sum([*blocks[:index], *blocks[index + 1 :]])
+            rest = Evidence.from_moments(others, accumulator.task, fit_intercept)
             absent = rest.per_output.isnan() & ~evidence.per_output.isnan()
             scores.append(torch.where(absent, evidence.per_output, rest.per_output).nanmean())
-    return evidence, torch.stack(scores)
+    return evidence, torch.stack(scores).tolist()
 
 
 def standard_error(scores: Sequence[float]) -> float:

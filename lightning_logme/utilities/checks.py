@@ -1,12 +1,12 @@
-"""Checks of the arguments that several parts share: one clear sentence each."""
+"""Checks of arguments; each error is one clear sentence."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from numbers import Integral
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
-from lightning_logme.moments import Task
+Task = Literal["binary", "multiclass", "multilabel", "regression"]
 
 
 def check_task(task: Any) -> None:
@@ -16,7 +16,7 @@ def check_task(task: Any) -> None:
 
 
 def check_options(task: Task, ignore_index: Any, fit_intercept: Any) -> None:
-    """Raise ``ValueError`` unless the options are of their types, and have a meaning for the task."""
+    """Raise ``ValueError`` unless the options have the right types and a meaning for the task."""
     if ignore_index is not None and not _is_integer(ignore_index):
         raise ValueError(f"ignore_index must be an integer or None, got {ignore_index!r}.")
     if ignore_index is not None and task == "regression":
@@ -35,10 +35,10 @@ def check_flags(**flags: Any) -> None:
 
 
 def names(name: str, value: Any) -> tuple[str, ...]:
-    """Several names as a tuple of strings.
+    """Return several names as a tuple of strings.
 
     Raises:
-        ValueError: they are none.
+        ValueError: ``value`` is a single string, or holds something that is not a string.
     """
     if isinstance(value, str):
         raise ValueError(f"{name} must be a sequence of names, got the string {value!r}; write {name}=[{value!r}].")
@@ -49,15 +49,15 @@ def names(name: str, value: Any) -> tuple[str, ...]:
 
 
 def positive_or_none(name: str, value: Any) -> int | None:
-    """As :func:`positive`; None stays None."""
+    """Return a positive integer, or None for None; see :func:`positive`."""
     return None if value is None else positive(name, value)
 
 
 def positive(name: str, value: Any) -> int:
-    """An integer above zero as an int.
+    """Return an integer above zero as an int.
 
     Raises:
-        ValueError: it is none.
+        ValueError: ``value`` is no such integer.
     """
     if not _is_integer(value) or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}.")
@@ -65,10 +65,10 @@ def positive(name: str, value: Any) -> int:
 
 
 def integer(name: str, value: Any) -> int:
-    """An integer as an int.
+    """Return an integer as an int.
 
     Raises:
-        ValueError: it is none.
+        ValueError: ``value`` is no integer.
     """
     if not _is_integer(value):
         raise ValueError(f"{name} must be an integer, got {value!r}.")

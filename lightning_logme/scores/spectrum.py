@@ -1,25 +1,23 @@
-"""From moments, or from rows, to the eigenbasis in which the evidence of every output is a function of one number."""
+"""Eigendecomposition of moments or rows: in the eigenbasis, each output's evidence is a function of one number."""
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lightning_logme.moments import Batch, Moments, add_gram_
+from lightning_logme.scores.moments import Moments, add_gram_
+from lightning_logme.scores.rows import Rows
 
 EPS = torch.finfo(torch.float64).eps
 TINY = torch.finfo(torch.float64).tiny
 
-_LOW_RANK = 0.8  # of D: with fewer samples than this, a low-rank factor comes cheaper than a full eigendecomposition
-_PIVOTS = 64  # columns a step of the pivoted Cholesky factorisation takes at most
 _ROUNDING = 4  # times eps and what a difference takes away: what may be left of it by rounding
 _LARGE_MEAN = 100  # times the spread: features with a larger mean are centred first, at the cost of an SVD
 _FEW = 16  # times eps: the error of a sum of a few numbers
-_COMPARABLE = 0.1  # to the largest pivot: the size of the directions that a step takes
-
 
 Decomposed = tuple[Tensor, Tensor, tuple[Tensor, ...]]  # eigenvalues, coordinates and basis of a Spectrum
 
@@ -37,8 +35,8 @@ class Spectrum:
         square: (K,) q = ‖y‖².
         dof: n, or n − 1 where an intercept was taken out.
         basis: matrices whose product is V (D, R); the product itself is never needed.
-        resolution: the smallest eigenvalue that can be told from zero: D · eps · λ_max, where λ_max is that of centred
-            features if they were centred first, and not less than what the removal of a mean leaves by rounding.
+        resolution: eigenvalues below it may be rounding: D · eps · λ_max, where λ_max is that of centred features if
+            they were centred first, and not less than what the removal of a mean leaves by rounding.
         centre: the means of the features (D,) and of the targets (K,) where an intercept was taken out, else None.
         ratio: the mean of the features in units of their spread, both as lengths of vectors.
         unseen: sum of the eigenvalues below the resolution; infinite where features vary so little that they may as
@@ -75,14 +73,11 @@ class Spectrum:
     def leading(self, number: int) -> Tensor:
         """The first columns of V, at most so many: the directions of the largest eigenvalues."""
         *factors, columns = self.basis
-        columns = columns[:, :number]
-        for factor in reversed(factors):
-            columns = factor @ columns
-        return columns
+        return functools.reduce(torch.matmul, [*factors, columns[:, :number]])
 
     @classmethod
     def from_moments(cls, moments: Moments, fit_intercept: bool = False) -> Spectrum:
-        """Decompose the Gram matrix; with fewer rows than features, only the subspace that the rows span."""
+        """Decompose the Gram matrix (D × D)."""
         n, d = int(moments.count), moments.num_features
         gram, cross, floor = moments.gram, moments.cross, 0.0
         mean, spread = moments.feature_sum / n, centred_square(gram.diagonal(), moments.feature_sum, n)
@@ -95,39 +90,32 @@ class Spectrum:
             cross = torch.addr(cross, moments.target_sum, mean, alpha=-1).mul_(varies)
             floor = _ROUNDING * EPS * n * float((mean * varies).square().sum())
 
-        basis: tuple[Tensor, ...]
-        if n < _LOW_RANK * d:
-            eigenvalues, basis = _low_rank_eigh(gram, n)
-        else:
-            eigenvalues, vectors = torch.linalg.eigh(gram)  # reads the lower triangle
-            basis = (vectors,)
+        eigenvalues, vectors = torch.linalg.eigh(gram)  # reads the lower triangle
         kept, resolution = _resolved(eigenvalues, n - centred, d, floor)
-        eigenvalues, basis = eigenvalues[kept], (*basis[:-1], basis[-1][:, kept])
-        coordinates = _times(cross, basis) / eigenvalues.sqrt()
+        eigenvalues, vectors = eigenvalues[kept], vectors[:, kept]
         unseen = float(gram.diagonal().sum() - eigenvalues.sum())
         if centred and _may_vary(moments, spread):
             unseen = math.inf
-        decomposed = eigenvalues, coordinates, basis
+        decomposed = eigenvalues, cross @ vectors / eigenvalues.sqrt(), (vectors,)
         target = moments.target_sum, moments.target_square
         return cls._assemble(decomposed, mean, *target, n, fit_intercept, resolution, ratio, unseen)
 
     @classmethod
-    def from_rows(cls, batch: Batch, num_outputs: int, fit_intercept: bool = False) -> Spectrum:
-        """Decompose FFᵀ (n × n): cheaper than the Gram matrix where n < D, and no product of the targets is needed."""
-        batch = batch.kept()
-        rows, target = batch.features.detach().double(), batch.dense_target(num_outputs)
-        (n, d), mean, total, square = rows.shape, rows.mean(0), target.sum(0), target.square().sum(0)
-        differences = (rows - mean).mul_((rows != rows[0]).any(0))  # of a constant, rounding would be left
+    def from_rows(cls, rows: Rows, num_outputs: int, fit_intercept: bool = False) -> Spectrum:
+        """Decompose FFᵀ (n × n): far cheaper than the Gram matrix where n < D."""
+        features, target = rows.features.detach().double(), rows.dense_target(num_outputs)
+        (n, d), mean, total, square = features.shape, features.mean(0), target.sum(0), target.square().sum(0)
+        differences = (features - mean).mul_((features != features[0]).any(0))  # of a constant, rounding would be left
         ratio = _ratio(mean, differences.square().sum() / n)
         centred = fit_intercept or ratio > _LARGE_MEAN
         if centred:
-            rows, target = differences, target - total / n
+            features, target = differences, target - total / n
         del differences
-        eigenvalues, left = torch.linalg.eigh(_gram(rows.T))
+        eigenvalues, left = torch.linalg.eigh(add_gram_(features.new_zeros(n, n), features.T))
         kept, resolution = _resolved(eigenvalues, n - centred, d)
         eigenvalues, left = eigenvalues[kept], left[:, kept]
-        decomposed = eigenvalues, target.T @ left, (rows.T, left / eigenvalues.sqrt())
-        unseen = float(rows.square().sum() - eigenvalues.sum())
+        decomposed = eigenvalues, target.T @ left, (features.T, left / eigenvalues.sqrt())
+        unseen = float(features.square().sum() - eigenvalues.sum())
         return cls._assemble(decomposed, mean, total, square, n, fit_intercept, resolution, ratio, unseen)
 
     @classmethod
@@ -159,7 +147,7 @@ class Spectrum:
         return cls(eigenvalues, coordinates, residual, square, dof, basis, resolution, centre, ratio, unseen)
 
     def coarser(self, factor: float) -> Spectrum:
-        """The same to a resolution that is larger by a factor."""
+        """Return the spectrum to a resolution that is larger by a factor."""
         resolution = factor * self.resolution
         seen = self.eigenvalues > resolution
         return replace(
@@ -177,12 +165,6 @@ def _ratio(mean: Tensor, variance: Tensor) -> float:
     return math.sqrt(float(mean.square().sum() / variance)) if bool(mean.any()) else 0.0
 
 
-def _times(rows: Tensor, basis: tuple[Tensor, ...]) -> Tensor:
-    for factor in basis:
-        rows = rows @ factor
-    return rows
-
-
 def _put_back(decomposed: Decomposed, mean: Tensor, total: Tensor, n: int, resolution: float) -> Decomposed:
     """Turn the decomposition of centred features into that of the features themselves.
 
@@ -196,7 +178,7 @@ def _put_back(decomposed: Decomposed, mean: Tensor, total: Tensor, n: int, resol
     """
     eigenvalues, coordinates, basis = decomposed
     rank = len(eigenvalues)
-    vectors = _times(basis[0], basis[1:])
+    vectors = functools.reduce(torch.matmul, basis)
     inside, beside = torch.zeros_like(eigenvalues), mean
     for _ in range(2):  # once leaves rounding of the size of the mean
         part = beside @ vectors
@@ -240,54 +222,3 @@ def _resolved(eigenvalues: Tensor, dof: int, num_features: int, floor: float = 0
     number = min(int((eigenvalues > resolution).sum()), dof)
     last = len(eigenvalues) - 1
     return torch.arange(last, last - number, -1, device=eigenvalues.device), resolution
-
-
-def _low_rank_eigh(gram: Tensor, rank: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Eigenvalues (ascending) and eigenvectors, in two factors, of a Gram matrix of at most this rank."""
-    factor = _pivoted_cholesky(gram, rank)
-    eigenvalues, vectors = torch.linalg.eigh(_gram(factor))
-    return eigenvalues, (
-        factor,
-        vectors / eigenvalues.clamp(min=TINY).sqrt(),
-    )  # those that are nearly zero will be dropped
-
-
-def _gram(rows: Tensor) -> Tensor:
-    """The lower triangle of FᵀF."""
-    return add_gram_(rows.new_zeros(rows.shape[1], rows.shape[1]), rows)
-
-
-def _pivoted_cholesky(gram: Tensor, rank: int) -> Tensor:
-    """L (D, at most rank) with G = L Lᵀ, from the lower triangle of a positive semidefinite G.
-
-    The columns with the largest diagonal of what is still unexplained are taken a block at a time, and within the
-    block only directions of comparable size, which keeps rounding errors from being magnified; the others come back in
-    a later block. See Higham 2002, "Accuracy and Stability of Numerical Algorithms", ch. 10.3 for pivoting by the
-    diagonal.
-    """
-    left_over = gram.diagonal().clone()
-    noise = EPS * left_over.max()
-    factor = gram.new_empty(len(gram), rank)
-    size = 0
-    while size < rank:
-        largest, pivots = left_over.topk(min(_PIVOTS, rank - size))
-        pivots = pivots[largest > noise].sort().values  # in the order of memory
-        if len(pivots) == 0:
-            break
-        columns = _columns(gram, pivots).addmm_(factor[:, :size], factor[pivots, :size].T, alpha=-1)
-        eigenvalues, vectors = torch.linalg.eigh(columns[pivots])
-        kept = eigenvalues > _COMPARABLE * largest[0]
-        if not kept.any():  # the running diagonal took rounding for more: look again at what is really there
-            left_over[pivots] = columns[pivots].diagonal().clamp(min=0)
-            continue
-        new = columns @ (vectors[:, kept] / eigenvalues[kept].sqrt())
-        factor[:, size : size + new.shape[1]] = new
-        size += new.shape[1]
-        left_over = (left_over - new.square().sum(1)).clamp_(min=0)
-    return factor[:, :size]
-
-
-def _columns(lower: Tensor, index: Tensor) -> Tensor:
-    """Columns of a symmetric matrix given its lower triangle."""
-    below = torch.arange(len(lower), device=lower.device)[:, None] >= index
-    return torch.where(below, lower[:, index], lower[index].T)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from lightning_logme.spectrum import Spectrum
+from lightning_logme.scores.spectrum import Spectrum
 
 _LARGEST_RATIO = 1e10  # of t to the largest eigenvalue: beyond it no target can gain more than 1e-10
 _POINTS_PER_DECADE = 8  # every term of the slope is a sigmoid in log t of unit scale: steps of 0.29 bracket its zeros

@@ -1,0 +1,341 @@
+"""Rows in, evidence out: by segment, block or whole, in one process or several."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from lightning_logme.scores.curve import CurvePoint
+from lightning_logme.scores.evidence import Evidence, maximise_moments, maximise_rows
+from lightning_logme.scores.moments import Moments
+from lightning_logme.scores.rows import Rows, Task, mixed, moments_device
+from lightning_logme.scores.spectrum import Spectrum
+from lightning_logme.utilities.distributed import gathered, together
+
+__all__ = ["Accumulator", "Held", "reduced"]
+
+Key = TypeVar("Key")
+Part = tuple[Rows, Tensor]  # with the index of each row in the whole data set
+
+SAMPLE_SIZE = 2048
+_SURPLUS = 1.25  # times the sample's size: it may grow to so many rows before it is put in order again
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """Rows that are not summed yet.
+
+    Attributes:
+        rows: of one batch.
+        segment: of all rows, or of each.
+        index: (m,) int64 on the CPU, of each row in the whole data set.
+    """
+
+    rows: Rows
+    segment: int | Tensor
+    index: Tensor
+
+    def of(self, segment: int) -> Rows:
+        """Return the rows of a segment."""
+        if isinstance(self.segment, Tensor):
+            return self.rows[(self.segment == segment).nonzero()[:, 0]]
+        return self.rows if self.segment == segment else self.rows[:0]
+
+
+class Accumulator:
+    """Rows of one source of features, and what they add up to.
+
+    Rows are held, in their own dtype, while they are fewer numbers than the Gram matrices they would be summed to. Then
+    they are folded into one :class:`Moments` per segment. A random subset of the samples stays.
+
+    Args:
+        task: of the targets.
+        num_features: D.
+        num_outputs: K.
+        device: of the sums and results, the CPU if None; where it has no float64 (MPS), the CPU.
+        sample_size: of the random subset, in samples.
+
+    Attributes:
+        num_samples: rows added so far.
+        segments: that have rows.
+        held: rows that are not summed yet.
+        sums: the moments of each segment that has been folded.
+        subset: rows of the random subset that have been folded, and their indices; somewhat more than it needs.
+
+    Example:
+        >>> import torch
+        >>> from lightning_logme.scores.accumulator import Accumulator
+        >>> from lightning_logme.scores.rows import Target
+        >>> accumulator = Accumulator("multiclass", num_features=8, num_outputs=4)
+        >>> for _ in range(10):
+        ...     target = torch.arange(20) % 4
+        ...     features = torch.randn(20, 8) + torch.eye(4, 8)[target]
+        ...     accumulator.add(Target.checked(target, "multiclass", 4).rows(features))
+        >>> accumulator.evidence().num_samples
+        200
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        num_features: int,
+        num_outputs: int,
+        device: torch.device | str | None = None,
+        sample_size: int = SAMPLE_SIZE,
+    ) -> None:
+        self.task: Task = task
+        self.num_features = num_features
+        self.num_outputs = num_outputs
+        self.device = moments_device(torch.device(device or "cpu"))
+        self.sample_size = sample_size
+        self.num_samples = 0
+        self.held: list[Held] = []
+        self.sums: dict[int, Moments] = {}
+        self.subset: list[Part] = []
+        self.segments: set[int] = set()
+
+    @torch.no_grad()
+    def add(self, rows: Rows, segment: int | Tensor = 0, index: Tensor | None = None) -> None:
+        """Add rows, and own them: they are not copied, so nobody may write to them later.
+
+        Args:
+            rows: of this task, with D features each.
+            segment: the segment of the curve, or block of the jackknife, of all rows or of each (int64, on the CPU).
+            index: (m,) int64 on the CPU, of each sample in the whole data set; None counts on from ``num_samples``.
+
+        Raises:
+            ValueError: the features are of another length.
+        """
+        if rows.features.shape[1] != self.num_features:
+            raise ValueError(
+                f"features of length {rows.features.shape[1]} after features of length {self.num_features}; pool them "
+                "to one length, with pooling=callable or forward=callable."
+            )
+        if not len(rows):
+            return
+        if index is None:
+            index = torch.arange(self.num_samples, self.num_samples + len(rows))
+        met = segment.unique().tolist() if isinstance(segment, Tensor) else [segment]
+        self.segments.update(met)
+        self.held.append(Held(rows, segment if len(met) > 1 else met[0], index))
+        self.num_samples += len(rows)
+        self._fold_if_cheaper()
+
+    def merge_(self, other: Accumulator) -> None:
+        """Add everything that another accumulator of the same task and shape has, and own it.
+
+        Raises:
+            ValueError: it has other numbers of features or outputs.
+        """
+        mine, others = ((each.num_features, each.num_outputs) for each in (self, other))
+        if mine != others:
+            raise ValueError(f"features or targets of lengths {others} cannot be added to those of {mine}.")
+        other.to(self.device)
+        self.held += other.held
+        self.subset += other.subset
+        for segment, sums in other.sums.items():
+            present = self.sums.get(segment)
+            self.sums[segment] = sums if present is None else present.writable().add_(sums)
+        self.segments |= other.segments
+        self.num_samples += other.num_samples
+        self._fold_if_cheaper()
+
+    def to(self, device: torch.device | str) -> Accumulator:
+        """Move everything to another device, in place; return the accumulator."""
+        self.device = moments_device(torch.device(device))
+        self.held = [replace(held, rows=held.rows.to(self.device)) for held in self.held]
+        self.sums = {segment: sums.to(self.device) for segment, sums in self.sums.items()}
+        self.subset = [(rows.to(self.device), index) for rows, index in self.subset]
+        return self
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that are held."""
+        rows = [*(held.rows for held in self.held), *(rows for rows, _ in self.subset)]
+        sums = (tensor for sums in self.sums.values() for tensor in vars(sums).values())
+        return sum(tensor.nbytes for tensor in [*sums, *(tensor for each in rows for tensor in vars(each).values())])
+
+    def moments(self) -> dict[int, Moments]:
+        """Fold what is held, and return the moments by segment, in ascending order. They are not copies."""
+        self._fold()
+        return {segment: self.sums[segment] for segment in sorted(self.sums)}
+
+    def sample(self) -> Part:
+        """Return the random subset: the samples whose indices have the smallest hashes, and their indices, by hash.
+
+        It does not depend on batches, their order, or the number of processes.
+        """
+        return self._by_hash([*self.subset, *((held.rows, held.index) for held in self.held)])
+
+    def evidence(self, fit_intercept: bool = False) -> Evidence:
+        """Return the evidence of everything: from rows where n < D and nothing was folded, else from moments."""
+        return self.decomposed(fit_intercept)[0]
+
+    def decomposed(self, fit_intercept: bool = False) -> tuple[Evidence, Spectrum | None]:
+        """Return the evidence, and the spectrum of the features; None where the evidence is NaN for lack of one."""
+        if self._has_few_rows:
+            rows = self._cat([held.rows for held in self.held])
+            return maximise_rows(rows, self.num_outputs, self.task, fit_intercept)
+        sums = list(self.moments().values())
+        total = sums[0] if len(sums) == 1 else Moments.sum(sums)
+        return maximise_moments(total, self.task, fit_intercept)
+
+    def curve(self, fit_intercept: bool = False, whole: Evidence | None = None) -> list[CurvePoint]:
+        """Return the scores of the segments up to each, in ascending order. Only the last warns.
+
+        Args:
+            fit_intercept: as in :class:`Evidence`.
+            whole: the evidence of everything, where it is known: then the last point is not computed again.
+        """
+        points: list[CurvePoint] = []
+        for number, prefix in enumerate(self._prefixes(), 1):
+            last = number == len(self.segments)
+            if last and whole is not None:
+                evidence = whole
+            else:
+                with warnings.catch_warnings():
+                    if not last:
+                        warnings.simplefilter("ignore")  # few samples may lack evidence
+                    if isinstance(prefix, Moments):
+                        evidence = Evidence.from_moments(prefix, self.task, fit_intercept)
+                    else:
+                        evidence = Evidence.from_rows(prefix, self.num_outputs, self.task, fit_intercept)
+            points.append(CurvePoint(evidence.num_samples, float(evidence.score), float(evidence.gain)))
+        return points
+
+    def projected(self, basis: Tensor | None) -> list[Moments]:
+        """Return the moments of each segment, of the features times a basis (D, R). Few rows stay held."""
+        if not self._has_few_rows:
+            sums = self.moments().values()
+            return list(sums) if basis is None else [each.project(basis) for each in sums]
+        result = []
+        for _, rows in self._by_segment():
+            if basis is not None:
+                rows = Rows(rows.features.double() @ basis, rows.target)
+            result.append(self._zeros(rows.features.shape[1]).accumulate(rows))
+        return result
+
+    @property
+    def _has_few_rows(self) -> bool:
+        """Whether all rows are held, and FFᵀ is smaller than the Gram matrix."""
+        return not self.sums and self.num_samples < self.num_features
+
+    def _prefixes(self) -> Iterator[Rows | Moments]:
+        if self._has_few_rows:
+            parts = [rows for _, rows in self._by_segment()]
+            yield from (self._cat(parts[: number + 1]) for number in range(len(parts)))
+        elif len(self.segments) == 1:
+            yield from self.moments().values()
+        else:
+            total = self._zeros()
+            yield from (total.add_(sums) for sums in self.moments().values())
+
+    def _by_segment(self) -> Iterator[tuple[int, Rows]]:
+        """Yield the held rows of each segment that has some, in ascending order."""
+        for segment in sorted(self.segments):
+            rows = self._cat([held.of(segment) for held in self.held])
+            if len(rows):
+                yield segment, rows
+
+    def _cat(self, parts: Sequence[Rows]) -> Rows:
+        parts = [part.to(self.device) for part in parts if len(part)]
+        if parts:
+            return Rows.cat(parts)
+        target = torch.empty(0, self.num_outputs, device=self.device)
+        return Rows(torch.empty(0, self.num_features, device=self.device), target)
+
+    def _zeros(self, num_features: int | None = None) -> Moments:
+        return Moments.zeros(num_features or self.num_features, self.num_outputs, self.device)
+
+    def _fold_if_cheaper(self) -> None:
+        if sum(len(held.rows) for held in self.held) >= len(self.segments) * self.num_features:
+            self._fold()
+
+    @torch.no_grad()
+    def _fold(self) -> None:
+        """Sum all held rows, and keep those of the random subset. Waits for no device."""
+        new = [(held.rows, held.index) for held in self.held]
+        self.subset += self._smallest(new, [*self.subset, *new])
+        if sum(len(index) for _, index in self.subset) > _SURPLUS * self.sample_size:
+            self.subset = [self._by_hash(self.subset)]
+        for segment, rows in self._by_segment():
+            sums = self.sums[segment] if segment in self.sums else self._zeros()
+            self.sums[segment] = sums.accumulate(rows)
+        self.held = []
+
+    def _smallest(self, parts: Sequence[Part], among: Sequence[Part]) -> list[Part]:
+        """Return copies of the rows that have the smallest hashes among others."""
+        number = sum(len(index) for _, index in among)
+        bound = torch.iinfo(torch.int64).max
+        if number > self.sample_size:
+            bound = int(mixed(torch.cat([index for _, index in among])).kthvalue(self.sample_size).values)
+        chosen = [(rows, index, (mixed(index) <= bound).nonzero()[:, 0]) for rows, index in parts]
+        return [(rows[at].to(self.device), index[at]) for rows, index, at in chosen if len(at)]
+
+    def _by_hash(self, parts: Sequence[Part]) -> Part:
+        parts = self._smallest(parts, parts)
+        rows = self._cat([rows for rows, _ in parts])
+        index = torch.cat([torch.empty(0, dtype=torch.int64), *(index for _, index in parts)])
+        order = mixed(index).argsort(stable=True)[: self.sample_size]
+        return rows[order], index[order]
+
+
+def reduced(
+    mine: Mapping[Key, Accumulator], task: Task, device: torch.device, alone: bool
+) -> tuple[dict[Key, Accumulator], dict[Key, str]]:
+    """Add up the accumulators of all processes, which must all call this.
+
+    Sums are reduced key by key and segment by segment; of the rows, only the random subsets are exchanged. A process
+    without a key or segment contributes zeros.
+
+    Args:
+        mine: the accumulators of this process, by keys that can be sorted. They are used up.
+        task: of all of them.
+        device: of the sums: one that the processes' backend takes.
+        alone: whether the run has only one process. Then nothing changes.
+
+    Returns:
+        By key, the same accumulator in every process; and the reason why a key has none.
+
+    Raises:
+        Failure: in all processes, where one could not fold its rows.
+    """
+    if alone:
+        return dict(mine), {}
+    with together(alone):
+        for accumulator in mine.values():
+            accumulator.to(device).moments()
+    everyone = gathered(
+        alone,
+        {
+            key: (each.num_features, each.num_outputs, each.sample_size, each.num_samples, set(each.sums))
+            for key, each in mine.items()
+        },
+    )
+    results: dict[Key, Accumulator] = {}
+    broken: dict[Key, str] = {}
+    segments: dict[Key, set[int]] = {}
+    for rank, theirs in enumerate(everyone):
+        for key, (num_features, num_outputs, sample_size, number, met) in theirs.items():
+            total = results.setdefault(key, Accumulator(task, num_features, num_outputs, device, sample_size))
+            shape, first = (num_features, num_outputs), (total.num_features, total.num_outputs)
+            if shape != first:
+                broken.setdefault(
+                    key, f"features or targets of lengths {shape} in process {rank}, and {first} in another"
+                )
+            total.num_samples += number
+            segments.setdefault(key, set()).update(met)
+    for key in sorted(results.keys() - broken.keys()):  # type: ignore[type-var]
+        total = results[key]
+        own = mine.get(key, total)
+        for segment in sorted(segments[key]):
+            total.sums[segment] = (own.sums.pop(segment) if segment in own.sums else total._zeros()).all_reduce()
+        total.segments = segments[key]
+        subsets = gathered(alone, [(rows.to("cpu"), index) for rows, index in own.subset])
+        total.subset = [total._by_hash([part for parts in subsets for part in parts])]
+    return {key: results[key] for key in sorted(results.keys() - broken.keys())}, broken  # type: ignore[type-var]

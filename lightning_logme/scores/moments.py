@@ -1,0 +1,148 @@
+"""The additive sufficient statistics of features and targets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_logme.scores.rows import Rows
+
+# Columns that one product takes: few enough to skip most of the upper triangle, enough for BLAS.
+_GRAM_BLOCK = 256
+# Rows that are converted to float64 at a time, so that one huge batch needs no second copy of itself.
+_ROW_BLOCK = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Sums over samples that determine the evidence of every output, in float64.
+
+    With features F (n, D) and targets Y (n, K), one-vs-rest 0/1 columns for classes, these are all that the evidence
+    depends on. Being sums, the moments of batches, ranks and nodes add up exactly: nothing but O(D² + DK) numbers is
+    ever kept.
+
+    Attributes:
+        count: n, a scalar.
+        gram: (D, D) the **lower triangle** of FᵀF; what lies above the diagonal is unspecified.
+        cross: (K, D) YᵀF. For classes, row k is the sum of the features of class k.
+        feature_sum: (D,) column sums of F.
+        target_sum: (K,) column sums of Y.
+        target_square: (K,) column sums of Y².
+    """
+
+    count: Tensor
+    gram: Tensor
+    cross: Tensor
+    feature_sum: Tensor
+    target_sum: Tensor
+    target_square: Tensor
+
+    @classmethod
+    def zeros(cls, num_features: int, num_outputs: int, device: torch.device | str | None = None) -> Moments:
+        """The moments of no samples."""
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        return cls(
+            count=zeros(),
+            gram=zeros(num_features, num_features),
+            cross=zeros(num_outputs, num_features),
+            feature_sum=zeros(num_features),
+            target_sum=zeros(num_outputs),
+            target_square=zeros(num_outputs),
+        )
+
+    @property
+    def num_features(self) -> int:
+        return self.cross.shape[1]
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(**{name: value + getattr(other, name) for name, value in vars(self).items()})
+
+    def add_(self, other: Moments) -> Moments:
+        """Add in place."""
+        for name, value in vars(self).items():
+            value.add_(getattr(other, name))
+        return self
+
+    @classmethod
+    def sum(cls, parts: Sequence[Moments]) -> Moments:
+        """The moments of several parts together."""
+        first, *rest = parts
+        result = cls(**{name: value.clone() for name, value in vars(first).items()})
+        for part in rest:
+            result.add_(part)
+        return result
+
+    def all_reduce(self) -> Moments:
+        """The moments of all processes, in place where torch allows it; use what is returned.
+
+        Nothing is gathered: memory does not grow with the number of processes, all of which must call this.
+        """
+        sums = self.writable()
+        for value in vars(sums).values():
+            dist.all_reduce(value)
+        return sums
+
+    def writable(self) -> Moments:
+        """With copies of tensors made under ``torch.inference_mode``, which must not be written to outside it."""
+        outside = not torch.is_inference_mode_enabled()
+        return Moments(
+            **{name: value.clone() if outside and value.is_inference() else value for name, value in vars(self).items()}
+        )
+
+    def to(self, device: torch.device | str) -> Moments:
+        return Moments(**{name: value.to(device) for name, value in vars(self).items()})
+
+    def project(self, basis: Tensor) -> Moments:
+        """The moments of the features F times a (D, R) matrix V."""
+        gram = basis.new_zeros(basis.shape[1], basis.shape[1])
+        for start in range(0, len(basis), _GRAM_BLOCK):
+            rows = slice(start, start + _GRAM_BLOCK)
+            # G = S + Sᵀ + the blocks on the diagonal, where S is what lies below those.
+            half = self.gram[rows, :start] @ basis[:start]
+            lower = self.gram[rows, rows].tril()
+            half += (lower - lower.diagonal().diag() / 2) @ basis[rows]
+            gram.addmm_(basis[rows].T, half)
+        return replace(self, gram=gram + gram.T, cross=self.cross @ basis, feature_sum=self.feature_sum @ basis)
+
+    @torch.no_grad()
+    def accumulate(self, rows: Rows) -> Moments:
+        """Add rows, in place where torch allows it; use what is returned."""
+        # Under autocast a matrix product of float64 would come back in half precision.
+        device = self.gram.device
+        with torch.autocast(device.type, enabled=False):
+            sums = self.writable()
+            for start in range(0, len(rows), _ROW_BLOCK):
+                # Conversion happens on the device that has float64.
+                block = rows[start : start + _ROW_BLOCK].to(device)
+                sums._add_(block.features.double(), block.target)
+            return sums
+
+    def _add_(self, features: Tensor, target: Tensor) -> None:
+        self.count.add_(len(features))
+        self.feature_sum.add_(features.sum(0))
+        add_gram_(self.gram, features)
+        if target.ndim == 1:  # class labels
+            ones = features.new_ones(len(features))
+            self.cross.index_add_(0, target, features)
+            self.target_sum.index_add_(0, target, ones)
+            self.target_square.index_add_(0, target, ones)
+        else:
+            target = target.double()
+            self.cross.addmm_(target.T, features)
+            self.target_sum.add_(target.sum(0))
+            self.target_square.add_(target.square().sum(0))
+
+
+def add_gram_(gram: Tensor, rows: Tensor) -> Tensor:
+    """Add FᵀF to the lower triangle of a matrix, in place, at little more than half the cost of the product."""
+    for start in range(0, len(gram), _GRAM_BLOCK):
+        stop = start + _GRAM_BLOCK
+        gram[start:stop, :stop].addmm_(rows[:, start:stop].T, rows[:, :stop])
+    return gram

@@ -1,0 +1,72 @@
+"""Agreement between processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+class Failure(ValueError):
+    """The error of one process, raised in all of them."""
+
+
+@contextmanager
+def together(alone: bool) -> Iterator[None]:
+    """Run the body in every process. If it fails in one, fail in all, so that none waits for another.
+
+    Args:
+        alone: whether the run has only one process.
+
+    Raises:
+        Failure: with the first reason by rank, and the process it comes from unless all have the same.
+
+    Example:
+        >>> from lightning_logme.utilities.distributed import together
+        >>> with together(alone=True):
+        ...     raise RuntimeError("out of memory")
+        Traceback (most recent call last):
+        lightning_logme.utilities.distributed.Failure: RuntimeError: out of memory
+    """
+    reason = None
+    try:
+        yield
+    except Exception as error:
+        reason = reason_of(error)
+        # A traceback holds tensors, and memory may be what there was too little of.
+        error.__traceback__ = error.__context__ = error.__cause__ = None
+    reasons = gathered(alone, reason)
+    found = reason if len(set(reasons)) == 1 else first_reason(reasons)
+    if found is not None:
+        raise Failure(found) from None
+
+
+def gathered(alone: bool, mine: T) -> list[T]:
+    """Return what each process has, by rank.
+
+    Args:
+        alone: whether the run has only one process, whatever else torch.distributed may know of.
+        mine: a picklable object of this process.
+    """
+    if alone:
+        return [mine]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def reason_of(error: Exception) -> str:
+    """Return an error as part of a message: its type matters unless it is a ValueError, as this package raises."""
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+
+
+def first_reason(reasons: Sequence[str | None]) -> str | None:
+    """Return the first reason by rank, with the process it comes from; None if no process has one."""
+    for rank, reason in enumerate(reasons):
+        if reason is not None:
+            return reason if len(reasons) == 1 else f"{reason} (process {rank})"
+    return None
