@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from lightning_logme.scores.curve import CurvePoint
     from lightning_logme.scores.evidence import Evidence
     from lightning_logme.tracking.history import read_evidence, read_history
-    from lightning_logme.tracking.probes import Probe
+    from lightning_logme.tracking.probe import Probe
 
 # Imported on first use (PEP 562): lightning_logme.functional needs neither Lightning nor torchmetrics.
 _HOMES = {
@@ -21,7 +21,7 @@ _HOMES = {
     "Evidence": "scores.evidence",
     "LogME": "metric",
     "LogMECallback": "callback",
-    "Probe": "tracking.probes",
+    "Probe": "tracking.probe",
     "Ranking": "ranking.result",
     "RankingRow": "ranking.result",
     "find_head": "features.heads",

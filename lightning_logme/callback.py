@@ -160,7 +160,7 @@ class LogMECallback(AnyCallback):
         self.target = target
         self.class_names = None if class_names is None else names("class_names", class_names)
         self.validation = validation
-        self.selection = Selection(head, layers, layer_mean, features, pooling)
+        self.selection = Selection(head, () if layers is None else layers, layer_mean, features, pooling)
         self.scoring = Scoring(task, None, ignore_index, fit_intercept, normalize, curve)
         self.probes = Probes(probes, probe_every)
 

@@ -12,11 +12,11 @@ from typing import Any, Literal
 import yaml
 from torch import nn
 
-from lightning_logme.scores.rows import Task
-from lightning_logme.utilities.compat import AnyDataModule, AnyLogger, Logger, rank_zero_only
 from lightning_logme.ranking.checkpoints import score_checkpoints
 from lightning_logme.ranking.rank import rank_backbones
 from lightning_logme.ranking.result import Ranking
+from lightning_logme.scores.rows import Task
+from lightning_logme.utilities.compat import AnyDataModule, AnyLogger, Logger, rank_zero_only
 
 _USAGE = """\
 Rank backbones, or checkpoints of one network, by how well their features suit a target, without fine-tuning.

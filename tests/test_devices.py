@@ -4,12 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
-from lightning_logme import collector
 from lightning_logme.collector import Collector
 from lightning_logme.moments import Moments
-from lightning_logme.ranking import processes
 from lightning_logme.sources import Source, Sources
+
+from lightning_logme import collector
+from lightning_logme.ranking import processes
 
 OTHER = torch.device("meta")
 

@@ -2,18 +2,18 @@
 
 import re
 
+import lightning_logme.collector
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning_logme.attach import attach
 from models import CLASSES, Classifier, VisionTransformer, images, loader, mlp, trainer, vectors
 from oracles import problem
 from test_loggers import events
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-import lightning_logme.collector
 from lightning_logme import LogME, LogMECallback, Probe
-from lightning_logme.attach import attach
 from lightning_logme.functional import evidence, logme
 
 

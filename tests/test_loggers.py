@@ -5,6 +5,7 @@ import csv
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning_logme.plots import gain_figure
 from matplotlib.collections import PolyCollection
 from models import Classifier, loader, trainer
 from oracles import problem
@@ -12,7 +13,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lightning_logme import LogMECallback
 from lightning_logme.functional import evidence
-from lightning_logme.plots import gain_figure
 
 
 def events(path) -> EventAccumulator:

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from backbones import QUIET, Columns, good_to_bad, target_loader, target_set
+from lightning_logme.samples import BLOCKS, Samples
 from torch import nn
 from torch.utils.data import (
     BatchSampler,
@@ -21,7 +22,6 @@ from torch.utils.data import (
 
 from lightning_logme import rank_backbones
 from lightning_logme.functional import logme
-from lightning_logme.samples import BLOCKS, Samples
 
 
 def samples(loader, task="multiclass", target=None, seed=0):

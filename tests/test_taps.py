@@ -7,11 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import mlp
-from torch import nn
-
 from lightning_logme.batch import conform_target, describe_target, find_mask, find_target
 from lightning_logme.taps import Tap
+from models import mlp
+from torch import nn
 
 X = torch.randn(5, 16)
 

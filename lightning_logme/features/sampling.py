@@ -96,9 +96,10 @@ class Samples:
             _check_stream(loader)
         else:
             self._draw(loader, indices)
-        self.first = next(self.portions(0, FIRST_SAMPLES), None)
-        if self.first is None:
+        first = next(self.portions(0, FIRST_SAMPLES), None)
+        if first is None:
             raise ValueError("dataloader gave no batch.")
+        self.first = first
         if self.labels is not None and not _equal(self.labels[: len(self.first.target)], self.first.target):
             self.labels = None  # the data set gives others than it has at hand, as with a target_transform
 
@@ -258,8 +259,6 @@ def _labels(dataset: Any, target: TargetSpec) -> Tensor | None:
         if labels.ndim and len(labels) == len(dataset):
             return labels
     return None
-
-
 
 
 def _digest(target: Tensor, start: int) -> int:

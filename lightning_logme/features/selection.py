@@ -41,16 +41,17 @@ class Selection:
     """
 
     head: Head = AUTO
-    layers: Sequence[str] | None = ()
+    layers: Sequence[str] = ()
     layer_mean: bool = False
     features: Features | None = None
     pooling: Pooling | Mapping[str, Pooling] = "auto"
 
     def __post_init__(self) -> None:
+        """Check the arguments, and bring them to one form."""
         check_poolings(self.pooling)
         check_flags(layer_mean=self.layer_mean)
         object.__setattr__(self, "head", _checked_head(self.head))
-        object.__setattr__(self, "layers", () if self.layers is None else names("layers", self.layers))
+        object.__setattr__(self, "layers", names("layers", self.layers))
         if self.layer_mean and not self.layers:
             raise ValueError("layer_mean is the mean of layers: name them, as in layers=['encoder.layer.*'].")
         if self.features is not None and (self.head != AUTO or not callable(self.features)):
@@ -156,7 +157,9 @@ def attach_by_tree(
     num_outputs = decide_num_outputs(task, num_classes, head_outputs=outputs)
     if task == "multiclass" and num_outputs is None and is_scored:
         if modules:
-            why_not = f"'{next(iter(modules))}' puts out {outputs}" if outputs else f"'{next(iter(modules))}' does not tell"
+            why_not = (
+                f"'{next(iter(modules))}' puts out {outputs}" if outputs else f"'{next(iter(modules))}' does not tell"
+            )
         raise ValueError(
             f"num_classes: the number of classes is read off the head, but {why_not}; give "
             "LogMECallback(num_classes=…), or task='binary' or task='regression' if that is what the network does, or "

@@ -190,7 +190,7 @@ def _run(
     loggers: list[Logger],
     progress: bool,
 ) -> bytes:
-    """Do what every process does. The ranking is pickled: it may come from a process that ends and shares its tensors."""
+    """Do what every process does. The ranking is pickled, as it may come from a process that ends."""
     store = None
     if resume_from is not None:
         store = Store(
@@ -210,8 +210,10 @@ def _run(
     report = Report(progress and first, loggers if first else [])
     race = Race(fabric, candidates, samples, rules, store, report)
     race.run()
-    if not race.interrupted and len(race.failed) == len(candidates) and not any(
-        progress.rounds for progress in race.progress.values()
+    if (
+        not race.interrupted
+        and len(race.failed) == len(candidates)
+        and not any(progress.rounds for progress in race.progress.values())
     ):
         raise RuntimeError(
             "every candidate failed: " + "; ".join(f"{name}: {cause}" for name, cause in race.failed.items())

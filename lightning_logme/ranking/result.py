@@ -146,9 +146,7 @@ class Ranking:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        curves = {
-            row.name: [(point.num_samples, point.gain) for point in self.curves[row.name]] for row in self.rows
-        }
+        curves = {row.name: [(point.num_samples, point.gain) for point in self.curves[row.name]] for row in self.rows}
         return plots.gain_by_samples(curves, [row.name for row in self.rows if row.ended != "finished"], ax)
 
     def page(self) -> Figure:

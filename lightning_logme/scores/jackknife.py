@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 
 from lightning_logme.scores.accumulator import Accumulator
 from lightning_logme.scores.evidence import Evidence
 from lightning_logme.scores.moments import Moments
+
+Name = TypeVar("Name", bound=Hashable)
 
 # Of a race in which several candidates are equally good: the chance that any of them is dropped. Also of the report of
 # ties: the chance that a candidate as good as the best is not called tied.
@@ -60,8 +63,8 @@ def standard_error(scores: Sequence[float]) -> float:
 
 
 def trailing(
-    scores: Mapping[str, float], replicates: Mapping[str, Sequence[float]], quantile: float
-) -> dict[str, float]:
+    scores: Mapping[Name, float], replicates: Mapping[Name, Sequence[float]], quantile: float
+) -> dict[Name, float]:
     """By how many paired standard errors candidates trail the leader, those that trail by more than ``quantile``.
 
     All have seen the same samples in the same blocks: what is easy or hard in a block is so for all of them, and

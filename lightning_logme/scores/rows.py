@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 from lightning_logme.utilities.checks import Task
 
 __all__ = ["Rows", "Target", "Task", "is_exclusive", "mixed", "moments_device"]
+
+_MOST_TOKENS = 2**20  # of a sample
 
 
 def is_exclusive(task: Task) -> bool:
@@ -117,6 +119,31 @@ class Target:
         values, keep = check(target, task, num_outputs, ignore_index)
         kept = None if keep is None else keep.nonzero()[:, 0]
         return cls(values if kept is None else values[kept], kept, target.shape, task)
+
+    @property
+    def num_samples(self) -> int:
+        """Number of samples of the batch, also of those that are not kept."""
+        return self.shape[0]
+
+    def first(self, number: int) -> Target:
+        """Return the target that keeps none but the first samples, as where the others are padding."""
+        stop = number * (self.shape[1:].numel() if is_exclusive(self.task) else 1)
+        kept = torch.arange(stop, device=self.values.device) if self.kept is None else self.kept[self.kept < stop]
+        return replace(self, values=self.values[: len(kept)], kept=kept)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Return one of the values (N,), on the CPU, for each label that is kept: that of its sample."""
+        if is_exclusive(self.task) and len(self.shape) == 2:
+            values = values.repeat_interleave(self.shape[1])
+        return values if self.kept is None else values[self.kept.cpu()]
+
+    def index(self, places: range) -> Tensor:
+        """Return the index in the whole data set of each label that is kept, given those of the samples (N,)."""
+        index = self.spread(torch.arange(places.start, places.stop, places.step))
+        if not (is_exclusive(self.task) and len(self.shape) == 2):
+            return index
+        tokens = torch.arange(self.shape[1]).repeat(self.shape[0])
+        return index * _MOST_TOKENS + (tokens if self.kept is None else tokens[self.kept.cpu()])
 
     def rows(self, features: Tensor, num_features: int | None = None, normalize: bool = False) -> Rows:
         """Check one source of features against the labels, and return the kept rows. Does not wait for the device.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from types import NoneType
@@ -176,10 +177,10 @@ class History:
             key, gains = keys[source], (evidence.per_output - evidence.null)
             if not bool(gains.isfinite().any()):
                 continue
-            board.histogram(f"{key}/gain_per_output", gains[gains.isfinite()], step)
+            board.histogram(f"{key}/gain_per_output", gains, step)
             board.histogram(f"{key}/log10_spectrum", evidence.spectrum.log10(), step)
-            bars = gains.tolist(), float(evidence.gain), evidence.num_samples, class_names
-            board.figure(f"{key}/gain_by_output", lambda bars=bars: gain_by_output(*bars), step)
+            draw = partial(gain_by_output, gains.tolist(), float(evidence.gain), evidence.num_samples, class_names)
+            board.figure(f"{key}/gain_by_output", draw, step)
         layers = {source: key for source, key in keys.items() if source not in (HEAD, LAYER_MEAN)}
         if len(layers) > 1:
             tag = f"{self.name}{suffix}/gain_by_layer"

@@ -24,7 +24,6 @@ Key = tuple[str, int]  # source of features, index of the loader
 
 _FIRST_POINT = 32  # samples behind the first point of a curve, or twice as many as there are classes
 _MUCH_MEMORY = 2**30  # bytes
-_TOKENS = 2**20  # more than a sample has
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ class Pass:
         if self.num_outputs is None:
             self.num_outputs = 1 if target.values.ndim == 1 else target.values.shape[1]
         errors: Errors = {}
-        segment, index = self._segment(target.values, places, loader), target.index(places)
+        segment, index = self._segment(len(target.values), places, loader), target.index(places)
         for source, features in rows.items():
             try:
                 kept = target.rows(features, normalize=self.scoring.normalize)
@@ -123,7 +122,7 @@ class Pass:
         self._check_memory()
         return errors
 
-    def _segment(self, values: Tensor, places: range, loader: int) -> int | Tensor:
+    def _segment(self, number: int, places: range, loader: int) -> int | Tensor:
         """Return the segment of the curve of each row: the i-th ends where the rows that count doubled i times.
 
         A process does not know how many rows of the other processes count, and assumes as many as its own.
@@ -131,11 +130,11 @@ class Pass:
         if not self.scoring.curve:
             return 0
         positions = torch.arange(places.start, places.stop, places.step)
-        if len(values) != len(places):
+        if number != len(places):  # tokens count one by one, and rows that are ignored do not
             self._counted_here.add(loader)
         if loader in self._counted_here:
-            positions = (self._scored[loader] + torch.arange(len(values))) * self._world + self._rank
-        self._scored[loader] += len(values)
+            positions = (self._scored[loader] + torch.arange(number)) * self._world + self._rank
+        self._scored[loader] += number
         first = max(_FIRST_POINT, 2 * (self.num_outputs or 0) if is_exclusive(self.scoring.task) else 0)
         ends = first * 2 ** torch.arange(40)
         return torch.bucketize(positions, ends, right=True)
@@ -173,9 +172,9 @@ class Pass:
 
     def _result(self, accumulator: Accumulator) -> Result | None:
         try:
-            evidences = list(accumulator.evidences(self.scoring.fit_intercept))
+            evidence = accumulator.evidence(self.scoring.fit_intercept)
+            curve = accumulator.curve(self.scoring.fit_intercept, evidence) if self.scoring.curve else []
+            return Result(evidence.to("cpu"), curve)
         except Exception as error:
             warnings.warn(f"LogME is NaN, after an error: {type(error).__name__}: {error}", stacklevel=2)
             return None
-        points = [CurvePoint(one.num_samples, float(one.score), float(one.gain)) for one in evidences]
-        return Result(evidences[-1].to("cpu"), points if self.scoring.curve else [])

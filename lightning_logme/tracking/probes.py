@@ -180,9 +180,7 @@ class Probes:
             for source, reason in current.errors.items():
                 key = f"{history.name}/{name}" + (f"/{source}" if source else "")
                 warnings.warn(f"{key} is NaN, after an error: {reason}", stacklevel=2)
-            history.record(
-                trainer, module, current, scored, seconds, probe=name, head=head, is_saving=is_saving
-            )
+            history.record(trainer, module, current, scored, seconds, probe=name, head=head, is_saving=is_saving)
 
 
 def _named(probes: Mapping[str, Any] | None) -> dict[str, Probe]:

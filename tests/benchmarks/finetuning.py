@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning_logme.batch import find_mask
+from lightning_logme.pooling import pool
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
@@ -27,8 +29,6 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.regression import R2Score
 
-from lightning_logme.batch import find_mask
-from lightning_logme.pooling import pool
 from tests.benchmarks.common import peak, reset_peak
 from tests.benchmarks.frozen import Backbone, call, headless, target
 

@@ -21,12 +21,12 @@ from typing import Any
 from unittest import mock
 
 import torch
+from lightning_logme.samples import Samples
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_logme import Ranking, rank_backbones
 from lightning_logme.ranking.candidate import Backbone, Candidate
-from lightning_logme.samples import Samples
 from tests.benchmarks.common import class_features, peak, print_table, reset_peak
 
 AIM = 0.10  # of the wall time
