@@ -175,12 +175,15 @@ class LogME(Metric):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load copies of states that fit, and forget what was computed before."""
-        for name, value in vars(Moments.zeros(self.num_features, self.num_outputs, "meta")).items():
-            loaded = state_dict.get(prefix + name)
-            if loaded is not None and loaded.shape not in (value.shape, ()):
+        sums = vars(Moments.zeros(self.num_features, self.num_outputs, "meta")).items()
+        states = [(name, tuple(value.shape), state_dict.get(prefix + name)) for name, value in sums]
+        for name in ("held_features", "subset_features"):
+            states += [(name, (len(rows), self.num_features), rows) for rows in state_dict.get(prefix + name, ())]
+        for name, shape, loaded in states:
+            if loaded is not None and tuple(loaded.shape) not in (shape, ()):
                 raise ValueError(
-                    f"the state {name!r} must have shape {tuple(value.shape)}, got {tuple(loaded.shape)}; load it into "
-                    "a metric of the same num_features and number of outputs."
+                    f"the state {name!r} must have shape {shape}, got {tuple(loaded.shape)}; load it into a metric of "
+                    "the same num_features and number of outputs."
                 )
         self._computed, self._evidence = None, None
         if prefix + "count" in state_dict:  # version 0.1 had no lists

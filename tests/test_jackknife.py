@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from backbones import WIDTH
 from oracles import problem
 from scipy import stats
 from streamed import rows_of
@@ -24,6 +23,7 @@ from lightning_logme.scores.jackknife import (
 from lightning_logme.scores.moments import Moments
 
 BLOCKS = 8
+WIDTH = 24
 
 
 def jackknifed(features, labels, classes, fit_intercept=False):

@@ -158,13 +158,17 @@ def test_loaded_states_are_copies_and_forget_what_was_computed():
     assert float(state["count"]) == 200
 
 
-def test_states_of_other_shapes_are_refused():
+@pytest.mark.parametrize(("number", "name", "shape"), [(20, "gram", r"\(8, 8\)"), (3, "held_features", r"\(3, 8\)")])
+def test_states_of_other_shapes_are_refused(number, name, shape):
     other = LogME("multiclass", 6, num_classes=4)
     other.persistent(True)
+    other.update(FEATURES[:number, :6], TARGET[:number])
     metric = persistent()
-    with pytest.raises(ValueError, match=r"state 'gram' must have shape \(8, 8\), got \(6, 6\)"):
+    metric.update(FEATURES, TARGET)
+    with pytest.raises(ValueError, match=rf"state '{name}' must have shape {shape}, got \(\d, 6\)"):
         metric.load_state_dict(other.state_dict())
     assert metric.gram.shape == (8, 8)
+    assert float(metric.compute()) == pytest.approx(EXPECTED, rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +189,8 @@ def test_states_stay_exact_whatever_is_cast(cast):
     metric.update(FEATURES[:100], TARGET[:100])
     metric = cast(metric)
     metric.update(FEATURES[100:], TARGET[100:])
-    assert all(value.dtype == torch.float64 for value in metric.metric_state.values())
+    assert all(value.dtype == torch.float64 for value in metric.metric_state.values() if torch.is_tensor(value))
+    assert all(rows.dtype == torch.float32 for rows in metric.subset_features)
     assert float(metric.compute()) == pytest.approx(EXPECTED, rel=1e-12)
     metric.reset()
     assert metric.gram.dtype == torch.float64
@@ -268,6 +273,129 @@ def test_compute_never_raises_on_accepted_data():
         assert math.isnan(metric.compute())
         assert math.isnan(metric.evidence().gain)
     assert len(caught) == 1
+
+
+def few(number, **options):
+    metric = LogME("multiclass", num_features=300, num_classes=4, **options)
+    features, target = FEATURES.repeat(1, 40)[:, :300] * torch.linspace(1, 2, 300), TARGET
+    for start in range(0, number, 40):
+        metric.update(features[start : start + 40], target[start : start + 40])
+    return metric, float(logme(features[:number], target[:number]))
+
+
+class TestFewerRowsThanFeatures:
+    def test_are_held_and_not_summed(self):
+        metric, expected = few(200)
+        assert float(metric.compute()) == pytest.approx(expected, rel=1e-12)
+        assert sum(map(len, metric.held_features)) == 200
+        assert metric.gram.numel() == 1
+        metric.update(torch.randn(100, 300), torch.arange(100) % 4)
+        assert metric.gram.shape == (300, 300)
+        assert metric.held_features == []
+        assert metric.evidence().num_samples == 300
+
+    def test_may_be_overwritten_by_their_owner(self):
+        metric = LogME("multiclass", 300, num_classes=4)
+        features, target = torch.randn(40, 300), torch.arange(40) % 4
+        expected = float(logme(features, target))
+        metric.update(features, target)
+        features.zero_()
+        target.zero_()
+        assert float(metric.compute()) == pytest.approx(expected, rel=1e-12)
+
+    @pytest.mark.parametrize(
+        "copied", [lambda m: m.clone(), lambda m: pickle.loads(pickle.dumps(m)), lambda m: m.to("cpu").half()]
+    )
+    def test_are_copied(self, copied):
+        metric, expected = few(120)
+        assert float(copied(metric).compute()) == pytest.approx(expected, rel=1e-12)
+
+    def test_reset(self):
+        metric, _ = few(120)
+        metric.reset()
+        assert metric.held_features == []
+        with pytest.warns(UserWarning, match="no samples|before the ``update``"):
+            assert math.isnan(metric.compute())
+
+    def test_state_dict(self):
+        metric, expected = few(120)
+        metric.persistent(True)
+        other = few(80)[0]
+        other.persistent(True)
+        other.load_state_dict(metric.state_dict())
+        assert float(other.compute()) == pytest.approx(expected, rel=1e-12)
+
+    @pytest.mark.parametrize("number", [120, 400])
+    def test_forward_holds_no_more_rows_than_features(self, number):
+        metric = LogME("multiclass", 300, num_classes=4)
+        features, target = torch.randn(number, 300), torch.arange(number) % 4
+        for rows, labels in zip(features.split(40), target.split(40), strict=True):
+            metric(rows, labels)
+        assert sum(map(len, metric.held_features)) == (number if number < 300 else 0)
+        assert float(metric.compute()) == pytest.approx(float(logme(features, target)), rel=1e-9)
+        assert torch.cat(metric.subset_index + metric.held_index).sort().values.tolist() == list(range(number))
+
+    @pytest.mark.parametrize("numbers", [(80, 120), (200, 200)])
+    def test_merge_state(self, numbers):
+        features, target = torch.randn(sum(numbers), 300), torch.arange(sum(numbers)) % 4
+        parts = [LogME("multiclass", 300, num_classes=4) for _ in numbers]
+        for metric, rows, labels in zip(parts, features.split(numbers), target.split(numbers), strict=True):
+            metric.update(rows, labels)
+        parts[0].merge_state(parts[1])
+        assert float(parts[0].compute()) == pytest.approx(float(logme(features, target)), rel=1e-9)
+
+    def test_members_of_a_collection(self):
+        features, target = torch.randn(400, 300), torch.arange(400) % 4
+        ways = {"plain": {}, "centred": {"fit_intercept": True}, "normal": {"normalize": True}}
+        collection = MetricCollection(
+            {name: LogME("multiclass", 300, num_classes=4, **options) for name, options in ways.items()}
+        )
+        for stop in range(40, 401, 40):
+            collection.update(features[stop - 40 : stop], target[stop - 40 : stop])
+            if stop % 80 == 0:
+                values = collection.compute()
+                for name, options in {
+                    "plain": {},
+                    "centred": {"fit_intercept": True},
+                    "normal": {"normalize": True},
+                }.items():
+                    expected = float(logme(features[:stop], target[:stop], **options))
+                    assert float(values[name]) == pytest.approx(expected, rel=1e-8)
+        assert len(collection.compute_groups) == 2
+
+    @pytest.mark.parametrize("number", [40, 400])
+    def test_autocast(self, number):
+        features, target = torch.randn(number, 300), torch.arange(number) % 4
+        metric = LogME("multiclass", 300, num_classes=4)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            metric.update(features, target)
+            score = metric.compute()
+        assert float(score) == pytest.approx(float(logme(features, target)), rel=1e-12)
+
+
+def test_states_of_version_0_1_still_load():
+    full = filled()
+    full.persistent(True)
+    state = {name: value for name, value in full.state_dict().items() if torch.is_tensor(value)}
+    assert set(state) == {"count", "gram", "cross", "feature_sum", "target_sum", "target_square"}
+    metric = LogME("multiclass", 8, num_classes=4)
+    metric.persistent(True)
+    metric.update(FEATURES[:3], TARGET[:3])
+    metric.load_state_dict(state)
+    metric.update(FEATURES[:50], TARGET[:50])
+    assert metric.evidence().num_samples == 250
+    other = filled()
+    other.merge_state(state)
+    assert other.evidence().num_samples == 400
+
+
+def test_normalize_scales_every_sample():
+    metric = LogME("multiclass", 8, num_classes=4, normalize=True)
+    scales = torch.rand(200, 1) * 100
+    metric.update(FEATURES * scales, TARGET)
+    expected = logme(torch.nn.functional.normalize(FEATURES.double(), dim=1), TARGET)
+    assert float(metric.compute()) == pytest.approx(float(expected), rel=1e-5)
+    assert float(logme(FEATURES * scales, TARGET, normalize=True)) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_before_any_update():

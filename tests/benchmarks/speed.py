@@ -4,7 +4,8 @@ All contestants run in one process, one after the other in every round, so that 
 timed alone, after a rest in which the thread pools of NumPy and torch go to sleep. Figures are medians over the
 rounds. A contestant that has used up its time in a case sits out the rest of its rounds.
 
-- "metric": ``LogME`` built, fed batches of 256, and computed; "logme": one call of the function.
+- "metric": ``LogME`` built, fed batches of 256, and computed; "accumulator": the same with what the callback and
+  rankings use; "logme": one call of the function.
 - The aim is the factor over the faster peer.
 - The limit is half of one float64 product (a Gram matrix is symmetric), at the best of several block sizes and without
   the conversion to float64, and one ``torch.linalg.eigh``. The product is FᵀF and the eigenproblem that of
@@ -23,10 +24,14 @@ from torch import Tensor
 
 from lightning_logme import LogME
 from lightning_logme.functional import logme
+from lightning_logme.scores.accumulator import Accumulator
+from lightning_logme.scores.rows import Target
 from tests.benchmarks.common import BATCH_SIZE, class_features, print_table, timed
 from tests.benchmarks.peers import papers_logme, transformer_ranker_logme
 
 PAPERS, RANKER, METRIC, FUNCTION = "papers", "transformer-ranker", "metric", "logme"
+ACCUMULATOR = "accumulator"
+CONTESTANTS = (PAPERS, RANKER, METRIC, ACCUMULATOR, FUNCTION)
 PRODUCT, SMALL_PRODUCT, EIGH = "FᵀF", "FFᵀ", "eigh"
 
 _BLOCKS = (256, 1024, 4096, 1 << 30)  # rows a product takes at a time
@@ -41,6 +46,7 @@ class Case:
     features: int
     classes: int
     metric_aim: float
+    accumulator_aim: float
     function_aim: float
 
     def __str__(self) -> str:
@@ -48,14 +54,14 @@ class Case:
 
 
 CASES = (
-    Case(20_000, 768, 100, 3, 3),
-    Case(20_000, 2048, 100, 3, 3),
-    Case(5_000, 1280, 10, 2, 2),
-    Case(50_000, 512, 1000, 10, 10),
-    Case(400, 3072, 10, 1, 5),
-    Case(500, 4096, 10, 1, 5),
+    Case(20_000, 768, 100, 3, 3, 3),
+    Case(20_000, 2048, 100, 3, 3, 3),
+    Case(5_000, 1280, 10, 2, 2, 2),
+    Case(50_000, 512, 1000, 10, 10, 10),
+    Case(400, 3072, 10, 3, 3, 5),
+    Case(500, 4096, 10, 3, 3, 5),
 )
-QUICK_CASES = (Case(2_000, 256, 20, 1, 1), Case(200, 512, 5, 1, 1))
+QUICK_CASES = (Case(2_000, 256, 20, 1, 1, 1), Case(200, 512, 5, 1, 1, 1))
 
 
 def report(repeats: int, quick: bool) -> None:
@@ -66,15 +72,38 @@ def report(repeats: int, quick: bool) -> None:
         results.append((case, {name: median(times) for name, times in seconds.items()}, scores))
         print(_spread(case, seconds), flush=True)
     print()
-    faster = ("metric: × faster (aim)", "logme: × faster (aim)")
+    faster = ("metric: × faster (aim)", "accumulator: × faster (aim)", "logme: × faster (aim)")
     print_table(
         "Speed: seconds, medians",
-        ("N × D, K", PAPERS, RANKER, METRIC, FUNCTION, *faster, "limit", "metric / limit", "logme / limit"),
+        (
+            "N × D, K",
+            PAPERS,
+            RANKER,
+            METRIC,
+            ACCUMULATOR,
+            FUNCTION,
+            *faster,
+            "limit",
+            "metric / limit",
+            "logme / limit",
+        ),
         (_row(case, seconds) for case, seconds, _ in results),
     )
     print_table(
         "Speed: the parts, in seconds, and the scores",
-        ("N × D, K", "metric: updates", "metric: compute", "½ FᵀF", "½ FFᵀ", "eigh", PAPERS, RANKER, METRIC, FUNCTION),
+        (
+            "N × D, K",
+            "metric: updates",
+            "metric: compute",
+            "½ FᵀF",
+            "½ FFᵀ",
+            "eigh",
+            PAPERS,
+            RANKER,
+            METRIC,
+            ACCUMULATOR,
+            FUNCTION,
+        ),
         (_parts(case, seconds, scores) for case, seconds, scores in results),
     )
 
@@ -106,6 +135,7 @@ def contestants(features: Tensor, target: Tensor, num_classes: int) -> dict[str,
     calls: dict[str, Callable[[], float]] = {
         PAPERS: partial(papers_logme, features.numpy(), target.numpy(), num_classes),
         METRIC: lambda: float(fed_metric(features, target, num_classes).compute()),
+        ACCUMULATOR: lambda: float(fed_accumulator(features, target, num_classes).evidence().score),
         FUNCTION: lambda: float(logme(features, target, num_classes=num_classes)),
     }
     ranker = transformer_ranker_logme()
@@ -119,6 +149,13 @@ def fed_metric(features: Tensor, target: Tensor, num_classes: int) -> LogME:
     for rows, labels in zip(features.split(BATCH_SIZE), target.split(BATCH_SIZE), strict=True):
         metric.update(rows, labels)
     return metric
+
+
+def fed_accumulator(features: Tensor, target: Tensor, num_classes: int) -> Accumulator:
+    accumulator = Accumulator("multiclass", features.shape[1], num_classes)
+    for rows, labels in zip(features.split(BATCH_SIZE), target.split(BATCH_SIZE), strict=True):
+        accumulator.add(Target.checked(labels, "multiclass", num_classes).rows(rows))
+    return accumulator
 
 
 def metric_parts(features: Tensor, target: Tensor, num_classes: int) -> dict[str, float]:
@@ -153,8 +190,12 @@ def _row(case: Case, seconds: Mapping[str, float]) -> tuple[str, ...]:
     metric_limit, function_limit = seconds[PRODUCT] + seconds[EIGH], seconds[SMALL_PRODUCT] + seconds[EIGH]
     return (
         str(case),
-        *(f"{seconds[name]:.3f}" if name in seconds else "–" for name in (PAPERS, RANKER, METRIC, FUNCTION)),
+        *(
+            f"{seconds[name]:.3f}" if name in seconds else "–"
+            for name in (PAPERS, RANKER, METRIC, ACCUMULATOR, FUNCTION)
+        ),
         f"{peer / seconds[METRIC]:.1f} ({case.metric_aim:g})",
+        f"{peer / seconds[ACCUMULATOR]:.1f} ({case.accumulator_aim:g})",
         f"{peer / seconds[FUNCTION]:.1f} ({case.function_aim:g})",
         f"{metric_limit:.3f}" + (f", {function_limit:.3f}" if function_limit != metric_limit else ""),
         f"{seconds[METRIC] / metric_limit:.2f}",
@@ -167,7 +208,7 @@ def _parts(case: Case, seconds: Mapping[str, float], scores: Mapping[str, float]
     return (
         str(case),
         *(f"{seconds[name]:.3f}" for name in parts),
-        *(f"{scores[name]:.6f}" if name in scores else "–" for name in (PAPERS, RANKER, METRIC, FUNCTION)),
+        *(f"{scores[name]:.6f}" if name in scores else "–" for name in CONTESTANTS),
     )
 
 
