@@ -46,7 +46,7 @@ import torch
 from _data import newsgroups, require
 from _text import TextClassifier, collate, encoder
 from lightning.pytorch import Trainer, seed_everything
-from lightning_logme.pooling import pool
+from lightning_logme.features.pooling import pool
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning_logme.collector import Collector
-from lightning_logme.curve import CurvePoint, gain_settled_at, order_settled_at
-from lightning_logme.samples import Samples
+from lightning_logme.scores.curve import CurvePoint, gain_settled_at, order_settled_at
+from lightning_logme.features.sampling import Samples
 from models import CLASSES, Classifier, loader, penultimate, trainer, vectors
 from torch.utils.data import TensorDataset
 

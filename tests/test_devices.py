@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning_logme.collector import Collector
-from lightning_logme.moments import Moments
+from lightning_logme.scores.moments import Moments
 from lightning_logme.sources import Source, Sources
 
 from lightning_logme import collector

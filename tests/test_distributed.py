@@ -13,9 +13,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from launched import Checked, Quiet
 from lightning.pytorch.strategies import DDPStrategy
-from lightning_logme.distributed import rows_without_padding
-from lightning_logme.moments import Batch, Moments
-from lightning_logme.samples import Samples
+from lightning_logme.features.padding import rows_without_padding
+from lightning_logme.scores.moments import Batch, Moments
+from lightning_logme.features.sampling import Samples
 from models import CLASSES, loader, penultimate, trainer, vectors
 from oracles import problem
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset

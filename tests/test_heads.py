@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from lightning_logme.heads import get_module
+from lightning_logme.features.heads import get_module
 from models import CLASSES, Classifier, ConvNet, VisionTransformer, mlp
 from torch import nn
 from torchmetrics import Metric

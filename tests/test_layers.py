@@ -178,7 +178,7 @@ def test_a_curve_is_drawn_where_there_is_a_new_one(tmp_path):
 
 
 def test_what_figures_show():
-    from lightning_logme.curve import CurvePoint
+    from lightning_logme.scores.curve import CurvePoint
     from lightning_logme.plots import curves_figure, layers_figure
 
     rows = [

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from lightning_logme.channels import Call, CallTrace, find_channel_axis
-from lightning_logme.pooling import check_pooling, describe_pooling, pool
+from lightning_logme.features.pooling import check_pooling, describe_pooling, pool
 from models import CLASSES, Classifier, hooks, loader, mlp, trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset

@@ -7,13 +7,13 @@ import warnings
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
-import lightning_logme.probe
+import lightning_logme.tracking.probe
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning_logme.probes import Probes
+from lightning_logme.tracking.probes import Probes
 from models import CLASSES, Classifier, ConvNet, hooks, images, loader, mlp, penultimate, trainer, vectors
 from oracles import problem
 from test_loggers import events
@@ -677,7 +677,7 @@ def test_attention_mask_beside_the_labels(tmp_path):
 
 @pytest.mark.parametrize("shown", [True, False])
 def test_a_bar_for_those_that_take_their_time(tmp_path, monkeypatch, capsys, shown):
-    monkeypatch.setattr(lightning_logme.probe, "_PATIENCE", 0.0)
+    monkeypatch.setattr(lightning_logme.tracking.probe, "_PATIENCE", 0.0)
     callback = LogMECallback(probes={"news": loader(other())})
     trainer(tmp_path, callback, enable_progress_bar=shown).validate(Classifier(), loader(), verbose=False)
     assert ("probe news" in capsys.readouterr().err) == shown

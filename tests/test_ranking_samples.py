@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from backbones import QUIET, Columns, good_to_bad, target_loader, target_set
-from lightning_logme.samples import BLOCKS, Samples
+from lightning_logme.features.sampling import BLOCKS, Samples
 from torch import nn
 from torch.utils.data import (
     BatchSampler,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from lightning_logme.collector import Collector, _together
-from lightning_logme.moments import Batch, Moments
+from lightning_logme.scores.moments import Batch, Moments
 from oracles import log_density, one_hot, problem, without_mean
 from test_evidence import streamed
 

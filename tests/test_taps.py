@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning_logme.batch import conform_target, describe_target, find_mask, find_target
-from lightning_logme.taps import Tap
+from lightning_logme.features.labels import conform_target, describe_target, find_mask, find_target
+from lightning_logme.features.hooks import Tap
 from models import mlp
 from torch import nn
 

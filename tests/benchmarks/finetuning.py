@@ -20,8 +20,8 @@ from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
-from lightning_logme.batch import find_mask
-from lightning_logme.pooling import pool
+from lightning_logme.features.labels import find_mask
+from lightning_logme.features.pooling import pool
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning_logme.batch import find_mask
-from lightning_logme.pooling import pool
-from lightning_logme.taps import Tap
+from lightning_logme.features.labels import find_mask
+from lightning_logme.features.pooling import pool
+from lightning_logme.features.hooks import Tap
 from torch import Tensor, nn
 
 sys.path.append(str(Path(__file__).parents[2] / "examples"))  # a folder of scripts, not a package

@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from lightning_logme.heads import find_head
+from lightning_logme.features.heads import find_head
 from torch import nn
 
 from tests.benchmarks.common import print_table

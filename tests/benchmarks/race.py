@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from lightning_logme.moments import Batch, Moments
-from lightning_logme.ranking.jackknife import ERROR_RATE, leave_one_out, quantile_to_drop, standard_error, trailing
-from lightning_logme.samples import BLOCKS, _stratified
+from lightning_logme.scores.moments import Batch, Moments
+from lightning_logme.scores.jackknife import ERROR_RATE, leave_one_out, quantile_to_drop, standard_error, trailing
+from lightning_logme.features.sampling import BLOCKS, _stratified
 from torch import Tensor
 
 from tests.benchmarks.common import print_table

@@ -21,7 +21,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from lightning_logme.samples import Samples
+from lightning_logme.features.sampling import Samples
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 

@@ -30,7 +30,7 @@ from statistics import median
 from typing import Any, cast
 from unittest import mock
 
-import lightning_logme.journal
+import lightning_logme.tracking.history
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -190,8 +190,8 @@ def _clocks(callbacks: list[LogMECallback], parts: dict[str, float]) -> Iterator
     for callback in callbacks:
         for hook, part in _HOOKS.items():
             setattr(callback, hook, _clocked(getattr(callback, hook), part, parts))
-    pictures = _clocked(lightning_logme.journal.log_plots, "pictures", parts)
-    with mock.patch.object(lightning_logme.journal, "log_plots", pictures):
+    pictures = _clocked(lightning_logme.tracking.history.log_plots, "pictures", parts)
+    with mock.patch.object(lightning_logme.tracking.history, "log_plots", pictures):
         yield
 
 
