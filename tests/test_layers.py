@@ -178,8 +178,9 @@ def test_a_curve_is_drawn_where_there_is_a_new_one(tmp_path):
 
 
 def test_what_figures_show():
-    from lightning_logme.scores.curve import CurvePoint
     from lightning_logme.plots import curves_figure, layers_figure
+
+    from lightning_logme.scores.curve import CurvePoint
 
     rows = [
         {"stage": "fit", "epoch": epoch, "global_step": epoch, "key": f"logme/net.{layer}", "gain": 0.1 * epoch + layer}

@@ -7,13 +7,11 @@ import warnings
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
-import lightning_logme.tracking.probe
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning_logme.tracking.probes import Probes
 from models import CLASSES, Classifier, ConvNet, hooks, images, loader, mlp, penultimate, trainer, vectors
 from oracles import problem
 from test_loggers import events
@@ -21,8 +19,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
+import lightning_logme.tracking.probe
 from lightning_logme import LogMECallback, Probe, read_history
 from lightning_logme.functional import evidence, logme
+from lightning_logme.tracking.probes import Probes
 
 
 def other(n=150, classes=3, seed=7):

@@ -16,7 +16,7 @@ import torch
 from lightning_logme.features.extractor import HEAD, LAYER_MEAN
 from lightning_logme.scores.curve import CurvePoint
 from lightning_logme.scores.evidence import Evidence
-from lightning_logme.tracking.passes import Pass, Result
+from lightning_logme.tracking.validation import Pass, Result
 from lightning_logme.utilities.compat import LightningModule, Trainer, logged_step, rank_zero_info
 from lightning_logme.utilities.loggers import Board
 from lightning_logme.utilities.plots import gain_by_layer, gain_by_output, gain_by_samples

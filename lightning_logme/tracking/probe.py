@@ -16,7 +16,7 @@ from lightning_logme.features.isolation import same_generators, undisturbed
 from lightning_logme.features.labels import Labels, TargetSpec, check_target, find_mask
 from lightning_logme.features.sampling import Portion, Samples
 from lightning_logme.scores.rows import Target, Task
-from lightning_logme.tracking.passes import Pass, Scoring
+from lightning_logme.tracking.validation import Pass, Scoring
 from lightning_logme.utilities.checks import check_options, check_task, positive_or_none
 from lightning_logme.utilities.compat import LightningModule, Trainer, prepared_batch
 from lightning_logme.utilities.distributed import reason_of
