@@ -208,7 +208,7 @@ class LogMECallback(AnyCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._validation.prepare(alone=trainer.world_size == 1)
-        self._history.prepare(trainer)
+        self._history.prepare()
         if stage not in ("fit", "validate"):
             return
         if self.features is not None and is_sharded(trainer):

@@ -164,6 +164,11 @@ class Capture:
         # torch.jit.script calls this before it compiles the module, and all of its hooks.
         vars(self.module)[_BEFORE_SCRIPT] = partial(_without_captures, self.module)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether what passes the module is captured."""
+        return self._window.is_open
+
     def _on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.receive((args, kwargs))
 

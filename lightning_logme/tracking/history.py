@@ -63,11 +63,9 @@ class History:
         self._board: Board | None = None
         self._numbers: dict[str, dict[str, Any]] = {}
 
-    def prepare(self, trainer: Trainer) -> None:
+    def prepare(self) -> None:
         """Begin a new run."""
         self.position, self._board = None, None
-        if trainer.is_global_zero and trainer.loggers:
-            self._board = Board(trainer.loggers, self._plots, info=rank_zero_info)
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain numbers, which torch loads with ``weights_only=True``."""
@@ -115,6 +113,8 @@ class History:
         """
         results = dict(current.results(trainer.strategy.root_device, alone=trainer.world_size == 1))
         prefix = "" if probe is None else f"/{probe}"
+        if self._board is None and trainer.is_global_zero and trainer.loggers:
+            self._board = Board(trainer.loggers, self._plots, info=rank_zero_info)
         if self._board is not None:
             self._board.budget(seconds)
         for index in range(current.num_loaders):
