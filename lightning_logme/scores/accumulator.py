@@ -23,6 +23,7 @@ Key = TypeVar("Key")
 Part = tuple[Rows, Tensor]  # with the index of each row in the whole data set
 
 SAMPLE_SIZE = 2048
+_LARGEST = torch.iinfo(torch.int64).max
 _SURPLUS = 1.25  # times the sample's size: it may grow to so many rows before it is put in order again
 
 
@@ -259,8 +260,10 @@ class Accumulator:
     @torch.no_grad()
     def _fold(self) -> None:
         """Sum all held rows, and keep those of the random subset. Waits for no device."""
-        new = [(held.rows, held.index) for held in self.held]
-        self.subset += self._smallest(new, [*self.subset, *new])
+        bound = _LARGEST
+        if self.subset and len(self.subset[0][1]) >= self.sample_size:
+            bound = int(mixed(self.subset[0][1]).max())
+        self.subset += self._smallest([(held.rows, held.index) for held in self.held], bound)
         if sum(len(index) for _, index in self.subset) > _SURPLUS * self.sample_size:
             self.subset = [self._by_hash(self.subset)]
         for segment, rows in self._by_segment():
@@ -268,17 +271,18 @@ class Accumulator:
             self.sums[segment] = sums.accumulate(rows)
         self.held = []
 
-    def _smallest(self, parts: Sequence[Part], among: Sequence[Part]) -> list[Part]:
-        """Return copies of the rows that have the smallest hashes among others."""
-        number = sum(len(index) for _, index in among)
-        bound = torch.iinfo(torch.int64).max
-        if number > self.sample_size:
-            bound = int(mixed(torch.cat([index for _, index in among])).kthvalue(self.sample_size).values)
-        chosen = [(rows, index, (mixed(index) <= bound).nonzero()[:, 0]) for rows, index in parts]
-        return [(rows[at].to(self.device), index[at]) for rows, index, at in chosen if len(at)]
+    def _smallest(self, parts: Sequence[Part], bound: int = _LARGEST) -> list[Part]:
+        """Return copies of the rows with the smallest hashes, none above a bound."""
+        hashes = [mixed(index) for _, index in parts]
+        if sum(map(len, hashes)) > self.sample_size:
+            bound = min(bound, int(torch.cat(hashes).kthvalue(self.sample_size).values))
+        chosen = [(each <= bound).nonzero()[:, 0] for each in hashes]
+        return [
+            (rows[at].to(self.device), index[at]) for (rows, index), at in zip(parts, chosen, strict=True) if len(at)
+        ]
 
     def _by_hash(self, parts: Sequence[Part]) -> Part:
-        parts = self._smallest(parts, parts)
+        parts = self._smallest(parts)
         rows = self._cat([rows for rows, _ in parts])
         index = torch.cat([torch.empty(0, dtype=torch.int64), *(index for _, index in parts)])
         order = mixed(index).argsort(stable=True)[: self.sample_size]
