@@ -174,7 +174,8 @@ class Accumulator:
         chosen = Subset(self.sample_size)
         for rows, index in [*self.subset.part(), *((held.rows, held.index) for held in self.held)]:
             chosen.add(rows, index)
-        return next(iter(chosen.by_hash()), (self._cat([]), chosen.index))
+        rows, index = next(iter(chosen.by_hash()), (self._cat([]), chosen.index))
+        return rows.to(self.device), index
 
     def evidence(self, fit_intercept: bool = False) -> Evidence:
         """Return the evidence of everything: from rows where n < D and nothing was folded, else from moments."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_logme.scores.rows import Rows, mixed
+from lightning_logme.scores.rows import Rows, mixed, moved
 
 Part = tuple[Rows, Tensor]  # with the index of each row in the whole data set
 
@@ -29,20 +29,19 @@ class Subset:
     @torch.no_grad()
     def add(self, rows: Rows, index: Tensor) -> None:
         """Copy those of the rows that belong to the subset, in place of rows that no longer do."""
-        own, count, new = mixed(self.index), len(self.index), torch.arange(len(index))
-        if count and count == self.size:
-            new = new[mixed(index) < own.max()]
-        if not len(new) or not self.size:
+        own, hashes, bound = mixed(self.index), mixed(index), torch.iinfo(torch.int64).max
+        if self.size and len(own) + len(hashes) > self.size:
+            bound = int(torch.cat([own, hashes]).kthvalue(self.size).values)
+        slots = torch.cat([(own > bound).nonzero()[:, 0], torch.arange(len(own), self.size)])
+        new = (hashes <= bound).nonzero()[: len(slots), 0]
+        slots = slots[: len(new)]
+        if not len(new):
             return
-        best = torch.cat([own, mixed(index[new])]).argsort(stable=True)[: self.size]
-        free = torch.ones(self.size, dtype=torch.bool)
-        free[best[best < count]] = False
-        new = new[best[best >= count] - count]
-        slots = free.nonzero()[: len(new), 0]
         self.buffer = self._room_for(rows)
         for mine, value in zip(vars(self.buffer).values(), vars(rows[new]).values(), strict=True):
-            mine[slots.to(mine.device)] = value.to(mine.device, mine.dtype)
-        self.index = torch.cat([self.index, index.new_zeros(len(best) - count)])
+            mine[moved(slots, mine.device)] = value.to(mine.device, mine.dtype)
+        grown = min(self.size, len(own) + len(hashes)) - len(own)
+        self.index = torch.cat([self.index, index.new_zeros(grown)])
         self.index[slots] = index[new]
 
     def part(self) -> list[Part]:
