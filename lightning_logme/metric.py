@@ -17,6 +17,7 @@ from lightning_logme.scores.accumulator import Accumulator, Held
 from lightning_logme.scores.evidence import Evidence
 from lightning_logme.scores.moments import Moments
 from lightning_logme.scores.rows import Rows, Target, Task, moments_device
+from lightning_logme.scores.subset import Subset
 from lightning_logme.utilities.checks import check_flags, check_options, check_task, positive
 
 _LISTS = ("held_features", "held_target", "held_index", "subset_features", "subset_target", "subset_index")
@@ -165,9 +166,9 @@ class LogME(Metric):
 
     def _sync_dist(self, dist_sync_fn: Callable = gather_all_tensors, process_group: Any = None) -> None:
         """Add up the sums of all processes. Each keeps the random subset of its own samples."""
-        sums = self._accumulator().moments().get(0) or Moments.zeros(
-            self.num_features, self.num_outputs, self.count.device
-        )
+        accumulator = self._accumulator()
+        accumulator.subset = Subset(0)
+        sums = accumulator.moments().get(0) or Moments.zeros(self.num_features, self.num_outputs, self.count.device)
         for name, value in vars(sums).items():
             everyone = dist_sync_fn(value, group=process_group or self.process_group)
             setattr(self, name, functools.reduce(torch.add, everyone))
@@ -209,10 +210,11 @@ class LogME(Metric):
             Held(Rows(features, target), 0, index)
             for features, target, index in zip(self.held_features, self.held_target, self.held_index, strict=True)
         ]
-        accumulator.subset = [
-            (Rows(features, target), index)
-            for features, target, index in zip(self.subset_features, self.subset_target, self.subset_index, strict=True)
-        ]
+        for features, target, index in zip(self.subset_features, self.subset_target, self.subset_index, strict=True):
+            if accumulator.subset.buffer is None:
+                accumulator.subset.buffer, accumulator.subset.index = Rows(features, target), index
+            else:  # states that were joined
+                accumulator.subset.add(Rows(features[: len(index)], target[: len(index)]), index)
         accumulator.segments = {0}
         accumulator.num_samples = sum(map(len, self.held_features))
         return accumulator
@@ -225,9 +227,10 @@ class LogME(Metric):
         self.held_features = [held.rows.features for held in accumulator.held]
         self.held_target = [held.rows.target for held in accumulator.held]
         self.held_index = [held.index for held in accumulator.held]
-        self.subset_features = [rows.features for rows, _ in accumulator.subset]
-        self.subset_target = [rows.target for rows, _ in accumulator.subset]
-        self.subset_index = [index for _, index in accumulator.subset]
+        subset = accumulator.subset
+        if subset.buffer is not None:
+            self.subset_features, self.subset_target = [subset.buffer.features], [subset.buffer.target]
+            self.subset_index = [subset.index]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> Module:
         """Let torch move the states between devices, never change their precision."""

@@ -13,17 +13,16 @@ from torch import Tensor
 from lightning_logme.scores.curve import CurvePoint
 from lightning_logme.scores.evidence import Evidence, maximise_moments, maximise_rows
 from lightning_logme.scores.moments import Moments
-from lightning_logme.scores.rows import Rows, Task, mixed, moments_device
+from lightning_logme.scores.rows import Rows, Task, moments_device
 from lightning_logme.scores.spectrum import Spectrum
+from lightning_logme.scores.subset import Part, Subset
 from lightning_logme.utilities.distributed import gathered, together
 
 __all__ = ["Accumulator", "Held", "reduced"]
 
 Key = TypeVar("Key")
-Part = tuple[Rows, Tensor]  # with the index of each row in the whole data set
 
 SAMPLE_SIZE = 2048
-_SURPLUS = 1.25  # times the sample's size: it may grow to so many rows before it is put in order again
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +64,7 @@ class Accumulator:
         segments: that have rows.
         held: rows that are not summed yet.
         sums: the moments of each segment that has been folded.
-        subset: rows of the random subset that have been folded, and their indices; somewhat more than it needs.
+        subset: those of the folded rows that belong to the random subset.
 
     Example:
         >>> import torch
@@ -96,7 +95,7 @@ class Accumulator:
         self.num_samples = 0
         self.held: list[Held] = []
         self.sums: dict[int, Moments] = {}
-        self.subset: list[Part] = []
+        self.subset = Subset(sample_size)
         self.segments: set[int] = set()
 
     @torch.no_grad()
@@ -137,7 +136,8 @@ class Accumulator:
             raise ValueError(f"features or targets of lengths {others} cannot be added to those of {mine}.")
         other.to(self.device)
         self.held += other.held
-        self.subset += other.subset
+        for rows, index in other.subset.part():
+            self.subset.add(rows, index)
         for segment, sums in other.sums.items():
             present = self.sums.get(segment)
             self.sums[segment] = sums if present is None else present.writable().add_(sums)
@@ -150,13 +150,14 @@ class Accumulator:
         self.device = moments_device(torch.device(device))
         self.held = [replace(held, rows=held.rows.to(self.device)) for held in self.held]
         self.sums = {segment: sums.to(self.device) for segment, sums in self.sums.items()}
-        self.subset = [(rows.to(self.device), index) for rows, index in self.subset]
+        if self.subset.buffer is not None:
+            self.subset.buffer = self.subset.buffer.to(self.device)
         return self
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors that are held."""
-        rows = [*(held.rows for held in self.held), *(rows for rows, _ in self.subset)]
+        rows = [held.rows for held in self.held] + [self.subset.buffer or self._cat([])]
         sums = (tensor for sums in self.sums.values() for tensor in vars(sums).values())
         return sum(tensor.nbytes for tensor in [*sums, *(tensor for each in rows for tensor in vars(each).values())])
 
@@ -170,7 +171,11 @@ class Accumulator:
 
         It does not depend on batches, their order, or the number of processes.
         """
-        return self._by_hash([*self.subset, *((held.rows, held.index) for held in self.held)])
+        chosen = Subset(self.sample_size)
+        for rows, index in [*self.subset.part(), *((held.rows, held.index) for held in self.held)]:
+            chosen.add(rows, index)
+        rows, index = next(iter(chosen.by_hash()), (self._cat([]), chosen.index))
+        return rows.to(self.device), index
 
     def evidence(self, fit_intercept: bool = False) -> Evidence:
         """Return the evidence of everything: from rows where n < D and nothing was folded, else from moments."""
@@ -259,30 +264,12 @@ class Accumulator:
     @torch.no_grad()
     def _fold(self) -> None:
         """Sum all held rows, and keep those of the random subset. Waits for no device."""
-        new = [(held.rows, held.index) for held in self.held]
-        self.subset += self._smallest(new, [*self.subset, *new])
-        if sum(len(index) for _, index in self.subset) > _SURPLUS * self.sample_size:
-            self.subset = [self._by_hash(self.subset)]
+        for held in self.held:
+            self.subset.add(held.rows, held.index)
         for segment, rows in self._by_segment():
             sums = self.sums[segment] if segment in self.sums else self._zeros()
             self.sums[segment] = sums.accumulate(rows)
         self.held = []
-
-    def _smallest(self, parts: Sequence[Part], among: Sequence[Part]) -> list[Part]:
-        """Return copies of the rows that have the smallest hashes among others."""
-        number = sum(len(index) for _, index in among)
-        bound = torch.iinfo(torch.int64).max
-        if number > self.sample_size:
-            bound = int(mixed(torch.cat([index for _, index in among])).kthvalue(self.sample_size).values)
-        chosen = [(rows, index, (mixed(index) <= bound).nonzero()[:, 0]) for rows, index in parts]
-        return [(rows[at].to(self.device), index[at]) for rows, index, at in chosen if len(at)]
-
-    def _by_hash(self, parts: Sequence[Part]) -> Part:
-        parts = self._smallest(parts, parts)
-        rows = self._cat([rows for rows, _ in parts])
-        index = torch.cat([torch.empty(0, dtype=torch.int64), *(index for _, index in parts)])
-        order = mixed(index).argsort(stable=True)[: self.sample_size]
-        return rows[order], index[order]
 
 
 def reduced(
@@ -336,6 +323,7 @@ def reduced(
         for segment in sorted(segments[key]):
             total.sums[segment] = (own.sums.pop(segment) if segment in own.sums else total._zeros()).all_reduce()
         total.segments = segments[key]
-        subsets = gathered(alone, [(rows.to("cpu"), index) for rows, index in own.subset])
-        total.subset = [total._by_hash([part for parts in subsets for part in parts])]
+        for parts in gathered(alone, [(rows.to("cpu"), index) for rows, index in own.subset.part()]):
+            for rows, index in parts:
+                total.subset.add(rows, index)
     return {key: results[key] for key in sorted(results.keys() - broken.keys())}, broken  # type: ignore[type-var]

@@ -146,7 +146,8 @@ def maximise_moments(moments: Moments, task: Task, fit_intercept: bool) -> tuple
 @torch.no_grad()
 def maximise_rows(rows: Rows, num_outputs: int, task: Task, fit_intercept: bool) -> tuple[Evidence, Spectrum | None]:
     """Return the same as :func:`maximise_moments`, given all samples."""
-    squares = rows.features.double().square().sum(0), rows.dense_target(num_outputs).square().sum(0)
+    rows = Rows(rows.features.double(), rows.target)
+    squares = rows.features.square().sum(0), rows.dense_target(num_outputs).square().sum(0)
     cause = _cause_of_nan(len(rows), *squares, task, fit_intercept)
     return _decompose_and_maximise(
         lambda: Spectrum.from_rows(rows, num_outputs, fit_intercept), len(rows), *squares, cause

@@ -13,8 +13,8 @@ from lightning_logme.scores.rows import Rows
 
 # Columns that one product takes: few enough to skip most of the upper triangle, enough for BLAS.
 _GRAM_BLOCK = 256
-# Rows that are converted to float64 at a time, so that one huge batch needs no second copy of itself.
-_ROW_BLOCK = 4096
+# Rows that are converted to float64 at a time: they fit a cache, and one huge batch needs no second copy of itself.
+_ROW_BLOCK = 512
 
 
 @dataclass(frozen=True, eq=False)

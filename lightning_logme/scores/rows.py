@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_logme.utilities.checks import Task
 
-__all__ = ["Rows", "Target", "Task", "is_exclusive", "mixed", "moments_device"]
+__all__ = ["Rows", "Target", "Task", "is_exclusive", "mixed", "moments_device", "moved"]
 
 _MOST_TOKENS = 2**20  # of a sample
 
@@ -51,12 +51,12 @@ class Rows:
 
     def __getitem__(self, index: slice | Tensor) -> Rows:
         if isinstance(index, Tensor):
-            index = _moved(index, self.features.device)
+            index = moved(index, self.features.device)
         return Rows(self.features[index], self.target[index])
 
     def to(self, device: torch.device | str) -> Rows:
         """Return the same rows on another device."""
-        return Rows(_moved(self.features, torch.device(device)), _moved(self.target, torch.device(device)))
+        return Rows(moved(self.features, torch.device(device)), moved(self.target, torch.device(device)))
 
     def normalized(self) -> Rows:
         """Return the rows with features scaled to length 1, in float32 at least; zeros stay zeros."""
@@ -179,12 +179,13 @@ class Target:
             raise ValueError(
                 f"features and target must have the same length, got {tuple(features.shape)} and {tuple(self.shape)}."
             )
-        rows = Rows(features if self.kept is None else features[_moved(self.kept, features.device)], self.values)
+        rows = Rows(features if self.kept is None else features[moved(self.kept, features.device)], self.values)
         rows = rows.to(features.device)
         return rows.normalized() if normalize else rows
 
 
-def _moved(value: Tensor, device: torch.device) -> Tensor:
+def moved(value: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device, without a wait if that is a CUDA device."""
     # Only a copy to CUDA may be left to run: it is in order with what follows there.
     return value.to(device, non_blocking=device.type == "cuda")
 
