@@ -10,19 +10,18 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_logme.features.extractor import Extractor, Features
+from lightning_logme.features.extractor import HEAD, Extractor, Features
 from lightning_logme.features.labels import TargetSpec, check_target
 from lightning_logme.features.pooling import Pooling
 from lightning_logme.features.selection import AUTO, Selection, attach_by_tree
 from lightning_logme.scores.curve import CurvePoint
 from lightning_logme.scores.evidence import Evidence
-from lightning_logme.scores.rows import Task
 from lightning_logme.tracking.history import History, Row, is_key
 from lightning_logme.tracking.probe import Probe
 from lightning_logme.tracking.probes import Every, Probes
 from lightning_logme.tracking.strategy import is_sharded, why_out_of_step
 from lightning_logme.tracking.validation import Scoring, Validation
-from lightning_logme.utilities.checks import check_flags, check_options, check_task, names, positive_or_none
+from lightning_logme.utilities.checks import Task, check_flags, check_options, check_task, names, positive_or_none
 from lightning_logme.utilities.compat import (
     AnyCallback,
     LightningModule,
@@ -339,7 +338,7 @@ class LogMECallback(AnyCallback):
 
     def _compare_width(self, trainer: Trainer, num_loaders: int) -> None:
         """Report once where the head has outputs that no label names: it may not be the classifier."""
-        head = None if self._extractor is None else self._extractor.head
+        head = None if self._extractor is None else self._extractor.sources.get(HEAD)
         if head is None or head.outputs is None or self.num_classes is not None or self.task != "multiclass":
             return
         if trainer.limit_val_batches != 1.0 or getattr(trainer, "fast_dev_run", False):

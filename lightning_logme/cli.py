@@ -15,7 +15,7 @@ from torch import nn
 from lightning_logme.ranking.checkpoints import score_checkpoints
 from lightning_logme.ranking.rank import rank_backbones
 from lightning_logme.ranking.result import Ranking
-from lightning_logme.scores.rows import Task
+from lightning_logme.utilities.checks import Task
 from lightning_logme.utilities.compat import AnyDataModule, AnyLogger, Logger, rank_zero_only
 
 _USAGE = """\

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from oracles import one_hot, problem
 from streamed import rows_of
 
+from lightning_logme.features.labels import Target
 from lightning_logme.functional import evidence, logme
-from lightning_logme.scores.accumulator import Accumulator, reduced
+from lightning_logme.scores.accumulator import Accumulator, mixed
 from lightning_logme.scores.jackknife import jackknife
-from lightning_logme.scores.moments import Moments
-from lightning_logme.scores.rows import Rows, Target, mixed
+from lightning_logme.scores.moments import Moments, Rows
+from lightning_logme.scores.reduction import reduced
 from lightning_logme.utilities.distributed import Failure, together
 
 

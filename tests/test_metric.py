@@ -13,7 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_logme import LogME
 from lightning_logme.functional import evidence, logme
-from lightning_logme.scores.rows import moments_device
+from lightning_logme.scores.moments import moments_device
 
 FEATURES, TARGET = map(torch.as_tensor, problem(200, 8, 4, noise=2.0))
 FEATURES = FEATURES.float()

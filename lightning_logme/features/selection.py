@@ -16,8 +16,7 @@ from lightning_logme.features.heads import find_head, get_module
 from lightning_logme.features.hooks import CallTrace, Capture, Window
 from lightning_logme.features.labels import decide_num_outputs
 from lightning_logme.features.pooling import Pooling, check_poolings
-from lightning_logme.scores.rows import Task
-from lightning_logme.utilities.checks import check_flags, names
+from lightning_logme.utilities.checks import Task, check_flags, names
 from lightning_logme.utilities.compat import plain_name
 
 Head = str | Sequence[str] | None

@@ -15,10 +15,9 @@ from lightning_logme.features.calling import Forward, call, copied
 from lightning_logme.features.heads import find_head, get_module
 from lightning_logme.features.hooks import first_tensor
 from lightning_logme.features.isolation import seed_generators
-from lightning_logme.features.labels import Labels, TargetSpec, find_mask
+from lightning_logme.features.labels import Labels, Target, TargetSpec, find_mask
 from lightning_logme.features.output_layer import OutputLayer
 from lightning_logme.features.selection import Selection, attach
-from lightning_logme.scores.rows import Target
 from lightning_logme.utilities.compat import Fabric
 
 Transform = Callable[[Any], Any]

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from lightning_logme.features.isolation import same_generators
+from lightning_logme.features.labels import Target
 from lightning_logme.features.sampling import FIRST_SAMPLES, SAME_SAMPLES, Samples, total
 from lightning_logme.ranking.candidate import Backbone, Candidate
 from lightning_logme.ranking.report import Report
 from lightning_logme.ranking.resume import Progress, Round, Score, Store, warn_of_restart, why_different
-from lightning_logme.scores.accumulator import Accumulator, reduced
+from lightning_logme.scores.accumulator import Accumulator
 from lightning_logme.scores.jackknife import jackknife, quantile_to_drop, trailing
-from lightning_logme.scores.rows import Target
+from lightning_logme.scores.reduction import reduced
 from lightning_logme.utilities.compat import Fabric
 from lightning_logme.utilities.distributed import Failure, gathered, together
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_logme.scores.rows import Task, is_exclusive
+from lightning_logme.utilities.checks import EXCLUSIVE, Task
 
 _FIRST_POINT = 32  # samples, or twice as many as there are classes
 
@@ -34,5 +34,5 @@ def segments(positions: Tensor, task: Task, num_outputs: int) -> Tensor:
         task: of their labels.
         num_outputs: K.
     """
-    first = max(_FIRST_POINT, 2 * num_outputs if is_exclusive(task) else 0)
+    first = max(_FIRST_POINT, 2 * num_outputs if task in EXCLUSIVE else 0)
     return torch.bucketize(positions, first * 2 ** torch.arange(40), right=True)

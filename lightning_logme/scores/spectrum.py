@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_logme.scores.moments import Moments, add_gram_
-from lightning_logme.scores.rows import Rows
+from lightning_logme.scores.moments import Moments, Rows, add_gram_
 
 EPS = torch.finfo(torch.float64).eps
 TINY = torch.finfo(torch.float64).tiny
@@ -55,11 +54,6 @@ class Spectrum:
     unseen: float
 
     @property
-    def interpolates(self) -> bool:
-        """Whether the features can reproduce any target exactly: as many directions as degrees of freedom."""
-        return len(self.eigenvalues) == self.dof
-
-    @property
     def has_large_mean(self) -> bool:
         """Whether the mean of the features is so large that they were centred first."""
         return self.ratio > _LARGE_MEAN
@@ -78,7 +72,7 @@ class Spectrum:
     @classmethod
     def from_moments(cls, moments: Moments, fit_intercept: bool = False) -> Spectrum:
         """Decompose the Gram matrix (D × D)."""
-        n, d = int(moments.count), moments.num_features
+        n, d = int(moments.count), len(moments.gram)
         gram, cross, floor = moments.gram, moments.cross, 0.0
         mean, spread = moments.feature_sum / n, centred_square(gram.diagonal(), moments.feature_sum, n)
         ratio = _ratio(mean, spread.sum() / n)

@@ -111,7 +111,7 @@ class History:
             class_names: for the figure.
             is_saving: whether a checkpoint is being saved, when ``module.log`` must not be called.
         """
-        results = dict(current.results(trainer.strategy.root_device, alone=trainer.world_size == 1))
+        results = current.results(trainer.strategy.root_device, alone=trainer.world_size == 1)
         prefix = "" if probe is None else f"/{probe}"
         if self._board is None and trainer.is_global_zero and trainer.loggers:
             self._board = Board(trainer.loggers, self._plots, info=rank_zero_info)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, NamedTuple
@@ -17,11 +17,12 @@ from lightning_logme.features.extractor import HEAD, Errors, Extractor
 from lightning_logme.features.hooks import NotCalledError
 from lightning_logme.features.labels import Labels, TargetSpec, read_labels
 from lightning_logme.features.padding import distributed_sampler, rows_without_padding
-from lightning_logme.scores.accumulator import Accumulator, reduced
+from lightning_logme.scores.accumulator import Accumulator
 from lightning_logme.scores.curve import CurvePoint, segments
 from lightning_logme.scores.evidence import Evidence
-from lightning_logme.scores.rows import Task
+from lightning_logme.scores.reduction import reduced
 from lightning_logme.tracking.messages import Messages
+from lightning_logme.utilities.checks import Task
 from lightning_logme.utilities.compat import LightningModule, Trainer, rank_zero_warn, validation_loaders
 from lightning_logme.utilities.distributed import first_reason, gathered, reason_of
 
@@ -136,8 +137,8 @@ class Pass:
         self._scored[loader] += number
         return segments(positions, self.scoring.task, self.num_outputs or 0)
 
-    def results(self, device: torch.device, alone: bool) -> Iterator[tuple[Key, Result | None]]:
-        """Yield the result of every key that any process has met, summed over processes; None after an error.
+    def results(self, device: torch.device, alone: bool) -> dict[Key, Result | None]:
+        """Return the result of every key that any process has met, summed over processes; None after an error.
 
         All processes call this in step.
 
@@ -148,9 +149,11 @@ class Pass:
         accumulators: Mapping[Key, Accumulator] = self.accumulators
         if not alone:
             accumulators = self._reduced(device)
-        for key in sorted(accumulators):
-            if None not in self.errors and key[0] not in self.errors:
-                yield key, self._result(accumulators[key])
+        return {
+            key: self._result(accumulators[key])
+            for key in sorted(accumulators)
+            if None not in self.errors and key[0] not in self.errors
+        }
 
     def _reduced(self, device: torch.device) -> Mapping[Key, Accumulator]:
         """Share errors and accumulators between processes."""
@@ -323,13 +326,13 @@ class Validation:
         """Agree with the other processes on whether the validation set can be scored."""
         is_proven = self._stage is Stage.PROVEN
         error = None if is_proven else next(iter(current.errors.values()), None)
-        proven, errors, guesses = zip(*gathered(self._alone, (is_proven, error, guess)), strict=True)
-        reason = first_reason(errors)
-        if reason is not None:
-            raise ValueError(reason)
-        if any(proven):
+        if not self._alone:
+            proven, errors, guesses = zip(*gathered(False, (is_proven, error, guess)), strict=True)
+            is_proven, error, guess = any(proven), first_reason(errors), first_reason(guesses)
+        if error is not None:
+            raise ValueError(error)
+        if is_proven:
             self._stage = Stage.SETTLED
-        guess = first_reason(guesses)
         if guess is not None:
             self._messages.warn_of_dropped_guess(extractor, guess)
 
