@@ -56,8 +56,10 @@ class Subset:
         if not len(new):
             return
         self.buffer = self._room_for(rows)
+        device = self.buffer.features.device
+        at = slots if device.type == "cpu" else moved(slots, device)
         for mine, value in zip(vars(self.buffer).values(), vars(rows[new]).values(), strict=True):
-            mine[moved(slots, mine.device)] = value.to(mine.device, mine.dtype)
+            mine[at] = value.to(device, mine.dtype)
         grown = min(self.size, len(own) + len(hashes)) - len(own)
         self.index = torch.cat([self.index, index.new_zeros(grown)])
         self.index[slots] = index[new]
