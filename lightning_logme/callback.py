@@ -173,7 +173,7 @@ class LogMECallback(AnyCallback):
         self._selection = Selection(head, self.layers, layer_mean, features, pooling)
         self._scoring = Scoring(task, None, ignore_index, fit_intercept, normalize, curve)
         self._history = History(name, plots)
-        self._validation = Validation(name, self._scoring, target, self.class_names)
+        self._validation = Validation(name, self._scoring, target, self.class_names, bool(self.probes))
         # Of a run
         self._extractor: Extractor | None = None
         self._started = 0.0  # when the validation began

@@ -194,14 +194,21 @@ class Validation:
         scoring: of the labels.
         target: where they are in a batch.
         class_names: are checked against the labels.
+        has_probes: whether the validation set need not be scored.
     """
 
     def __init__(
-        self, name: str, scoring: Scoring, target: TargetSpec, class_names: Sequence[str] | None = None
+        self,
+        name: str,
+        scoring: Scoring,
+        target: TargetSpec,
+        class_names: Sequence[str] | None = None,
+        has_probes: bool = False,
     ) -> None:
         self._scoring = scoring
         self._target = target
         self._class_names = class_names
+        self._has_probes = has_probes
         self._messages = Messages(name)
         # Of a run
         self._alone = True  # whether this is the only process: if not, all must raise together, or some would wait
@@ -343,6 +350,8 @@ class Validation:
                 self._messages.note_origin(batch, self._target)
             return read_labels(batch, self._target, self._scoring.task, num_outputs, self._scoring.ignore_index)
         except Exception as error:
+            if self._has_probes and isinstance(error, ValueError):
+                return ValueError(f"{error} If only the probes are to be scored, write validation=False.")
             return error
 
     def _is_wrong_guess(self, extractor: Extractor, current: Pass, errors: Errors) -> bool:
