@@ -47,8 +47,10 @@ class Subset:
     @torch.no_grad()
     def add(self, rows: Rows, index: Tensor) -> None:
         """Copy those of the rows that belong to the subset, in place of rows that no longer do."""
+        if self.size == 0:
+            return
         own, hashes, bound = mixed(self.index), mixed(index), torch.iinfo(torch.int64).max
-        if self.size and len(own) + len(hashes) > self.size:
+        if len(own) + len(hashes) > self.size:
             bound = int(torch.cat([own, hashes]).kthvalue(self.size).values)
         slots = torch.cat([(own > bound).nonzero()[:, 0], torch.arange(len(own), self.size)])
         new = (hashes <= bound).nonzero()[: len(slots), 0]
