@@ -146,8 +146,6 @@ class Probes:
             is_new = self._saved_at != trainer.global_step
             self._saved_at = trainer.global_step
             return is_new
-        if is_saving:
-            return False
         self._validations += 1
         return (self._validations - 1) % self.every == 0
 

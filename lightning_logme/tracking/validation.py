@@ -24,7 +24,7 @@ from lightning_logme.scores.reduction import reduced
 from lightning_logme.tracking.messages import Messages
 from lightning_logme.utilities.checks import Task
 from lightning_logme.utilities.compat import LightningModule, Trainer, rank_zero_warn, validation_loaders
-from lightning_logme.utilities.distributed import first_reason, gathered, reason_of
+from lightning_logme.utilities.distributed import Failure, first_reason, gathered, reason_of
 
 Key = tuple[str, int]  # source of features, index of the loader
 
@@ -158,7 +158,11 @@ class Pass:
     def _reduced(self, device: torch.device) -> Mapping[Key, Accumulator]:
         """Share errors and accumulators between processes."""
         mine, everyone = set(self.errors), gathered(False, self.errors)
-        accumulators, mismatches = reduced(self.accumulators, self.scoring.task, device, alone=False)
+        try:
+            accumulators, mismatches = reduced(self.accumulators, self.scoring.task, device, alone=False)
+        except Failure as failure:  # raised in all processes
+            self.errors[None] = str(failure)
+            accumulators, mismatches = {}, {}
         for rank, errors in enumerate(everyone):
             for source, reason in errors.items():
                 self.errors.setdefault(source, f"{reason} (process {rank})")
