@@ -17,11 +17,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from models import CLASSES, Classifier, loader, mlp, penultimate, trainer, vectors
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_logme import LogMECallback, read_history
+from lightning_logme import LogMECallback, Probe, read_history
 from lightning_logme.functional import evidence
 
 
@@ -83,6 +84,26 @@ def exact(out: Path, start: str, world: int) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="LogME is NaN: only one class")
         done.fit(Quiet(), loader(vectors(40)), [loader(data, batch_size=3) for data in datasets])
+
+
+def probes_at_checkpoints(out: Path, start: str, world: int) -> None:
+    """Probes that run while a checkpoint is saved, and their results in that checkpoint."""
+    data = vectors(21, seed=3)
+    probe = Probe(loader(data, batch_size=4), num_classes=CLASSES)
+    callback = LogMECallback(probes={"others": probe}, probe_every="checkpoint")
+    saving = ModelCheckpoint(out, "saved")
+    run(callback, out, start, world, saving).fit(Quiet(), loader(vectors(40)), loader())
+    checkpoint = torch.load(out / "saved.ckpt", weights_only=True)
+    module = Classifier().double()
+    module.load_state_dict(checkpoint["state_dict"])
+    inputs, labels = data.tensors
+    doubled = TensorDataset(inputs.double(), labels)
+    expected = evidence(*penultimate(module, "model.2", doubled), num_classes=CLASSES)
+    row = callback.history[-1]
+    assert (row["key"], row["num_samples"], row["global_step"]) == ("logme/others", 21, checkpoint["global_step"])
+    assert row["logme"] == pytest.approx(float(expected.score), rel=1e-10)
+    assert read_history(out / "saved.ckpt") == callback.history
+    (out / f"{dist.get_rank()}.json").write_text(json.dumps(callback.history))
 
 
 class Sharded(Quiet):

@@ -35,6 +35,13 @@ def test_the_score_is_that_of_one_process(tmp_path, start, world):
     assert [row["num_samples"] for row in seen[0]["history"]] == [11, 11, 2, 2, 30, 30]
 
 
+def test_probes_at_checkpoints(tmp_path):
+    printed, seen, succeeded = launch(tmp_path, "probes_at_checkpoints")
+    assert succeeded, printed
+    assert len(seen) == 2
+    assert seen[0] == seen[1]
+
+
 @pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="this torch has FSDP2 only for GPUs")
 def test_fsdp2(tmp_path):
     """The score of sharded weights is that of the same weights put together, and the sharded checkpoint can be read."""
