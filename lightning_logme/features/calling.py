@@ -1,4 +1,4 @@
-"""How a module is called with a batch that holds its inputs, and labels that are none."""
+"""Call a module with the inputs of a batch, without the labels."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Forward = Callable[[Any, Any], Any]
 
 
 def call(module: nn.Module, batch: Any, target: TargetSpec = None) -> Any:
-    """What the module makes of the inputs of a batch.
+    """Run a module on the inputs of a batch, and return its output.
 
     Args:
         module: called as ``module(inputs)``, with the first item of (inputs, labels), or, for mappings, as
             ``module(**inputs)`` with what its ``forward`` accepts.
         batch: as a loader makes it.
-        target: key of the labels, which are not passed on, nor is anything with one of their usual names.
+        target: key of the labels. They are not passed on, nor is anything with one of their usual names.
 
     Raises:
         ValueError: a mapping has nothing that ``forward`` takes.
@@ -45,7 +45,7 @@ def call(module: nn.Module, batch: Any, target: TargetSpec = None) -> Any:
 
 
 def copied(batch: Any) -> Any:
-    """The same with tensors of its own, for a module that may write to them."""
+    """Return a copy of a batch: a module may write to its inputs."""
     if isinstance(batch, Tensor):
         return batch.clone()
     if type(batch) in (tuple, list):

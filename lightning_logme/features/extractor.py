@@ -94,7 +94,7 @@ class Source:
 
 
 class Extractor:
-    """Gives the features of one network, by source, for batches that it is run on.
+    """Gives the features of one network by source while it runs.
 
     Args:
         module: the network.

@@ -86,7 +86,7 @@ class CallTrace:
 
 @dataclass(eq=False)
 class Window:
-    """What the captures of one network share: whether they are open, and for which labels.
+    """The state that the captures of one network share: whether they are open, and for which labels.
 
     Attributes:
         trace: of the calls in the network.

@@ -23,7 +23,7 @@ def same_generators() -> Iterator[None]:
     try:
         yield
     finally:
-        isolated.__exit__(None, None, None)  # which forgets them where it is told of an exception
+        isolated.__exit__(None, None, None)  # which forgets them if it receives an exception
 
 
 def seed_generators(seed: int) -> None:
@@ -38,7 +38,7 @@ def undisturbed(module: nn.Module, datamodule: object = None) -> Iterator[None]:
     """Set a module to eval mode and without gradients; afterwards everything is as it was.
 
     That is the attributes of its parts (modes, counters, caches, the states of metrics), its buffers, the global random
-    generators, and those of torch among its attributes. What it logs meanwhile is dropped. Lists and dicts of its own
+    generators, and those of torch among its attributes. Its logging meanwhile is dropped. Lists and dicts of its own
     that it adds to keep what was added. The attributes of the data module, whose hooks prepare batches, are kept as
     well.
     """

@@ -221,7 +221,7 @@ def find_mask(batch: Any) -> Tensor | None:
 
 
 def inputs_of(batch: Any) -> Any:
-    """What a module is called with: the first item of (inputs, labels), or the batch itself."""
+    """Return the inputs of a batch: the first item of (inputs, labels), or the batch itself."""
     return batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
 
 

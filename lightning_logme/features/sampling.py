@@ -31,7 +31,7 @@ from lightning_logme.features.labels import (
 from lightning_logme.scores.accumulator import mixed
 from lightning_logme.utilities.checks import EXCLUSIVE, Task, positive_or_none
 
-# Of the first round: fewer tell little, and every round costs evidence and, with factories, loading.
+# Samples of the first round. Fewer say little, and every round costs an evidence and, with factories, loading.
 _FIRST_ROUND = 256
 _PER_CLASS = 4
 # Random parts of the samples, for the jackknife.
@@ -58,7 +58,7 @@ class Portion:
     start: int
 
     def digest(self) -> int:
-        """Of the labels and their places; those of several batches add up, however the samples are dealt out."""
+        """Return a number for the labels and their places. Those of several batches add up, however they are dealt out."""
         return _digest(self.target, self.start)
 
 
@@ -199,7 +199,7 @@ class Samples:
         return conform_target(find_target(batch, self.target), self.task).detach().cpu()
 
     def fingerprint(self) -> dict[str, Any]:
-        """What tells this data set, order and loader from others without loading samples."""
+        """Return what identifies the data set, its order and the loader, without loading samples."""
         labels = None if self.labels is None else _digest(self.labels, 0)
         target = getattr(self.target, "__qualname__", type(self.target)) if callable(self.target) else self.target
         # A stream's rounds end with a batch.

@@ -234,7 +234,7 @@ def _matching(root: nn.Module, patterns: Sequence[str]) -> list[str]:
 
 
 def _is_called(module: nn.Module) -> bool:
-    """Return whether a module is a layer: containers without a forward, and metrics, are none."""
+    """Return whether a module is a layer, and not a metric or a container without a forward."""
     forward = getattr(type(module), "forward", None)
     return forward is not nn.Module.forward and not isinstance(module, (Metric, torch.jit.ScriptModule))
 

@@ -1,1 +1,1 @@
-"""What :class:`~lightning_logme.LogMECallback` is made of."""
+"""The parts of :class:`~lightning_logme.LogMECallback`."""

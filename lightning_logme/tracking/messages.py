@@ -1,4 +1,4 @@
-"""What a validation tells the user: which labels were inferred, what failed, what was left out."""
+"""The messages of a validation: which labels were inferred, what failed, what was left out."""
 
 from __future__ import annotations
 

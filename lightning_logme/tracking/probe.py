@@ -83,7 +83,7 @@ class Probe:
 
 
 class PreparedProbe:
-    """A probe whose first batch has been read, so that what is wrong with its labels is known before training starts.
+    """A probe whose first batch has been read, so that wrong labels are found before training starts.
 
     Raises:
         ValueError: there are no labels, or they do not fit the task, or the number of classes is not known; the message

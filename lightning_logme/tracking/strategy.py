@@ -1,4 +1,4 @@
-"""What a strategy with several processes allows."""
+"""Whether a strategy with several processes can be scored."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def is_sharded(trainer: Trainer) -> bool:
 
 
 def why_out_of_step(trainer: Trainer, module: LightningModule) -> str | None:
-    """Return why processes could wait for each other in vain, or would not know of each other, if so."""
+    """Return why processes could wait for each other in vain, or cannot reach each other; None if they can be scored."""
     if trainer.world_size == 1:
         return None
     if not (dist.is_available() and dist.is_initialized()):
