@@ -7,13 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning_logme.collector import Collector
-from lightning_logme.scores.curve import CurvePoint, gain_settled_at, order_settled_at
-from lightning_logme.features.sampling import Samples
 from models import CLASSES, Classifier, loader, penultimate, trainer, vectors
 from torch.utils.data import TensorDataset
 
 from lightning_logme import LogMECallback, Probe, rank_backbones, read_history
+from lightning_logme.features.sampling import Samples
 from lightning_logme.functional import evidence
+from lightning_logme.scores.curve import CurvePoint, gain_settled_at, order_settled_at
 
 
 def test_of_the_validation_set_is_that_of_its_first_samples(tmp_path):

@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 from backbones import QUIET, Columns, good_to_bad, target_loader, target_set
-from lightning_logme.features.sampling import BLOCKS, Samples
 from torch import nn
 from torch.utils.data import (
     BatchSampler,
@@ -21,6 +20,7 @@ from torch.utils.data import (
 )
 
 from lightning_logme import rank_backbones
+from lightning_logme.features.sampling import BLOCKS, Samples
 from lightning_logme.functional import logme
 
 

@@ -66,7 +66,8 @@ class Candidate:
             with Backbone(self, fabric.to_device(_converted(made, fabric)), heads) as backbone:
                 yield backbone
             return
-        module, devices = self.source, {tensor.device for tensor in self.source.parameters()}
+        module = self.source
+        devices = {tensor.device for tensor in (*module.parameters(), *module.buffers())}
         training = {part: part.training for part in module.modules()}
         try:
             in_precision = _converted(module, fabric, keep=True)

@@ -19,7 +19,8 @@ from lightning_logme.features.pooling import Pooling
 from lightning_logme.features.sampling import Samples
 from lightning_logme.features.selection import AUTO, Head, Selection
 from lightning_logme.ranking.candidate import Candidate, Transform
-from lightning_logme.ranking.race import Race, Rules
+from lightning_logme.ranking.collect import Rules
+from lightning_logme.ranking.race import Race
 from lightning_logme.ranking.report import Report
 from lightning_logme.ranking.result import Ranking
 from lightning_logme.ranking.resume import Store
@@ -81,7 +82,7 @@ def rank_backbones(
         layers: dotted names of modules whose output is scored as well, or glob patterns such as "encoder.layer.*"; one
             list for all, or a mapping by candidate. Each layer has a row of its own, ``<candidate>/<layer>``, and a
             candidate stays in the race as long as one of its rows does.
-        layer_mean: score the mean of the layers' pooled features, too.
+        layer_mean: score the mean of the layers' pooled features, too, for each candidate with layers.
         target: where the labels are in a batch: a key, an index, or a callable(batch) -> Tensor; None finds them in
             the usual forms.
         pooling: how tokens (N, T, D) and maps (N, C, H, W) become (N, D), as in
@@ -132,7 +133,7 @@ def rank_backbones(
     """
     check_task(task)
     check_target(target)
-    check_flags(fit_intercept=fit_intercept, normalize=normalize, race=race, progress=progress)
+    check_flags(layer_mean=layer_mean, fit_intercept=fit_intercept, normalize=normalize, race=race, progress=progress)
     num_classes = positive_or_none("num_classes", num_classes)
     seed = integer("seed", seed)
     ignore_index = None if task == "regression" else ignore_index
@@ -149,7 +150,12 @@ def rank_backbones(
         Candidate(
             name,
             source,
-            Selection(heads[name], several_layers[name], layer_mean, pooling=poolings[name]),
+            Selection(
+                heads[name],
+                several_layers[name],
+                layer_mean and (bool(several_layers[name]) or not any(several_layers.values())),
+                pooling=poolings[name],
+            ),
             forwards[name],
             several_transforms[name],
             target,

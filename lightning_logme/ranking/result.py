@@ -6,11 +6,13 @@ import csv
 import math
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from lightning_logme.features.extractor import LAYER_MEAN
 from lightning_logme.scores.curve import CurvePoint
 from lightning_logme.scores.evidence import Evidence
 from lightning_logme.utilities import plots
@@ -191,6 +193,20 @@ class Ranking:
                 ]
             )
         return cells
+
+
+def row_name(candidate: str, source: str) -> str:
+    """Return the name of the row of one source of a candidate."""
+    return f"{candidate}/{source}" if source else candidate
+
+
+def in_words(source: str, heads: Sequence[str] | None = None) -> str:
+    """Return in words which feature a source is; nothing for a head that no batch has shown."""
+    if source:
+        return "mean of layers" if source == LAYER_MEAN else f"output of {source!r}"
+    if heads is None:
+        return ""
+    return "input of " + " and ".join(map(repr, heads)) if heads else "output"
 
 
 def _shortened(text: str) -> str:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
-from lightning_logme.features.extractor import HEAD, LAYER_MEAN
-from lightning_logme.ranking.race import Race, row_name
-from lightning_logme.ranking.result import Ended, Ranking, RankingRow
+from lightning_logme.features.extractor import HEAD
+from lightning_logme.ranking.race import Race
+from lightning_logme.ranking.result import Ended, Ranking, RankingRow, in_words, row_name
 from lightning_logme.ranking.resume import Progress, Round, Score
 from lightning_logme.scores.curve import CurvePoint
 from lightning_logme.scores.jackknife import quantile_of_ties, standard_error, trailing
@@ -76,7 +75,7 @@ def _row(race: Race, name: str, source: str, tied: bool) -> RankingRow:
         gain=score.gain,
         stderr=standard_error(score.replicates) if progress.rounds else math.nan,
         tied_with_best=tied,
-        feature=_feature(source, progress.heads),
+        feature=in_words(source, progress.heads),
         num_features=None if evidence is None else evidence.weight.shape[1],
         num_parameters=progress.num_parameters,
         num_samples=progress.num_samples,
@@ -92,7 +91,7 @@ def _end(race: Race, name: str, source: str, progress: Progress) -> tuple[Ended,
         return "failed", race.failed[name]
     if name in race.dropped:
         return "dropped", race.dropped[name]
-    if race.interrupted and name not in race.complete:
+    if race.interrupted and not progress.is_complete:
         return "interrupted", ""
     if math.isnan(progress.rounds[-1].scores[source].logme):
         return "finished", "there is no evidence in these samples; a warning says why"
@@ -102,12 +101,3 @@ def _end(race: Race, name: str, source: str, progress: Progress) -> tuple[Ended,
     if saturated:
         return "finished", f"a perfect fit of {saturated} outputs, whose evidence has no bound: are labels leaked?"
     return "finished", ""
-
-
-def _feature(source: str, heads: Sequence[str] | None) -> str:
-    """Return in words what was scored; nothing where no batch has shown it."""
-    if source:
-        return "mean of layers" if source == LAYER_MEAN else f"output of {source!r}"
-    if heads is None:
-        return ""
-    return "input of " + " and ".join(map(repr, heads)) if heads else "output"
