@@ -36,7 +36,7 @@ def score_checkpoints(
     layers: Sequence[str] = (),
     layer_mean: bool = False,
     target: TargetSpec = None,
-    pooling: Pooling | Mapping[str, Pooling] = "auto",
+    pooling: Pooling | Mapping[str, Pooling | Mapping[str, Pooling]] = "auto",
     forward: Forward | Mapping[str, Forward | None] | None = None,
     transforms: Mapping[str, Transform] | None = None,
     fit_intercept: bool = False,

@@ -42,7 +42,7 @@ def rank_backbones(
     layers: Sequence[str] | Mapping[str, Sequence[str]] = (),
     layer_mean: bool = False,
     target: TargetSpec = None,
-    pooling: Pooling | Mapping[str, Pooling] = "auto",
+    pooling: Pooling | Mapping[str, Pooling | Mapping[str, Pooling]] = "auto",
     forward: Forward | Mapping[str, Forward | None] | None = None,
     transforms: Mapping[str, Transform] | None = None,
     fit_intercept: bool = False,
@@ -86,7 +86,8 @@ def rank_backbones(
         target: where the labels are in a batch: a key, an index, or a callable(batch) -> Tensor; None finds them in
             the usual forms.
         pooling: how tokens (N, T, D) and maps (N, C, H, W) become (N, D), as in
-            :class:`~lightning_logme.LogMECallback`; one for all, or a mapping by candidate.
+            :class:`~lightning_logme.LogMECallback`; one for all, or a mapping by candidate, whose values may be
+            mappings by layer.
         forward: callable(model, batch) -> output, for modules that are not called as model(inputs) or
             model(**batch); one for all, or a mapping by candidate.
         transforms: by candidate, callable(batch) -> batch: the preprocessing of its own, on the CPU. Labels are read
