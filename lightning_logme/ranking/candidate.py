@@ -18,8 +18,10 @@ from lightning_logme.features.isolation import seed_generators
 from lightning_logme.features.labels import Labels, TargetSpec, find_mask
 from lightning_logme.features.output_layer import OutputLayer
 from lightning_logme.features.selection import Selection, attach
+from lightning_logme.ranking.result import in_words
 from lightning_logme.scores.rows import Target
 from lightning_logme.utilities.compat import Fabric
+from lightning_logme.utilities.distributed import reason_of
 
 Transform = Callable[[Any], Any]
 
@@ -127,8 +129,9 @@ class Backbone:
             rows, errors = self._extractor.rows(prepared, labels)
         finally:
             self._extractor.stop()
-        for error in errors.values():
-            raise error
+        for source, error in errors.items():
+            with naming(source or ""):
+                raise error
         return rows
 
     def _run(self, batch: Any, target: Target, fabric: Fabric) -> tuple[Any, Labels]:
@@ -182,3 +185,14 @@ def _converted(module: nn.Module, fabric: Fabric, keep: bool = False) -> nn.Modu
     precision = fabric.strategy.precision
     is_changed = str(precision.precision).endswith("-true") and precision.precision != "32-true"
     return precision.convert_module(copy.deepcopy(module) if keep and is_changed else module)
+
+
+@contextmanager
+def naming(source: str) -> Iterator[None]:
+    """Say in the message of an error which layer it is about, where it does not say so."""
+    try:
+        yield
+    except Exception as error:
+        if not source or repr(source) in str(error):
+            raise
+        raise ValueError(f"{in_words(source)}: {reason_of(error)}") from error

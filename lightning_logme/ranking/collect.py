@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 
 from lightning_logme.features.isolation import seed_generators
 from lightning_logme.features.sampling import FIRST_SAMPLES, Samples
-from lightning_logme.ranking.candidate import Backbone
-from lightning_logme.ranking.result import in_words
+from lightning_logme.ranking.candidate import Backbone, naming
 from lightning_logme.ranking.resume import First, Score
 from lightning_logme.scores.accumulator import Accumulator
 from lightning_logme.scores.evidence import Evidence
 from lightning_logme.scores.jackknife import jackknife
 from lightning_logme.scores.rows import Target
 from lightning_logme.utilities.compat import Fabric
-from lightning_logme.utilities.distributed import reason_of
 
 _CONSTANT = 1e-10  # of the features' mean square: a smaller variance is rounding
 
@@ -93,7 +90,7 @@ def collect(
         number, target = len(portion.target), rules.target(portion.target, samples)
         block, index = target.spread(portion.block), target.index(range(portion.start, portion.start + number))
         for source, features in backbone.rows(portion.batch, target, fabric).items():
-            with _naming(source):
+            with naming(source):
                 rows = target.rows(features, normalize=rules.normalize)
                 if source not in part.accumulators:
                     width, device = rows.features.shape[1], rows.features.device
@@ -125,7 +122,7 @@ def score(
         fit_intercept: as in :class:`~lightning_logme.Evidence`.
     """
     for source, accumulator in sorted(new.items()):
-        with _naming(source):
+        with naming(source):
             if source in earlier:
                 accumulator.merge_(earlier[source])
             evidence, replicates = jackknife(accumulator, fit_intercept)
@@ -137,14 +134,3 @@ def is_constant(accumulator: Accumulator) -> bool:
     """Return whether the features are the same for every sample."""
     features = accumulator.sample()[0].features.double()
     return bool((features - features.mean(0)).square().sum() <= _CONSTANT * features.square().sum())
-
-
-@contextmanager
-def _naming(source: str) -> Iterator[None]:
-    """Say in the message of an error which layer it is about."""
-    try:
-        yield
-    except Exception as error:
-        if not source:
-            raise
-        raise ValueError(f"{in_words(source)}: {reason_of(error)}") from error

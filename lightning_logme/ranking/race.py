@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -114,9 +115,11 @@ class Race:
             quantile_to_drop(self._num_rows, index + 1),
         )
         for name, one in rounds.items():
-            errors = [behind[name, source] for source in one.scores if (name, source) in behind]
-            if len(errors) == len(one.scores):
-                self.dropped[name] = f"{min(errors):.1f} standard errors behind at {one.num_samples} samples"
+            known = [(name, source) for source, score in one.scores.items() if not math.isnan(score.logme)]
+            if known and all(row in behind for row in known):
+                self.dropped[name] = (
+                    f"{min(behind[row] for row in known):.1f} standard errors behind at {one.num_samples} samples"
+                )
                 self._finish(name)
                 self._report.line(f"{name} is dropped: {self.dropped[name]}.")
 

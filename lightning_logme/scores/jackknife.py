@@ -57,7 +57,10 @@ def standard_error(scores: Sequence[float]) -> float:
     """Of a score, given the B scores without each block: √((B−1)/B Σ (s₋ₖ − mean)²).
 
     Block jackknife: Shao & Tu 1995, "The Jackknife and Bootstrap", ch. 2. Of a difference, given the differences.
+    NaN without scores, as where no sample counts.
     """
+    if not scores:
+        return math.nan
     mean = sum(scores) / len(scores)
     return math.sqrt((len(scores) - 1) / len(scores) * sum((score - mean) ** 2 for score in scores))
 
