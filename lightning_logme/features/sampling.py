@@ -204,7 +204,8 @@ class Samples:
         target = getattr(self.target, "__qualname__", type(self.target)) if callable(self.target) else self.target
         # A stream's rounds end with a batch.
         batch = len(self.first.target) if self.number is None else None
-        return {"samples": self.number, "labels": labels, "seed": self.seed, "target": target, "batch": batch}
+        options = {"task": self.task, "samples": self.number, "labels": labels, "seed": self.seed}
+        return {**options, "target": target, "batch": batch}
 
 
 def _indices(loader: Any) -> Tensor | None:

@@ -16,9 +16,9 @@ from lightning_logme.ranking.candidate import Backbone, Candidate
 from lightning_logme.ranking.collect import Rules, collect, first_samples, is_constant, score
 from lightning_logme.ranking.report import Report
 from lightning_logme.ranking.result import in_words, row_name
-from lightning_logme.ranking.resume import First, Progress, Round, Store, warn_of_restart
+from lightning_logme.ranking.resume import First, Progress, Round, Store, behind, warn_of_restart
 from lightning_logme.scores.accumulator import reduced
-from lightning_logme.scores.jackknife import quantile_to_drop, trailing
+from lightning_logme.scores.jackknife import quantile_to_drop
 from lightning_logme.utilities.compat import Fabric
 from lightning_logme.utilities.distributed import Failure, gathered, together
 
@@ -107,18 +107,13 @@ class Race:
         rounds = {
             name: self.progress[name].rounds[index] for name in self.running if len(self.progress[name].rounds) > index
         }
-        scores = {(name, source): score for name, one in rounds.items() for source, score in one.scores.items()}
-        self._num_rows = max(self._num_rows, len(scores))
-        behind = trailing(
-            {row: score.logme for row, score in scores.items()},
-            {row: score.replicates for row, score in scores.items()},
-            quantile_to_drop(self._num_rows, index + 1),
-        )
+        self._num_rows = max(self._num_rows, sum(len(one.scores) for one in rounds.values()))
+        errors = behind(rounds, quantile_to_drop(self._num_rows, index + 1))
         for name, one in rounds.items():
             known = [(name, source) for source, score in one.scores.items() if not math.isnan(score.logme)]
-            if known and all(row in behind for row in known):
+            if known and all(row in errors for row in known):
                 self.dropped[name] = (
-                    f"{min(behind[row] for row in known):.1f} standard errors behind at {one.num_samples} samples"
+                    f"{min(errors[row] for row in known):.1f} standard errors behind at {one.num_samples} samples"
                 )
                 self._finish(name)
                 self._report.line(f"{name} is dropped: {self.dropped[name]}.")

@@ -200,31 +200,16 @@ def _run(
     """Do what every process does. The ranking is pickled, as it may come from a process that ends."""
     store = None
     if resume_from is not None:
-        store = Store(
-            resume_from,
-            {
-                **samples.fingerprint(),
-                "task": samples.task,
-                "num_outputs": rules.num_outputs,
-                "rounds": next(samples.rounds(rules.num_outputs)),
-                "ignore_index": rules.ignore_index,
-                "fit_intercept": rules.fit_intercept,
-                "normalize": rules.normalize,
-                "precision": fabric.strategy.precision.precision,
-            },
-        )
+        options = {**samples.fingerprint(), **vars(rules), "precision": fabric.strategy.precision.precision}
+        # A candidate has the same results in a race and without one.
+        store = Store(resume_from, {**options, "race": None, "rounds": next(samples.rounds(rules.num_outputs))})
     first = fabric.is_global_zero
     report = Report(progress and first, loggers if first else [])
     race = Race(fabric, candidates, samples, rules, store, report)
     race.run()
-    if (
-        not race.interrupted
-        and len(race.failed) == len(candidates)
-        and not any(progress.rounds for progress in race.progress.values())
-    ):
-        raise RuntimeError(
-            "every candidate failed: " + "; ".join(f"{name}: {cause}" for name, cause in race.failed.items())
-        )
+    if len(race.failed) == len(candidates) and not any(progress.rounds for progress in race.progress.values()):
+        causes = "; ".join(f"{name}: {cause}" for name, cause in race.failed.items())
+        raise RuntimeError(f"every candidate failed: {causes}")
     if race.interrupted and first:
         warnings.warn("the ranking was interrupted: it holds what was known by then.", stacklevel=2)
     ranking = standing(race)

@@ -7,7 +7,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_logme.ranking.candidate import Candidate
 from lightning_logme.scores.accumulator import Accumulator
 from lightning_logme.scores.evidence import Evidence
+from lightning_logme.scores.jackknife import trailing
 
 # Relative difference of features in a later process: other devices, threads and libraries round differently.
 _SAME = 1e-3
@@ -122,6 +123,18 @@ class Progress:
         return self.rounds[-1].num_samples if self.rounds else 0
 
 
+def behind(rounds: Mapping[str, Round], quantile: float) -> dict[tuple[str, str], float]:
+    """Return by how many paired standard errors sources trail the leader, by candidate and source.
+
+    Args:
+        rounds: by candidate, a round of the same samples.
+        quantile: those that trail by less are left out.
+    """
+    scores = {(name, source): score for name, one in rounds.items() for source, score in one.scores.items()}
+    values = {row: score.logme for row, score in scores.items()}
+    return trailing(values, {row: score.replicates for row, score in scores.items()}, quantile)
+
+
 class Store:
     """A folder with the results of candidates that finished or were dropped.
 
@@ -162,16 +175,10 @@ class Store:
 
     def save(self, candidate: Candidate, progress: Progress) -> None:
         """Write the results of a candidate; a process that is killed meanwhile leaves the file that there was."""
-        rounds = [
-            {**vars(one), "scores": {source: vars(score) for source, score in one.scores.items()}}
-            for one in progress.rounds
-        ]
-        evidence = {source: vars(one) for source, one in progress.evidence.items()}
-        values = {**vars(progress), "rounds": rounds, "evidence": evidence, "first": vars(progress.first)}
         path = self._path(candidate)
         unfinished = path.with_suffix(".unfinished")
         try:
-            torch.save({"options": self._all_options(candidate), "progress": values}, unfinished)
+            torch.save({"options": self._all_options(candidate), "progress": asdict(progress)}, unfinished)
             unfinished.replace(path)
         except (OSError, RuntimeError) as error:  # a full disk must not end the ranking
             warnings.warn(f"resume_from: {path} could not be written ({error}).", stacklevel=2)

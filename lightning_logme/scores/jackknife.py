@@ -89,11 +89,11 @@ def trailing(
 def quantile_to_drop(number: int, round_: int) -> float:
     """How many paired standard errors a candidate must trail the leader by, to be dropped in a round.
 
-    The error rate is divided by Bonferroni's inequality among all pairs of candidates, as any may happen to lead and
-    any to trail, and among the rounds as 1/2, 1/6, 1/12, …, whose sum is 1 however many rounds there will be.
+    The error rate is divided by Bonferroni's inequality among all pairs of rows, as any may happen to lead and any to
+    trail, and among the rounds as 1/2, 1/6, 1/12, …, whose sum is 1 however many rounds there will be.
 
     Args:
-        number: of the candidates that started.
+        number: of the rows that started: one for each candidate and source of features.
         round_: 1, 2, …
     """
     return student_quantile(ERROR_RATE / (round_ * (round_ + 1)) / (number * (number - 1)))
