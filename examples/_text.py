@@ -12,10 +12,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning_logme.features.pooling import pool
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_logme.features.pooling import pool
 
 Batch = dict[str, Tensor]
 

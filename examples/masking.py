@@ -46,12 +46,12 @@ import torch
 from _data import newsgroups, require
 from _text import TextClassifier, collate, encoder
 from lightning.pytorch import Trainer, seed_everything
-from lightning_logme.features.pooling import pool
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader
 
 from lightning_logme import LogMECallback
+from lightning_logme.features.pooling import pool
 
 LAYERS = 3  # the first ones of MiniLM's six
 OUTPUTS = {"encoder.embeddings": "embeddings", **{f"encoder.encoder.layer.{i}": f"layer {i}" for i in range(LAYERS)}}

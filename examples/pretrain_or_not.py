@@ -41,7 +41,6 @@ from _data import documents, newsgroups, require
 from _zoo import NO_DEPS, text_backbones
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities.rank_zero import rank_zero_module
-from lightning_logme.scores.curve import CurvePoint, gain_settled_at
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, RandomSampler, Subset, TensorDataset
@@ -49,6 +48,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
 
 from lightning_logme import LogMECallback, Probe
+from lightning_logme.scores.curve import CurvePoint, gain_settled_at
 
 NUM_CLASSES = 20
 BATCH_SIZE = 32

@@ -10,20 +10,18 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_logme.features.extractor import Extractor, Features
+from lightning_logme.features.extractor import HEAD, Extractor, Features
 from lightning_logme.features.labels import TargetSpec, check_target
 from lightning_logme.features.pooling import Pooling
 from lightning_logme.features.selection import AUTO, Selection, attach_by_tree
 from lightning_logme.scores.curve import CurvePoint
 from lightning_logme.scores.evidence import Evidence
-from lightning_logme.scores.rows import Task
 from lightning_logme.tracking.history import History, Row, is_key
-from lightning_logme.tracking.passes import Scoring
 from lightning_logme.tracking.probe import Probe
 from lightning_logme.tracking.probes import Every, Probes
 from lightning_logme.tracking.strategy import is_sharded, why_out_of_step
-from lightning_logme.tracking.validation import Validation
-from lightning_logme.utilities.checks import check_flags, check_options, check_task, names, positive_or_none
+from lightning_logme.tracking.validation import Scoring, Validation
+from lightning_logme.utilities.checks import Task, check_flags, check_options, check_task, names, positive_or_none
 from lightning_logme.utilities.compat import (
     AnyCallback,
     LightningModule,
@@ -156,19 +154,30 @@ class LogMECallback(AnyCallback):
             )
         if not (validation or probes):
             raise ValueError("validation=False leaves nothing to score without probes.")
-        self.name = name
+        self.head = head
+        self.layers = () if layers is None else layers
+        self.layer_mean = layer_mean
+        self.features = features
+        self.task: Task = task
         self.target = target
+        self.pooling: Pooling | Mapping[str, Pooling] = pooling
+        self.name = name
+        self.fit_intercept = fit_intercept
+        self.ignore_index = ignore_index
+        self.normalize = normalize
         self.class_names = None if class_names is None else names("class_names", class_names)
-        self.validation = validation
-        self.selection = Selection(head, () if layers is None else layers, layer_mean, features, pooling)
-        self.scoring = Scoring(task, None, ignore_index, fit_intercept, normalize, curve)
+        self.curve = curve
         self.probes = Probes(probes, probe_every)
+        self.validation = validation
 
+        self._selection = Selection(head, self.layers, layer_mean, features, pooling)
+        self._scoring = Scoring(task, None, ignore_index, fit_intercept, normalize, curve)
         self._history = History(name, plots)
-        self._validation = Validation(name, self.scoring, target, self.class_names)
+        self._validation = Validation(name, self._scoring, target, self.class_names, bool(self.probes))
         # Of a run
         self._extractor: Extractor | None = None
         self._started = 0.0  # when the validation began
+        self._has_probes = bool(self.probes)
         self._said: set[str] = set()  # what is reported once
         self._out_of_step: str | None = None
 
@@ -198,10 +207,10 @@ class LogMECallback(AnyCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._validation.prepare(alone=trainer.world_size == 1)
-        self._history.prepare(trainer)
+        self._history.prepare()
         if stage not in ("fit", "validate"):
             return
-        if self.selection.features is not None and is_sharded(trainer):
+        if self.features is not None and is_sharded(trainer):
             raise ValueError(
                 f"features=callable makes forward passes of its own, which cannot be run under "
                 f"{type(trainer.strategy).__name__}, whose processes must make as many as each other; name layers."
@@ -268,10 +277,11 @@ class LogMECallback(AnyCallback):
             return
         if current is not None:
             seconds = time.perf_counter() - self._started
-            names = self._extractor.names
-            self._history.record(trainer, pl_module, current, names, seconds, class_names=self.class_names)
-            self._compare_width(trainer, current.num_loaders)
-        if self.probes:
+            sources = self._extractor.names
+            self._history.record(trainer, pl_module, current, sources, seconds, class_names=self.class_names)
+            if "width" not in self._said:
+                self._compare_width(trainer, current.num_loaders)
+        if self._has_probes:
             self._run_probes(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -313,7 +323,7 @@ class LogMECallback(AnyCallback):
         """Find the modules, and capture from them for the whole run."""
         self._detach()
         self._extractor, announcement = attach_by_tree(
-            pl_module, self.selection, self.scoring.task, self.num_classes, is_scored=self.validation
+            pl_module, self._selection, self.task, self.num_classes, is_scored=self.validation
         )
         self.probes.check_names(self._extractor)
         if announcement is not None and "head" not in self._said:
@@ -328,10 +338,10 @@ class LogMECallback(AnyCallback):
 
     def _compare_width(self, trainer: Trainer, num_loaders: int) -> None:
         """Report once where the head has outputs that no label names: it may not be the classifier."""
-        head = None if self._extractor is None else self._extractor.head
-        if head is None or head.outputs is None or self.num_classes is not None or self.scoring.task != "multiclass":
+        head = None if self._extractor is None else self._extractor.sources.get(HEAD)
+        if head is None or head.outputs is None or self.num_classes is not None or self.task != "multiclass":
             return
-        if "width" in self._said or trainer.limit_val_batches != 1.0 or getattr(trainer, "fast_dev_run", False):
+        if trainer.limit_val_batches != 1.0 or getattr(trainer, "fast_dev_run", False):
             return
         keys = [self.name, *(f"{self.name}/dataloader_idx_{index}" for index in range(num_loaders))]
         present = [self.evidence[key].per_output.isfinite() for key in keys if key in self.evidence]
@@ -353,4 +363,4 @@ class LogMECallback(AnyCallback):
 
     def _run_probes(self, trainer: Trainer, pl_module: LightningModule, is_saving: bool = False) -> None:
         if self._extractor is not None and self.probes.is_due(trainer, is_saving):
-            self.probes.run(trainer, pl_module, self._extractor, self._history, self.scoring, is_saving)
+            self.probes.run(trainer, pl_module, self._extractor, self._history, self._scoring, is_saving)

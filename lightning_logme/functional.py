@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_logme.features.labels import Target
 from lightning_logme.scores.evidence import Evidence
-from lightning_logme.scores.rows import Target, Task, moments_device
-from lightning_logme.utilities.checks import check_flags, check_options, check_task, positive_or_none
+from lightning_logme.scores.moments import moments_device
+from lightning_logme.utilities.checks import Task, check_flags, check_options, check_task, positive_or_none
 
 # Beyond which num_classes=None takes labels for something else, unless there are samples for them.
 _MOST_CLASSES = 1_000_000

@@ -13,14 +13,13 @@ from torch.nn import Module
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
+from lightning_logme.features.labels import Target
 from lightning_logme.scores.accumulator import Accumulator, Held
 from lightning_logme.scores.evidence import Evidence
-from lightning_logme.scores.moments import Moments
-from lightning_logme.scores.rows import Rows, Target, Task, moments_device
-from lightning_logme.utilities.checks import check_flags, check_options, check_task, positive
+from lightning_logme.scores.moments import Moments, Rows, moments_device
+from lightning_logme.utilities.checks import Task, check_flags, check_options, check_task, positive
 
-_LISTS = ("held_features", "held_target", "held_index", "subset_features", "subset_target", "subset_index")
-_INDICES = ("held_index", "subset_index")  # stay on the CPU
+_LISTS = ("held_features", "held_target")
 
 
 class LogME(Metric):
@@ -29,7 +28,7 @@ class LogME(Metric):
     See :func:`lightning_logme.functional.logme` for the formula and the source. The states are float64 sums over
     samples, :math:`F^T F` and :math:`F^T Y` above all, so that memory is O(D² + DK) whatever the number of samples, and
     batches and processes combine by addition, exactly. Fewer than D samples are held as they are, which takes less
-    memory and time; the sums are then 0. A random subset of at most 2048 samples stays.
+    memory and time; the sums are then 0.
 
     As input to ``forward`` and ``update`` the metric accepts
 
@@ -87,10 +86,6 @@ class LogME(Metric):
     target_square: Tensor
     held_features: list[Tensor]
     held_target: list[Tensor]
-    held_index: list[Tensor]
-    subset_features: list[Tensor]
-    subset_target: list[Tensor]
-    subset_index: list[Tensor]
 
     def __init__(
         self,
@@ -116,7 +111,6 @@ class LogME(Metric):
         self.fit_intercept = fit_intercept
         self.normalize = normalize
         self._evidence: Evidence | None = None
-        self._next_index = 0
         # A single zero until rows are folded: torchmetrics copies every state and its default, and D × D is much.
         zero = torch.zeros((), dtype=torch.float64)
         self.add_state("count", default=zero, dist_reduce_fx="sum")
@@ -125,8 +119,8 @@ class LogME(Metric):
         self.add_state("feature_sum", default=zero, dist_reduce_fx="sum")
         self.add_state("target_sum", default=zero, dist_reduce_fx="sum")
         self.add_state("target_square", default=zero, dist_reduce_fx="sum")
-        for name in _LISTS:
-            self.add_state(name, default=[], dist_reduce_fx="cat")
+        self.add_state("held_features", default=[], dist_reduce_fx="cat")
+        self.add_state("held_target", default=[], dist_reduce_fx="cat")
 
     def update(self, features: Tensor, target: Tensor) -> None:
         """Add a batch."""
@@ -135,9 +129,7 @@ class LogME(Metric):
         accumulator = self._accumulator()
         if not self._is_folded:  # they may be held, and their owner may overwrite them
             rows = Rows(rows.features.clone(), rows.target.clone())
-        accumulator.add(rows, index=torch.arange(self._next_index, self._next_index + len(rows)))
-        # Not num_samples: torchmetrics resets the states within forward.
-        self._next_index += len(rows)
+        accumulator.add(rows)
         self._set(accumulator)
 
     def compute(self) -> Tensor:
@@ -164,21 +156,18 @@ class LogME(Metric):
         self._set(self._accumulator())
 
     def _sync_dist(self, dist_sync_fn: Callable = gather_all_tensors, process_group: Any = None) -> None:
-        """Add up the sums of all processes. Each keeps the random subset of its own samples."""
-        sums = self._accumulator().moments().get(0) or Moments.zeros(
-            self.num_features, self.num_outputs, self.count.device
-        )
-        for name, value in vars(sums).items():
+        """Add up the sums of all processes."""
+        for name, value in vars(self.moments()).items():
             everyone = dist_sync_fn(value, group=process_group or self.process_group)
             setattr(self, name, functools.reduce(torch.add, everyone))
-        self.held_features, self.held_target, self.held_index = [], [], []
+        self.held_features, self.held_target = [], []
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load copies of states that fit, and forget what was computed before."""
         sums = vars(Moments.zeros(self.num_features, self.num_outputs, "meta")).items()
         states = [(name, tuple(value.shape), state_dict.get(prefix + name)) for name, value in sums]
-        for name in ("held_features", "subset_features"):
-            states += [(name, (len(rows), self.num_features), rows) for rows in state_dict.get(prefix + name, ())]
+        held = state_dict.get(prefix + "held_features", ())
+        states += [("held_features", (len(rows), self.num_features), rows) for rows in held]
         for name, shape, loaded in states:
             if loaded is not None and tuple(loaded.shape) not in (shape, ()):
                 raise ValueError(
@@ -196,22 +185,23 @@ class LogME(Metric):
         """Plot one or several values, see :meth:`torchmetrics.Metric.plot`."""
         return self._plot(val, ax)
 
+    def moments(self) -> Moments:
+        """Return the sums of what this process has seen, of all processes once they have been synchronised."""
+        sums = self._accumulator().moments().get(0)
+        return Moments.zeros(self.num_features, self.num_outputs, self.count.device) if sums is None else sums
+
     @property
     def _is_folded(self) -> bool:
         return self.gram.ndim > 0
 
     def _accumulator(self) -> Accumulator:
         """Return what the states hold. Either rows are held, or there are sums, never both between two calls."""
-        accumulator = Accumulator(self.task, self.num_features, self.num_outputs, self.count.device)
+        accumulator = Accumulator(self.task, self.num_features, self.num_outputs, self.count.device, sample_size=0)
         if self._is_folded:
             accumulator.sums = {0: Moments(**{field.name: getattr(self, field.name) for field in fields(Moments)})}
         accumulator.held = [
-            Held(Rows(features, target), 0, index)
-            for features, target, index in zip(self.held_features, self.held_target, self.held_index, strict=True)
-        ]
-        accumulator.subset = [
-            (Rows(features, target), index)
-            for features, target, index in zip(self.subset_features, self.subset_target, self.subset_index, strict=True)
+            Held(Rows(features, target), 0, torch.arange(len(target)))
+            for features, target in zip(self.held_features, self.held_target, strict=True)
         ]
         accumulator.segments = {0}
         accumulator.num_samples = sum(map(len, self.held_features))
@@ -224,10 +214,6 @@ class LogME(Metric):
                 setattr(self, name, value)
         self.held_features = [held.rows.features for held in accumulator.held]
         self.held_target = [held.rows.target for held in accumulator.held]
-        self.held_index = [held.index for held in accumulator.held]
-        self.subset_features = [rows.features for rows, _ in accumulator.subset]
-        self.subset_target = [rows.target for rows, _ in accumulator.subset]
-        self.subset_index = [index for _, index in accumulator.subset]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> Module:
         """Let torch move the states between devices, never change their precision."""
@@ -236,7 +222,7 @@ class LogME(Metric):
             return tensor.to(moments_device(fn(tensor.new_empty(0)).device))
 
         self._computed, self._evidence = None, None
-        return super()._apply(move, (*exclude_state, *_INDICES))
+        return super()._apply(move, exclude_state)
 
 
 def _all_reduce(state: Tensor, group: Any = None) -> list[Tensor]:

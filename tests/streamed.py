@@ -3,8 +3,8 @@
 import torch
 
 from lightning_logme import Evidence
-from lightning_logme.scores.moments import Moments
-from lightning_logme.scores.rows import Rows, Target
+from lightning_logme.features.labels import Target
+from lightning_logme.scores.moments import Moments, Rows
 
 
 def rows_of(features, target, task="multiclass", num_outputs=None, ignore_index=None) -> Rows:

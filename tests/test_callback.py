@@ -467,8 +467,8 @@ class TestErrors:
 
             def training_step(self, batch, batch_idx):
                 (hook,) = self.model[2]._forward_pre_hooks.values()
-                assert not hook.__self__.open
-                assert hook.__self__._seen == []
+                assert not hook.__self__.is_open
+                assert hook.__self__.seen == []
                 return super().training_step(batch, batch_idx)
 
         with pytest.warns(UserWarning, match="called 2 times"):

@@ -10,11 +10,10 @@ from models import CLASSES, Classifier, loader, penultimate, trainer, vectors
 from torch.utils.data import TensorDataset
 
 from lightning_logme import LogMECallback, Probe, read_history
-from lightning_logme.features.labels import Labels
+from lightning_logme.features.labels import Labels, Target
 from lightning_logme.features.sampling import Samples
 from lightning_logme.functional import evidence
-from lightning_logme.scores.rows import Target
-from lightning_logme.tracking.passes import Pass, Scoring
+from lightning_logme.tracking.validation import Pass, Scoring
 
 
 def test_of_the_validation_set_is_that_of_its_first_samples(tmp_path):

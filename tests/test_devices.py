@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning_logme.collector import Collector
-from lightning_logme.scores.moments import Moments
 from lightning_logme.sources import Source, Sources
 
 from lightning_logme import collector
 from lightning_logme.ranking import processes
+from lightning_logme.scores.moments import Moments
 
 OTHER = torch.device("meta")
 

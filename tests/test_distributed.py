@@ -13,16 +13,16 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from launched import Checked, Quiet
 from lightning.pytorch.strategies import DDPStrategy
-from lightning_logme.features.padding import rows_without_padding
-from lightning_logme.scores.moments import Batch, Moments
-from lightning_logme.features.sampling import Samples
 from models import CLASSES, loader, penultimate, trainer, vectors
 from oracles import problem
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 from torchmetrics import MetricCollection
 
 from lightning_logme import Evidence, LogME, LogMECallback, Probe
+from lightning_logme.features.padding import rows_without_padding
+from lightning_logme.features.sampling import Samples
 from lightning_logme.functional import evidence
+from lightning_logme.scores.moments import Batch, Moments
 
 # Processes are forked off a server that has imported everything and started no thread: a fork of this process could
 # inherit a lock that nobody will release, and a spawned one takes seconds to import torch.

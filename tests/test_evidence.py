@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from oracles import digits_features, one_hot, problem
 from streamed import rows_of, streamed
 
+from lightning_logme.features.labels import Target
 from lightning_logme.functional import evidence, logme
-from lightning_logme.scores.moments import Moments
-from lightning_logme.scores.rows import Rows, Target
+from lightning_logme.scores.moments import Moments, Rows
 from lightning_logme.scores.spectrum import Spectrum
 
 

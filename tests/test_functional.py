@@ -1,12 +1,15 @@
 """Arrays in, numbers out; bad input gets one clear sentence."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from oracles import one_hot, problem
 
+import lightning_logme
 from lightning_logme import LogME
 from lightning_logme.functional import evidence, logme
 
@@ -184,6 +187,21 @@ def test_metric_names_the_number_of_features_it_expects():
     metric = LogME("multiclass", 5, num_classes=3)
     with pytest.raises(ValueError, match=r"shape \(N, 5\) as num_features=5, got \(20, 4\)"):
         metric.update(F, Y)
+
+
+def test_import_needs_neither_lightning_nor_torchmetrics():
+    code = "import sys, lightning_logme.functional; print({name.split('.')[0] for name in sys.modules})"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "'lightning_logme'" in loaded
+    assert not any(f"'{name}'" in loaded for name in ("lightning", "pytorch_lightning", "torchmetrics"))
+
+
+def test_public_names_are_listed_before_they_are_imported():
+    assert set(lightning_logme.__all__) <= set(dir(lightning_logme))
+    assert set(lightning_logme._HOMES) == set(lightning_logme.__all__)
+    assert lightning_logme.CurvePoint(1, 2.0, 3.0).gain == 3.0
+    with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
+        _ = lightning_logme.Nothing
 
 
 def test_nothing_left_after_ignoring():

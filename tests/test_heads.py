@@ -4,13 +4,13 @@ import re
 
 import pytest
 import torch
-from lightning_logme.features.heads import get_module
 from models import CLASSES, Classifier, ConvNet, VisionTransformer, mlp
 from torch import nn
 from torchmetrics import Metric
 from zoo import NUM_LABELS, behead, layers_with_outputs, transformer, without_memory
 
 from lightning_logme import find_head
+from lightning_logme.features.heads import get_module
 
 
 class Parts(nn.Module):

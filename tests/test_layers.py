@@ -2,7 +2,6 @@
 
 import re
 
-import lightning_logme.collector
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -13,6 +12,7 @@ from test_loggers import events
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+import lightning_logme.tracking.messages
 from lightning_logme import LogME, LogMECallback, Probe
 from lightning_logme.functional import evidence, logme
 
@@ -135,7 +135,7 @@ def test_probes_have_layers(tmp_path):
 
 def test_figures(tmp_path):
     probes = {"news": loader(vectors(seed=5))}
-    callback = LogMECallback(layers=["model.blocks.*"], layer_mean=True, probes=probes, curve=True)
+    callback = LogMECallback(layers=["model.blocks.*"], layer_mean=True, probes=probes, curve=True, plots=True)
     run = trainer(tmp_path, callback, logger=TensorBoardLogger(tmp_path, "", ""), max_epochs=3, log_every_n_steps=1)
     run.fit(Classifier(Deep(3)), loader(), loader())
     seen = events(tmp_path)
@@ -150,7 +150,7 @@ def test_what_is_nan_ends_no_plots(tmp_path, curve):
         def forward(self, x):
             return super().forward(x * float("nan") if self.current_epoch == 1 and not self.training else x)
 
-    callback = LogMECallback(layers=["model.blocks.*"], curve=curve)
+    callback = LogMECallback(layers=["model.blocks.*"], curve=curve, plots=True)
     run = trainer(tmp_path, callback, logger=TensorBoardLogger(tmp_path, "", ""), max_epochs=3, log_every_n_steps=1)
     with pytest.warns(UserWarning, match="features contain NaN"):
         run.fit(Sometimes(Deep(3)), loader(), loader())
@@ -169,7 +169,7 @@ def test_a_curve_is_drawn_where_there_is_a_new_one(tmp_path):
         return module(batch[0])
 
     probe = Probe([vectors(64).tensors], num_classes=CLASSES, forward=forward)
-    callback = LogMECallback(probes={"news": probe}, curve=True, validation=False)
+    callback = LogMECallback(probes={"news": probe}, curve=True, validation=False, plots=True)
     options = {"logger": TensorBoardLogger(tmp_path, "", ""), "log_every_n_steps": 1, "num_sanity_val_steps": 0}
     with pytest.warns(UserWarning, match="logme/news is NaN"):
         trainer(tmp_path, callback, max_epochs=3, **options).fit(Classifier(), loader(), loader())
@@ -177,32 +177,9 @@ def test_a_curve_is_drawn_where_there_is_a_new_one(tmp_path):
     assert len(events(tmp_path).Images("logme/news/gain_by_samples")) == 2
 
 
-def test_what_figures_show():
-    from lightning_logme.scores.curve import CurvePoint
-    from lightning_logme.plots import curves_figure, layers_figure
-
-    rows = [
-        {"stage": "fit", "epoch": epoch, "global_step": epoch, "key": f"logme/net.{layer}", "gain": 0.1 * epoch + layer}
-        for epoch in range(3)
-        for layer in range(2)
-    ]
-    figure = layers_figure(rows, {f"net.{layer}": f"logme/net.{layer}" for layer in range(2)})
-    texts = [text.get_text() for text in figure.texts]
-    assert {"0", "1"} <= set(texts)  # without what the names have in common
-    assert any("gain by layer, 3 validations" in text and "largest 1.200" in text for text in texts)
-    (lines,) = figure.artists
-    assert len(lines.get_segments()) == 4  # the ground and three validations
-
-    curve = [CurvePoint(32, -1.0, 0.2), CurvePoint(64, -1.0, 0.39), CurvePoint(128, -1.0, 0.4)]
-    figure = curves_figure({"head": curve})
-    texts = [text.get_text() for text in figure.texts]
-    assert {"32", "64", "128", "head"} <= set(texts)
-    assert any("gain settled at n = 64" in text for text in texts)
-
-
 def test_much_memory_is_announced(tmp_path, monkeypatch):
-    monkeypatch.setattr(lightning_logme.collector, "_MUCH_MEMORY", 3 * 16 * 16 * 8)
-    with pytest.warns(UserWarning, match="LogME holds 0.0 GiB of D × D matrices by now, for 4 sources"):
+    monkeypatch.setattr(lightning_logme.tracking.messages, "_MUCH_MEMORY", 3 * 16 * 16 * 8)
+    with pytest.warns(UserWarning, match="logme will hold 0.0 GiB of D × D matrices, for 4 sources"):
         trainer(tmp_path, LogMECallback(layers=["model.blocks.*"])).validate(
             Classifier(Deep(3)), loader(), verbose=False
         )

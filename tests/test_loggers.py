@@ -3,16 +3,11 @@
 import csv
 
 import pytest
-import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning_logme.plots import gain_figure
-from matplotlib.collections import PolyCollection
 from models import Classifier, loader, trainer
-from oracles import problem
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_logme import LogMECallback
-from lightning_logme.functional import evidence
 
 
 def events(path) -> EventAccumulator:
@@ -28,7 +23,9 @@ def fit(tmp_path, logger, **options):
 
 
 def test_tensorboard(tmp_path):
-    callback = fit(tmp_path, TensorBoardLogger(tmp_path, "", ""), layers=["model.0"], class_names=list("abcd"))
+    callback = fit(
+        tmp_path, TensorBoardLogger(tmp_path, "", ""), layers=["model.0"], class_names=list("abcd"), plots=True
+    )
     seen = events(tmp_path)
     for key in ("logme", "logme/model.0"):
         rows = [row for row in callback.history if row["key"] == key]
@@ -58,8 +55,18 @@ def test_plots_can_be_turned_off(tmp_path):
     assert {"logme", "logme_gain"} <= set(tags["scalars"])
 
 
+def test_figures_that_take_longer_than_the_validation_are_left_out_by_default(tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        fit(tmp_path, TensorBoardLogger(tmp_path, "", ""))
+    tags = events(tmp_path).Tags()
+    assert tags["images"] == []
+    assert "logme/gain_per_output" in tags["histograms"]
+    assert len([text for text in caplog.messages if "figures are left out" in text]) == 1
+
+
 def test_csv_and_several_loggers(tmp_path):
-    callback = fit(tmp_path, [CSVLogger(tmp_path / "csv", "", ""), TensorBoardLogger(tmp_path / "tb", "", "")])
+    loggers = [CSVLogger(tmp_path / "csv", "", ""), TensorBoardLogger(tmp_path / "tb", "", "")]
+    callback = fit(tmp_path, loggers, plots=True)
     with open(tmp_path / "csv" / "metrics.csv") as file:
         rows = [row for row in csv.DictReader(file) if row["logme"]]
     assert [float(row["logme"]) for row in rows] == pytest.approx([row["logme"] for row in callback.history])
@@ -74,38 +81,9 @@ def test_a_failing_plot_ends_the_plots_and_not_the_run(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(SummaryWriter, "add_figure", full)
-    with pytest.warns(UserWarning, match="draws no more plots.*disk full"):
-        callback = fit(tmp_path, TensorBoardLogger(tmp_path, "", ""))
+    with pytest.warns(UserWarning, match="add_figure failed; it gets no more figures.*disk full"):
+        callback = fit(tmp_path, TensorBoardLogger(tmp_path, "", ""), plots=True)
     assert len(callback.history) == 2
-
-
-@pytest.mark.parametrize(
-    ("classes", "names"), [(4, None), (4, list("abcd")), (12, ["quite a long name"] * 12), (60, None)]
-)
-def test_figure_shows_the_gain_of_every_output(classes, names):
-    features, labels = problem(300, 8, classes)
-    result = evidence(features, labels)
-    figure = gain_figure(result, names)
-    bars = next(artist for artist in figure.get_children() if isinstance(artist, PolyCollection))
-    heights = torch.tensor([path.vertices[:, 1].max() - path.vertices[:, 1].min() for path in bars.get_paths()])
-    gains = result.per_output - result.null
-    torch.testing.assert_close(heights / heights.sum(), gains / gains.sum())
-    texts = [text.get_text() for text in figure.texts]
-    assert f"mean {float(result.gain):.3f}, largest {float(gains.max()):.3f}  (n = 300)" in texts[-1]
-    if names:
-        assert [text for text in texts if text in names] == names
-    figure.canvas.draw()
-
-
-def test_figure_of_absent_classes_and_of_nothing_explained():
-    features, labels = problem(100, 8, 3)
-    figure = gain_figure(evidence(features, labels, num_classes=4))
-    bars = next(artist for artist in figure.get_children() if isinstance(artist, PolyCollection))
-    assert [len(set(path.vertices[:, 1])) > 1 for path in bars.get_paths()] == [True, True, True, False]
-    assert (
-        "mean 0.000"
-        in gain_figure(evidence(torch.ones(4, 1), torch.tensor([1.0, -1, 1, -1]), "regression")).texts[-1].get_text()
-    )
 
 
 @pytest.mark.parametrize(("loaders", "endings"), [(1, [""]), (2, ["/dataloader_idx_0", "/dataloader_idx_1"])])

@@ -44,7 +44,8 @@ def test_precisions(tmp_path, precision, tolerance):
 
     class Witness(pl.Callback):
         def on_validation_batch_end(self, trainer, pl_module, *args):
-            seen.append(callback._validation._collector._metrics["", 0, 0].gram.dtype)
+            (accumulator,) = callback._validation._pass.accumulators.values()
+            seen.extend(moments.gram.dtype for moments in accumulator.moments().values())
 
     trainer(tmp_path, callback, Witness(), precision=precision, max_epochs=1).fit(module, loader(data), loader(data))
     assert set(seen) == {torch.float64}

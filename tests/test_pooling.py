@@ -6,12 +6,12 @@ import pickle
 import pytest
 import torch
 from lightning_logme.channels import Call, CallTrace, find_channel_axis
-from lightning_logme.features.pooling import check_pooling, describe_pooling, pool
 from models import CLASSES, Classifier, hooks, loader, mlp, trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_logme import LogMECallback, Probe, rank_backbones
+from lightning_logme.features.pooling import check_pooling, describe_pooling, pool
 from lightning_logme.functional import logme
 
 SAMPLES = 40

@@ -7,13 +7,11 @@ import warnings
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
-import lightning_logme.tracking.probe
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning_logme.tracking.probes import Probes
 from models import CLASSES, Classifier, ConvNet, hooks, images, loader, mlp, penultimate, trainer, vectors
 from oracles import problem
 from test_loggers import events
@@ -21,8 +19,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
+import lightning_logme.tracking.probe
 from lightning_logme import LogMECallback, Probe, read_history
 from lightning_logme.functional import evidence, logme
+from lightning_logme.tracking.probes import Probes
 
 
 def other(n=150, classes=3, seed=7):
@@ -331,16 +331,16 @@ class TestWithoutAHead:
 
     @pytest.mark.parametrize("options", [{"layers": ["encoder"]}, {"features": lambda m, b: m(b[0]), "task": "binary"}])
     @pytest.mark.parametrize("sanity", [0, 2])
-    def test_a_validation_set_that_cannot_be_scored_is_left_out(self, tmp_path, options, sanity):
+    def test_a_validation_set_without_labels_is_left_out_only_on_request(self, tmp_path, options, sanity):
+        data = loader(UNLABELLED)
+        module = SelfSupervised(convolutional=True)
         callback = LogMECallback(probes={"news": loader(other())}, **options)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            run = trainer(tmp_path, callback, max_epochs=3, num_sanity_val_steps=sanity)
-            run.fit(SelfSupervised(convolutional=True), loader(UNLABELLED), loader(UNLABELLED))
-        messages = [str(w.message) for w in caught if "logme" in str(w.message)]
-        assert len(messages) == 1
-        assert messages[0].startswith("logme of the validation set is left out, and only the probes are scored")
-        assert ("num_classes" if "layers" in options else "no labels found") in messages[0]
+        with pytest.raises(ValueError, match="validation=False"):
+            trainer(tmp_path, callback, num_sanity_val_steps=sanity).fit(module, data, data)
+        module = SelfSupervised(convolutional=True)
+        callback = LogMECallback(probes={"news": loader(other())}, validation=False, **options)
+        run = trainer(tmp_path, callback, max_epochs=3, num_sanity_val_steps=sanity)
+        run.fit(module, data, data)
         assert len(rows_of(callback, "logme/news")) == 3
         assert math.isfinite(run.callback_metrics["logme/news"])
         assert "logme" not in run.callback_metrics
@@ -455,7 +455,7 @@ class TestWithoutAHead:
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
 @pytest.mark.parametrize("validated", [True, False])
 def test_figures_are_at_the_steps_of_the_scalars(tmp_path, validated):
-    callback = LogMECallback(probes={"news": loader(other())}, validation=False)
+    callback = LogMECallback(probes={"news": loader(other())}, validation=False, plots=True)
     logger = TensorBoardLogger(tmp_path, "", "")
     run = trainer(tmp_path, callback, logger=logger, log_every_n_steps=1)
     run.fit(Classifier(), loader(), loader() if validated else None)
@@ -480,7 +480,6 @@ class TestWhen:
             ({"monitor": "falling", "mode": "max"}, [0]),
             ({"monitor": "falling", "mode": "min"}, [0, 1, 2, 3]),
             ({"monitor": "falling", "mode": "max", "save_top_k": 2}, [0, 1]),
-            ({"monitor": "logme/news", "mode": "max"}, [0, 1, 2, 3]),
             ({"every_n_train_steps": 10}, [1, 3]),
             ({"monitor": "falling", "every_n_train_steps": 10}, [1, 3]),
             ({"save_top_k": 0}, []),
@@ -498,8 +497,53 @@ class TestWhen:
         run.fit(Falling(), loader(), loader())
         assert [row["epoch"] for row in rows_of(callback, "logme/news")] == epochs
         files = {int(path.name.split("epoch=")[1].split("-")[0]) for path in tmp_path.glob("*.ckpt")}
-        if "news" not in checkpoint.get("monitor", ""):
-            assert files <= set(epochs)
+        assert files <= set(epochs)
+
+    def test_a_checkpoint_holds_the_score_of_its_own_weights(self, tmp_path):
+        callback = LogMECallback(probes={"news": loader(other())}, probe_every="checkpoint")
+        saving = ModelCheckpoint(tmp_path, "{step}", every_n_epochs=2, save_top_k=-1, save_last=True)
+        logger = TensorBoardLogger(tmp_path, "", "")
+        run = trainer(tmp_path, callback, saving, max_epochs=4, logger=logger)
+        run.fit(Classifier(), loader(), loader())
+        assert "logme/news" not in run.callback_metrics
+        steps = []
+        for path in sorted(tmp_path.glob("step=*.ckpt")):
+            checkpoint = torch.load(path, weights_only=True)
+            module = Classifier()
+            module.load_state_dict(checkpoint["state_dict"])
+            (row,) = [row for row in read_history(path)[-3:] if row["key"] == "logme/news"]
+            assert row["global_step"] == checkpoint["global_step"]
+            expected = logme(*penultimate(module, "model.2", other()))
+            assert row["logme"] == pytest.approx(float(expected), rel=1e-5)
+            steps.append(row["global_step"])
+        assert steps == [10, 20]
+        assert len(rows_of(callback, "logme/news")) == 2  # not again for last.ckpt
+        scores = [event.value for event in events(tmp_path).Scalars("logme/news")]
+        assert scores == pytest.approx([row["logme"] for row in rows_of(callback, "logme/news")])
+
+    def test_training_is_the_same_to_the_last_bit(self, tmp_path):
+        weights = []
+        for probes in (None, {"news": loader(other())}):
+            torch.manual_seed(0)
+            module = Classifier(nn.Sequential(nn.Linear(16, 8), nn.Dropout(), nn.BatchNorm1d(8), nn.Linear(8, CLASSES)))
+            callback = LogMECallback(probes=probes, probe_every="checkpoint")
+            saving = ModelCheckpoint(tmp_path / str(bool(probes)), every_n_train_steps=2, save_top_k=-1)
+            trainer(tmp_path, callback, saving).fit(module, loader(), loader())
+            weights.append(module.state_dict())
+        torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=0)
+
+    def test_a_failing_probe_does_not_lose_the_checkpoint(self, tmp_path):
+        class Failing(Classifier):
+            def forward(self, x):
+                if x.shape[0] == 30 and self.global_step > 5:
+                    raise OSError("out of order")
+                return super().forward(x)
+
+        callback = LogMECallback(probes={"news": loader(other(), 30)}, probe_every="checkpoint")
+        saving = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1)
+        with pytest.warns(UserWarning, match="logme/news is NaN, after an error: OSError: out of order"):
+            trainer(tmp_path, callback, saving).fit(Failing(), loader(), loader())
+        assert math.isnan(read_history(tmp_path / "step=10.ckpt")[-1]["logme"])
 
     def test_validate_runs_them_without_a_checkpoint(self, tmp_path):
         callback = LogMECallback(probes={"news": loader(other())}, probe_every="checkpoint")
@@ -723,11 +767,10 @@ class TestNoTrace:
             def __init__(self):
                 super().__init__()
                 self.of_torch = torch.Generator().manual_seed(1)
-                self.of_numpy, self.older = np.random.default_rng(1), np.random.RandomState(1)
-                self.model.of_python = random.Random(1)
+                self.model.another = torch.Generator().manual_seed(2)
 
             def forward(self, x):
-                scale = self.of_numpy.random() + self.older.rand() + self.model.of_python.random()
+                scale = torch.rand(1, generator=self.model.another)
                 return super().forward(scale * x + torch.randn(x.shape, generator=self.of_torch))
 
         weights = []
@@ -819,17 +862,18 @@ class TestWarnings:
         run = trainer(tmp_path, callback, stopping)
         callback.setup(run, Classifier(), "fit")
 
-    def test_a_monitor_makes_checkpoints_due(self, tmp_path):
-        stopping = EarlyStopping("logme/news", mode="max", patience=9)
+    @pytest.mark.parametrize("monitor", [EarlyStopping, ModelCheckpoint])
+    def test_a_monitor_cannot_wait_for_a_checkpoint(self, tmp_path, monitor):
         callback = LogMECallback(probes={"news": loader(other())}, probe_every="checkpoint")
-        saving = ModelCheckpoint(tmp_path, every_n_epochs=2)
-        trainer(tmp_path, callback, stopping, saving, max_epochs=2).fit(Classifier(), loader(), loader())
-        assert len(rows_of(callback, "logme/news")) == 2
+        with pytest.raises(ValueError, match=f"{monitor.__name__} monitors 'logme/news'.*write probe_every=1"):
+            trainer(tmp_path, callback, monitor(monitor="logme/news", mode="max")).fit(Classifier(), loader(), loader())
 
-    def test_no_checkpoints_to_wait_for(self, tmp_path):
+    @pytest.mark.parametrize("savings", [[], [ModelCheckpoint(save_weights_only=True)]])
+    def test_no_checkpoints_to_wait_for(self, tmp_path, savings):
         callback = LogMECallback(probes={"news": loader(other())}, probe_every="checkpoint")
-        with pytest.warns(UserWarning, match="no ModelCheckpoint saves any"):
-            trainer(tmp_path, callback).fit(Classifier(), loader(), loader())
+        with pytest.warns(UserWarning, match="no ModelCheckpoint saves checkpoints with the state of callbacks"):
+            trainer(tmp_path, callback, *savings).fit(Classifier(), loader(), loader())
+        assert rows_of(callback, "logme/news") == []
 
     def test_averaged_weights(self, tmp_path):
         averaging = getattr(pl.callbacks, "EMAWeightAveraging", None)

@@ -11,8 +11,9 @@ from streamed import rows_of
 
 from lightning_logme import LogME
 from lightning_logme.functional import evidence
-from lightning_logme.scores.accumulator import Accumulator, reduced
+from lightning_logme.scores.accumulator import Accumulator
 from lightning_logme.scores.jackknife import jackknife
+from lightning_logme.scores.reduction import reduced
 from lightning_logme.utilities.distributed import Failure, together
 
 CPU = torch.device("cpu")

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from lightning_logme.collector import Collector, _together
-from lightning_logme.scores.moments import Batch, Moments
 from oracles import log_density, one_hot, problem, without_mean
 from test_evidence import streamed
 
 from lightning_logme import Evidence
 from lightning_logme.functional import evidence, logme
+from lightning_logme.scores.moments import Batch, Moments
 
 PATHS = pytest.mark.parametrize("path", [evidence, streamed], ids=["rows", "moments"])
 

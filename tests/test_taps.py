@@ -7,10 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning_logme.features.labels import conform_target, describe_target, find_mask, find_target
-from lightning_logme.features.hooks import Tap
 from models import mlp
 from torch import nn
+
+from lightning_logme.features.hooks import Tap
+from lightning_logme.features.labels import conform_target, describe_target, find_mask, find_target
 
 X = torch.randn(5, 16)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from lightning_logme.features.hooks import CallTrace, Capture, NotCalledError, first_tensor
+from lightning_logme.features.hooks import CallTrace, Capture, NotCalledError, Window, first_tensor
 from lightning_logme.features.labels import Labels
 from lightning_logme.features.pooling import Pooler, Pooling
 from lightning_logme.utilities.compat import compiled_modules
@@ -71,19 +71,26 @@ class Source:
             # On the device of the run, as a layer's would be: a collective takes no other.
             tensor = tensor.detach().to(getattr(module, "device", tensor.device))
             return self.poolers[0].rows(tensor, labels, (trace.calls[begin:], trace.calls[:begin]))
-        try:
-            parts = [capture.rows(labels) for capture in self.captures]
-        except NotCalledError as error:
-            if self.guess is None:
-                raise
-            raise NotCalledError(
-                f"'{self.guess}' was taken for the classifier head, but it was not called for this batch; name "
-                "the head with head=, or write head=None for what the module's forward returns, or give "
-                "features=callable(module, batch). Probe(forward=callable(module, batch)) says how a probe runs the "
-                "module. If the model was compiled and run before, its hooks are not seen: call "
-                'torch.compiler.set_stance("force_eager") or compile it anew.'
-            ) from error
+        parts = []
+        for capture in self.captures:
+            if capture.error is not None:
+                raise capture.error
+            captured, is_pooled = capture.seen[0] if len(capture.seen) == 1 else (None, False)
+            if captured is None:
+                self._raise(capture.why_not_one())
+            parts.append(captured if is_pooled else capture.pooled(captured, labels))
         return parts[0] if len(parts) == 1 else _concatenated(parts)
+
+    def _raise(self, error: ValueError) -> NoReturn:
+        if self.guess is None or not isinstance(error, NotCalledError):
+            raise error
+        raise NotCalledError(
+            f"'{self.guess}' was taken for the classifier head, but it was not called for this batch; name the head "
+            "with head=, or write head=None for what the module's forward returns, or give "
+            "features=callable(module, batch). Probe(forward=callable(module, batch)) says how a probe runs the "
+            "module. If the model was compiled and run before, its hooks are not seen: call "
+            'torch.compiler.set_stance("force_eager") or compile it anew.'
+        )
 
 
 class Extractor:
@@ -92,7 +99,7 @@ class Extractor:
     Args:
         module: the network.
         sources: in the order in which they are logged.
-        trace: of the calls in the network.
+        window: of the captures.
         layer_mean: whether the mean of the layers is a source as well.
         num_outputs: K, where the head or the user says it.
 
@@ -104,7 +111,7 @@ class Extractor:
         self,
         module: nn.Module,
         sources: Iterable[Source] = (),
-        trace: CallTrace | None = None,
+        window: Window | None = None,
         *,
         layer_mean: bool = False,
         num_outputs: int | None = None,
@@ -113,7 +120,7 @@ class Extractor:
         self.sources = {source.name: source for source in sources}
         self.layer_mean = layer_mean
         self.num_outputs = num_outputs
-        self._trace = CallTrace(module) if trace is None else trace
+        self._window = Window(CallTrace(module)) if window is None else window
 
     @property
     def captures(self) -> list[Capture]:
@@ -144,11 +151,10 @@ class Extractor:
             if capture.module is None:
                 capture.receive(output)
 
-    def replace_head(self, part: nn.Module, name: str, labels: Labels) -> Capture:
-        """Take the input of a module for the feature of the head from now on; return its capture, which is open."""
+    def replace_head(self, part: nn.Module, name: str) -> Capture:
+        """Take the input of a module for the feature of the head from now on; return its capture."""
         pooler = self.sources[HEAD].poolers[0]
-        capture = Capture(part, "input", f"the head '{name}'", self._trace, pooler.pooling, pooler.key)
-        capture.start(labels)
+        capture = Capture(part, "input", f"the head '{name}'", self._window, pooler.pooling, pooler.key)
         self.sources[HEAD] = Source(HEAD, [capture])
         return capture
 
@@ -172,29 +178,36 @@ class Extractor:
 
     def start(self, labels: Labels | None) -> None:
         """Capture for a batch with these labels; None where they are not known yet."""
-        captures = self.captures
-        for capture in captures:
-            capture.start(labels)
+        self._forget()
+        self._window.is_open, self._window.labels = True, labels
+        for capture in self.captures:
+            if capture.handle is not None and capture.handle.id not in (capture.handle.hooks_dict_ref() or ()):
+                capture.attach()  # torch.jit.script took the hook away
         if not all(pooler.settled for source in self.sources.values() for pooler in source.poolers):
-            self._trace.open(capture.module for capture in captures if capture.module is not None)
+            self._window.trace.open(capture.module for capture in self.captures if capture.module is not None)
 
     @property
     def called(self) -> bool:
         """Whether a module was called since the start, or a callable gives features."""
         return any(
-            source.features is not None or any(capture.called for capture in source.captures)
+            source.features is not None or any(capture.seen or capture.error for capture in source.captures)
             for source in self.sources.values()
         )
 
     def stop(self) -> None:
         """Capture no more, and forget."""
-        self._trace.close()
+        self._forget()
+        self._window.is_open, self._window.labels = False, None
+        if self._window.trace.is_open:
+            self._window.trace.close()
+
+    def _forget(self) -> None:
         for capture in self.captures:
-            capture.stop()
+            capture.seen, capture.error = [], None
 
     def remove(self) -> None:
         """Leave the network as it was."""
-        self._trace.close()
+        self.stop()
         for capture in self.captures:
             capture.remove()
 
@@ -210,7 +223,7 @@ class Extractor:
         # Hooks first: features=callable may call the same modules again.
         for name, source in sorted(self.sources.items(), key=lambda item: not item[1].captures):
             try:
-                rows[name] = source.rows(self.module, batch, labels, self._trace)
+                rows[name] = source.rows(self.module, batch, labels, self._window.trace)
             except Exception as error:
                 errors[name] = error
         if self.layer_mean:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -80,24 +81,44 @@ class CallTrace:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the user's module takes this along: idle, without what was recorded.
-        return {"root": None, "is_open": False, "calls": [], "_begins": {}, "_handles": []}
+        return vars(CallTrace(nn.Module()))
+
+
+@dataclass(eq=False)
+class Window:
+    """What the captures of one network share: whether they are open, and for which labels.
+
+    Attributes:
+        trace: of the calls in the network.
+        is_open: whether what passes is captured. A plain flag: hooks that come and go are not seen by code that
+            torch.compile has compiled before.
+        labels: of the batch, None where they are not known yet.
+    """
+
+    trace: CallTrace
+    is_open: bool = False
+    labels: Labels | None = None
 
 
 class Capture:
-    """Captures the input, or the output, of a module while it is open, and pools it at once.
+    """Captures the input, or the output, of a module while its window is open, and pools it at once.
 
-    Hooks stay attached for a whole run, and a plain flag opens them: hooks that come and go are not seen by code that
-    torch.compile has compiled before. Inside compiled code, and where the labels are not known yet, the tensor is
-    copied, and pooled later. A class and not a closure, so that the user's module can still be pickled and copied.
+    Inside compiled code, and where the labels are not known yet, the tensor is copied, and pooled later. A class and
+    not a closure, so that the user's module can still be pickled and copied.
 
     Args:
         module: to capture from; None for values that are given to :meth:`receive`.
         side: "input" or "output".
         name: what messages call it.
-        trace: of the calls in the network.
+        window: of the network.
         pooling: see :func:`~lightning_logme.features.pooling.pool`.
         key: what a mapping of poolings calls it.
         remedy: what to do where the module is not called.
+
+    Attributes:
+        seen: for each call since the window was opened, the tensor, and whether it is pooled.
+        error: of a call.
+        handle: of the hook.
 
     Raises:
         ValueError: the module is one of TorchScript, which takes no hooks.
@@ -108,9 +129,9 @@ class Capture:
         module: nn.Module | None,
         side: Literal["input", "output"],
         name: str,
-        trace: CallTrace,
-        pooling: Pooling,
-        key: str,
+        window: Window,
+        pooling: Pooling = "auto",
+        key: str = "",
         remedy: str = "name a module that is called",
     ) -> None:
         if isinstance(module, torch.jit.ScriptModule):
@@ -123,24 +144,30 @@ class Capture:
         self.name = name
         self.remedy = remedy
         self.pooler = Pooler(pooling, name, key, axis)
-        self.is_open = False
-        self.labels: Labels | None = None
-        self._seen: list[tuple[Tensor | None, bool]] = []  # and whether it is pooled
-        self._error: Exception | None = None
-        self._trace = trace
+        self.seen: list[tuple[Tensor | None, bool]] = []
+        self.error: Exception | None = None
+        self.handle: RemovableHandle | None = None
+        self._window = window
         self._calls: Calls | None = None
-        self._handle: RemovableHandle | None = None
-        self._attach()
+        self.attach()
 
-    def _attach(self) -> None:
+    def attach(self) -> None:
+        """Attach the hook, also in place of one that ``torch.jit.script`` took away."""
         if self.module is None:
             return
+        if self.handle is not None:
+            self.handle.remove()
         if self.side == "input":
-            self._handle = self.module.register_forward_pre_hook(self._on_input, with_kwargs=True)
+            self.handle = self.module.register_forward_pre_hook(self._on_input, with_kwargs=True)
         else:
-            self._handle = self.module.register_forward_hook(self._on_output)
+            self.handle = self.module.register_forward_hook(self._on_output)
         # torch.jit.script calls this before it compiles the module, and all of its hooks.
         vars(self.module)[_BEFORE_SCRIPT] = partial(_without_captures, self.module)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether what passes the module is captured."""
+        return self._window.is_open
 
     def _on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.receive((args, kwargs))
@@ -150,90 +177,64 @@ class Capture:
 
     def receive(self, value: Any) -> None:
         """Capture the first tensor in a value."""
-        if not self.is_open:
+        if not self._window.is_open:
             return
         try:
             tensor = first_tensor(value)
             if tensor is None:
-                self._seen.append((None, False))
+                self.seen.append((None, False))
             elif torch.compiler.is_compiling():
-                self._seen.append((tensor.detach().clone(), False))
+                self.seen.append((tensor.detach().clone(), False))
             else:
-                self._calls = self._around()
-                rows = tensor.detach() if self.labels is None else self._pooled(tensor.detach(), self.labels)
+                tensor, labels = tensor.detach(), self._window.labels
+                if self._window.trace.is_open:
+                    self._calls = self._around()
+                rows = tensor if labels is None else self.pooled(tensor, labels)
                 # A later layer may work in place, and a view would keep all that it is a view of.
-                shared = rows.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
-                self._seen.append((rows.clone() if shared else rows, self.labels is not None))
+                is_shared = rows.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+                self.seen.append((rows.clone() if is_shared else rows, labels is not None))
         except Exception as error:  # which must not end the user's forward pass
-            self._error = error
+            self.error = error
 
-    def _around(self) -> Calls | None:
-        """Return the calls inside the module and before it, those of the last batch that was traced."""
-        if not self._trace.is_open:
-            return self._calls
+    def pooled(self, tensor: Tensor, labels: Labels) -> Tensor:
+        """Return one vector for each label."""
+        return self.pooler.rows(tensor, labels, self._around() if self._calls is None else self._calls)
+
+    def _around(self) -> Calls:
+        """Return the calls inside the module and before it."""
+        trace = self._window.trace
         if self.module is None:
-            return [], list(self._trace.calls)
-        inside, before = self._trace.around(self.module)
+            return [], list(trace.calls)
+        inside, before = trace.around(self.module)
         return ([] if self.side == "input" else inside), before
 
-    def _pooled(self, tensor: Tensor, labels: Labels) -> Tensor:
-        calls = self._around() if self._calls is None else self._calls
-        return self.pooler.rows(tensor, labels, calls or ([], []))
-
-    def start(self, labels: Labels | None) -> None:
-        """Forget what was captured, and capture for a batch with these labels, None where they are not known yet."""
-        if self._handle is not None and self._handle.id not in (self._handle.hooks_dict_ref() or ()):
-            self._handle.remove()  # what torch.jit.script has left of it
-            self._attach()
-        self._seen, self._error, self.labels, self.is_open = [], None, labels, True
-
-    @property
-    def called(self) -> bool:
-        """Whether the module was called since the start."""
-        return bool(self._seen) or self._error is not None
-
-    def rows(self, labels: Labels) -> Tensor:
-        """Return (N, D), or (N, T, D) for labels of tokens: what was captured since the start.
-
-        Raises:
-            NotCalledError: the module was not called.
-            ValueError: it was called more than once, there was no tensor, or the shapes do not fit.
-            Exception: any other error of a call.
-        """
-        if self._error is not None:
-            raise self._error
-        if len(self._seen) == 0:
-            raise NotCalledError(
+    def why_not_one(self) -> ValueError:
+        """Return the error for a module that was not called once, or that was called without a tensor."""
+        if len(self.seen) == 0:
+            return NotCalledError(
                 f"{self.name} was not called for this batch; {self.remedy}. If the model was compiled and run before "
                 'the hooks were attached, call torch.compiler.set_stance("force_eager") or compile it anew, so that '
                 "they are seen."
             )
-        if len(self._seen) > 1:
-            raise ValueError(
-                f"{self.name} was called {len(self._seen)} times for one batch, so its features cannot be matched with "
+        if len(self.seen) > 1:
+            return ValueError(
+                f"{self.name} was called {len(self.seen)} times for one batch, so its features cannot be matched with "
                 "the labels; name a module that is called once, or give features=callable(module, batch)."
             )
-        tensor, is_pooled = self._seen[0]
-        if tensor is None:
-            raise ValueError(f"{self.name} was called without a tensor; name a module that takes and returns tensors.")
-        return tensor if is_pooled else self._pooled(tensor, labels)
-
-    def stop(self) -> None:
-        """Forget what was captured, and capture no more."""
-        self._seen, self._error, self.labels, self.is_open = [], None, None, False
+        return ValueError(f"{self.name} was called without a tensor; name a module that takes and returns tensors.")
 
     def remove(self) -> None:
         """Leave the module as it was."""
-        self.stop()
-        if self.module is not None and self._handle is not None:
-            self._handle.remove()
+        self.seen, self.error = [], None
+        if self.module is not None and self.handle is not None:
+            self.handle.remove()
             if not hooks_of(self.module, Capture):
                 vars(self.module).pop(_BEFORE_SCRIPT, None)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the user's module takes this along: idle, without the features.
-        idle = dict.fromkeys(("labels", "module", "pooler", "_calls", "_error", "_handle"))
-        return {**vars(self), **idle, "is_open": False, "_seen": []}
+        idle = dict.fromkeys(("module", "pooler", "error", "handle", "_calls"))
+        return {**vars(self), **idle, "seen": [], "_window": Window(CallTrace(nn.Module()))}
 
 
 def _without_captures(module: nn.Module) -> nn.Module:

@@ -37,13 +37,16 @@ def seed_generators(seed: int) -> None:
 def undisturbed(module: nn.Module, datamodule: object = None) -> Iterator[None]:
     """Set a module to eval mode and without gradients; afterwards everything is as it was.
 
-    That is the attributes of its parts (modes, counters, caches, the states of metrics), its buffers, and the global
-    random generators. What it logs meanwhile is dropped. Lists and dicts of its own that it adds to keep what was
-    added. The attributes of the data module, whose hooks prepare batches, are kept as well.
+    That is the attributes of its parts (modes, counters, caches, the states of metrics), its buffers, the global random
+    generators, and those of torch among its attributes. What it logs meanwhile is dropped. Lists and dicts of its own
+    that it adds to keep what was added. The attributes of the data module, whose hooks prepare batches, are kept as
+    well.
     """
     scripted = {part: part.training for part in module.modules() if isinstance(part, torch.jit.ScriptModule)}
     parts = [part for part in module.modules() if part not in scripted]
     kept = [(owner, dict(vars(owner))) for owner in (*parts, datamodule) if owner is not None]
+    attributes = (value for _, held in kept for value in held.values())
+    generators = [(value, value.get_state()) for value in attributes if isinstance(value, torch.Generator)]
     try:
         for part in parts:
             if isinstance(part, Metric):  # which may write to its states: to copies of them
@@ -54,9 +57,11 @@ def undisturbed(module: nn.Module, datamodule: object = None) -> Iterator[None]:
             module.eval()
             yield
     finally:
-        for owner, attributes in kept:
+        for owner, held in kept:
             vars(owner).clear()
-            vars(owner).update(attributes)
+            vars(owner).update(held)
+        for generator, state in generators:
+            generator.set_state(state)
         for part, training in scripted.items():  # whose attributes are not in Python
             part.train(training)
 

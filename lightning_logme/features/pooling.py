@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_logme.features.labels import Labels
-from lightning_logme.scores.rows import is_exclusive
+from lightning_logme.utilities.checks import EXCLUSIVE
 
 PoolingName = Literal["auto", "mean", "cls", "last", "channels_first", "channels_last"]
 Pooling = PoolingName | Callable[[Tensor], Tensor]
@@ -74,7 +74,7 @@ class Pooler:
             ValueError: the shapes do not fit, or nothing shows which axis holds the channels.
         """
         shape, (number, *tokens) = tuple(tensor.shape) if not tensor.is_nested else (), labels.target.shape
-        by_token = bool(tokens) and is_exclusive(labels.target.task)
+        by_token = bool(tokens) and labels.target.task in EXCLUSIVE
         self.description = None
         if tensor.is_nested:
             tensor = pool_nested(tensor, self.pooling)

@@ -22,14 +22,14 @@ from torch.utils.data import (
 from lightning_logme.features.isolation import seed_generators
 from lightning_logme.features.labels import (
     LABEL_KEYS,
+    Target,
     TargetSpec,
     conform_target,
     decide_num_outputs,
     find_target,
 )
 from lightning_logme.scores.accumulator import mixed
-from lightning_logme.scores.rows import Target, Task, is_exclusive
-from lightning_logme.utilities.checks import positive_or_none
+from lightning_logme.utilities.checks import EXCLUSIVE, Task, positive_or_none
 
 # Of the first round: fewer tell little, and every round costs evidence and, with factories, loading.
 _FIRST_ROUND = 256
@@ -111,7 +111,7 @@ class Samples:
         labels = _labels(loader.dataset, self.target)
         if labels is not None:
             labels = conform_target(labels[indices], self.task).cpu()
-        strata = labels if labels is not None and is_exclusive(self.task) and labels.ndim == 1 else None
+        strata = labels if labels is not None and self.task in EXCLUSIVE and labels.ndim == 1 else None
         order, block = _stratified(self.number, strata, torch.Generator().manual_seed(self.seed))
         self.labels = None if labels is None else labels[order]
         self._order = indices[order]
@@ -151,7 +151,7 @@ class Samples:
 
     def rounds(self, num_outputs: int) -> Iterator[int]:
         """How many samples each round has seen at its end, every time about twice as many, until all are seen."""
-        stop = max(_FIRST_ROUND, _PER_CLASS * num_outputs if is_exclusive(self.task) else 0)
+        stop = max(_FIRST_ROUND, _PER_CLASS * num_outputs if self.task in EXCLUSIVE else 0)
         while self.number is None or stop * 1.5 < self.number:  # no round for a few last samples
             yield stop
             stop *= 2

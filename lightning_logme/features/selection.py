@@ -13,11 +13,10 @@ from torchmetrics import Metric
 
 from lightning_logme.features.extractor import HEAD, HEAD_KEY, Extractor, Features, Source
 from lightning_logme.features.heads import find_head, get_module
-from lightning_logme.features.hooks import CallTrace, Capture
+from lightning_logme.features.hooks import CallTrace, Capture, Window
 from lightning_logme.features.labels import decide_num_outputs
 from lightning_logme.features.pooling import Pooling, check_poolings
-from lightning_logme.scores.rows import Task
-from lightning_logme.utilities.checks import check_flags, names
+from lightning_logme.utilities.checks import Task, check_flags, names
 from lightning_logme.utilities.compat import plain_name
 
 Head = str | Sequence[str] | None
@@ -93,7 +92,7 @@ def attach(
     Raises:
         ValueError: a module is not found.
     """
-    trace = CallTrace(module)
+    window = Window(CallTrace(module))
     layers = _matching(module, selection.layers)
     if selection.layer_mean and len(layers) < 2:
         raise ValueError(
@@ -107,19 +106,19 @@ def attach(
         sources.append(Source(HEAD, features=selection.features, pooling=poolings[HEAD]))
     elif heads is not None:
         captures = [
-            Capture(part, "input", f"the head '{name}'", trace, poolings[HEAD], key) for name, part in parts.items()
+            Capture(part, "input", f"the head '{name}'", window, poolings[HEAD], key) for name, part in parts.items()
         ]
         if not parts and is_output_given:
-            captures = [Capture(None, "output", "the output", trace, poolings[HEAD], key)]
+            captures = [Capture(None, "output", "the output", window, poolings[HEAD], key)]
         elif not parts:
             name = f"forward of {type(module).__name__}"
             remedy = "call self(…) in validation_step, or name layers=[…], or give features=callable(module, batch)"
-            captures = [Capture(module, "output", name, trace, poolings[HEAD], key, remedy)]
+            captures = [Capture(module, "output", name, window, poolings[HEAD], key, remedy)]
         outputs = num_outputs_of(next(iter(parts.values()), None))
         sources.append(Source(HEAD, captures, guess=guess, outputs=outputs))
     for name, layer in found.items():
-        sources.append(Source(name, [Capture(layer, "output", f"layer '{name}'", trace, poolings[name], name)]))
-    return Extractor(module, sources, trace, layer_mean=selection.layer_mean, num_outputs=num_outputs)
+        sources.append(Source(name, [Capture(layer, "output", f"layer '{name}'", window, poolings[name], name)]))
+    return Extractor(module, sources, window, layer_mean=selection.layer_mean, num_outputs=num_outputs)
 
 
 def attach_by_tree(

@@ -15,11 +15,10 @@ from lightning_logme.features.calling import Forward, call, copied
 from lightning_logme.features.heads import find_head, get_module
 from lightning_logme.features.hooks import first_tensor
 from lightning_logme.features.isolation import seed_generators
-from lightning_logme.features.labels import Labels, TargetSpec, find_mask
+from lightning_logme.features.labels import Labels, Target, TargetSpec, find_mask
 from lightning_logme.features.output_layer import OutputLayer
 from lightning_logme.features.selection import Selection, attach
 from lightning_logme.ranking.result import in_words
-from lightning_logme.scores.rows import Target
 from lightning_logme.utilities.compat import Fabric
 from lightning_logme.utilities.distributed import reason_of
 
@@ -124,7 +123,7 @@ class Backbone:
             is_unknown = self.heads is None
             prepared, labels = self._run(batch, target, fabric)
             head = self._extractor.head
-            if is_unknown and head is not None and not all(capture.called for capture in head.captures):
+            if is_unknown and head is not None and not all(capture.seen for capture in head.captures):
                 prepared, labels = self._run(batch, target, fabric)  # the input of the head that was found is not kept
             rows, errors = self._extractor.rows(prepared, labels)
         finally:
@@ -148,7 +147,7 @@ class Backbone:
             else:
                 made = call(self._module, prepared, self._candidate.target)
         if layers is not None:
-            self._find_head(layers, made, labels)
+            self._find_head(layers, made)
         if not self.heads and first_tensor(made) is None:
             by = "the module" if self._candidate.forward is None else "forward"
             raise ValueError(
@@ -158,7 +157,7 @@ class Backbone:
         self._extractor.give(made)
         return prepared, labels
 
-    def _find_head(self, layers: OutputLayer, made: Any, labels: Labels) -> None:
+    def _find_head(self, layers: OutputLayer, made: Any) -> None:
         """Find the layer that makes the output, and take its input for the feature."""
         if layers.is_blind and self._candidate.forward is None:
             raise ValueError(
@@ -171,7 +170,7 @@ class Backbone:
             name = None  # a forward of the user's own returns features, unless it runs the classifier
         self.heads = () if name is None else (name,)
         if name is not None:
-            layers.replay(name, self._extractor.replace_head(get_module(self._module, name, "head"), name, labels))
+            layers.replay(name, self._extractor.replace_head(get_module(self._module, name, "head"), name))
 
     def _classifier(self) -> str | None:
         try:

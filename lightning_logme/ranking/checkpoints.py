@@ -19,7 +19,7 @@ from lightning_logme.features.selection import AUTO, Head
 from lightning_logme.ranking.candidate import Transform
 from lightning_logme.ranking.rank import rank_backbones
 from lightning_logme.ranking.result import Ranking
-from lightning_logme.scores.rows import Task
+from lightning_logme.utilities.checks import Task
 from lightning_logme.utilities.compat import Logger, plain_name, uncompiled
 
 PathLike = str | os.PathLike[str]

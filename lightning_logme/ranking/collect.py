@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 import torch
 
 from lightning_logme.features.isolation import seed_generators
+from lightning_logme.features.labels import Target
 from lightning_logme.features.sampling import FIRST_SAMPLES, Samples
 from lightning_logme.ranking.candidate import Backbone, naming
 from lightning_logme.ranking.resume import First, Score
 from lightning_logme.scores.accumulator import Accumulator
 from lightning_logme.scores.evidence import Evidence
 from lightning_logme.scores.jackknife import jackknife
-from lightning_logme.scores.rows import Target
 from lightning_logme.utilities.compat import Fabric
 
 _CONSTANT = 1e-10  # of the features' mean square: a smaller variance is rounding

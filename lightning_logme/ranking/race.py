@@ -17,8 +17,8 @@ from lightning_logme.ranking.collect import Rules, collect, first_samples, is_co
 from lightning_logme.ranking.report import Report
 from lightning_logme.ranking.result import in_words, row_name
 from lightning_logme.ranking.resume import First, Progress, Round, Store, behind, warn_of_restart
-from lightning_logme.scores.accumulator import reduced
 from lightning_logme.scores.jackknife import quantile_to_drop
+from lightning_logme.scores.reduction import reduced
 from lightning_logme.utilities.compat import Fabric
 from lightning_logme.utilities.distributed import Failure, gathered, together
 

@@ -25,8 +25,7 @@ from lightning_logme.ranking.report import Report
 from lightning_logme.ranking.result import Ranking
 from lightning_logme.ranking.resume import Store
 from lightning_logme.ranking.standing import standing
-from lightning_logme.scores.rows import Task
-from lightning_logme.utilities.checks import check_flags, check_options, check_task, integer, positive_or_none
+from lightning_logme.utilities.checks import Task, check_flags, check_options, check_task, integer, positive_or_none
 from lightning_logme.utilities.compat import AnyLogger, Fabric, Logger
 
 Source = nn.Module | Callable[[], nn.Module]

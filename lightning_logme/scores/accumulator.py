@@ -3,27 +3,86 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from lightning_logme.scores.curve import CurvePoint
 from lightning_logme.scores.evidence import Evidence, maximise_moments, maximise_rows
-from lightning_logme.scores.moments import Moments
-from lightning_logme.scores.rows import Rows, Task, mixed, moments_device
+from lightning_logme.scores.moments import Moments, Rows, moments_device, moved
 from lightning_logme.scores.spectrum import Spectrum
-from lightning_logme.utilities.distributed import gathered, together
+from lightning_logme.utilities.checks import Task
 
-__all__ = ["Accumulator", "Held", "reduced"]
-
-Key = TypeVar("Key")
 Part = tuple[Rows, Tensor]  # with the index of each row in the whole data set
 
 SAMPLE_SIZE = 2048
-_SURPLUS = 1.25  # times the sample's size: it may grow to so many rows before it is put in order again
+_BATCH = 256  # rows of a segment that are worth reading and writing its Gram matrix once more
+
+
+def mixed(numbers: Tensor) -> Tensor:
+    """Hash int64 numbers to int64 numbers that look random: SplitMix64's finaliser (Steele et al. 2014)."""
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        numbers = (numbers ^ (numbers >> shift)) * factor
+    return numbers ^ (numbers >> 31)
+
+
+class Subset:
+    """At most ``size`` samples: those whose indices have the smallest hashes.
+
+    Args:
+        size: of the subset, in samples.
+
+    Attributes:
+        buffer: room for ``size`` rows, of which the first ``len(index)`` are in use; None before the first.
+        index: of each row in the whole data set, int64 on the CPU.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.buffer: Rows | None = None
+        self.index = torch.empty(0, dtype=torch.int64)
+
+    @torch.no_grad()
+    def add(self, rows: Rows, index: Tensor) -> None:
+        """Copy those of the rows that belong to the subset, in place of rows that no longer do."""
+        own, hashes, bound = mixed(self.index), mixed(index), torch.iinfo(torch.int64).max
+        if self.size and len(own) + len(hashes) > self.size:
+            bound = int(torch.cat([own, hashes]).kthvalue(self.size).values)
+        slots = torch.cat([(own > bound).nonzero()[:, 0], torch.arange(len(own), self.size)])
+        new = (hashes <= bound).nonzero()[: len(slots), 0]
+        slots = slots[: len(new)]
+        if not len(new):
+            return
+        self.buffer = self._room_for(rows)
+        device = self.buffer.features.device
+        at = slots if device.type == "cpu" else moved(slots, device)
+        for mine, value in zip(vars(self.buffer).values(), vars(rows[new]).values(), strict=True):
+            mine[at] = value.to(device, mine.dtype)
+        grown = min(self.size, len(own) + len(hashes)) - len(own)
+        self.index = torch.cat([self.index, index.new_zeros(grown)])
+        self.index[slots] = index[new]
+
+    def part(self) -> list[Part]:
+        """Return the rows and their indices, in no particular order, as a list of one; empty if there are none."""
+        return [] if self.buffer is None else [(self.buffer[: len(self.index)], self.index)]
+
+    def by_hash(self) -> list[Part]:
+        """Return copies of the rows and their indices, in the order of their hashes, as :meth:`part` does."""
+        order = mixed(self.index).argsort(stable=True)
+        return [(rows[order], index[order]) for rows, index in self.part()]
+
+    def _room_for(self, rows: Rows) -> Rows:
+        """Return a buffer of a precision that holds the rows as well, and that may be written to."""
+        if self.buffer is None:
+            return Rows(*(value.new_zeros(self.size, *value.shape[1:]) for value in vars(rows).values()))
+        outside, found = not torch.is_inference_mode_enabled(), []
+        for mine, value in zip(vars(self.buffer).values(), vars(rows).values(), strict=True):
+            if mine.dtype != value.dtype:
+                mine = mine.to(torch.promote_types(mine.dtype, value.dtype))
+            found.append(mine.clone() if outside and mine.is_inference() else mine)
+        return Rows(*found)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,12 +124,12 @@ class Accumulator:
         segments: that have rows.
         held: rows that are not summed yet.
         sums: the moments of each segment that has been folded.
-        subset: rows of the random subset that have been folded, and their indices; somewhat more than it needs.
+        subset: those of the folded rows that belong to the random subset.
 
     Example:
         >>> import torch
         >>> from lightning_logme.scores.accumulator import Accumulator
-        >>> from lightning_logme.scores.rows import Target
+        >>> from lightning_logme.features.labels import Target
         >>> accumulator = Accumulator("multiclass", num_features=8, num_outputs=4)
         >>> for _ in range(10):
         ...     target = torch.arange(20) % 4
@@ -96,7 +155,7 @@ class Accumulator:
         self.num_samples = 0
         self.held: list[Held] = []
         self.sums: dict[int, Moments] = {}
-        self.subset: list[Part] = []
+        self.subset = Subset(sample_size)
         self.segments: set[int] = set()
 
     @torch.no_grad()
@@ -116,14 +175,15 @@ class Accumulator:
                 f"features of length {rows.features.shape[1]} after features of length {self.num_features}; pool them "
                 "to one length, with pooling=callable or forward=callable."
             )
-        if not len(rows):
+        number = len(rows.target)
+        if number == 0:
             return
         if index is None:
-            index = torch.arange(self.num_samples, self.num_samples + len(rows))
+            index = torch.arange(self.num_samples, self.num_samples + number)
         met = segment.unique().tolist() if isinstance(segment, Tensor) else [segment]
         self.segments.update(met)
         self.held.append(Held(rows, segment if len(met) > 1 else met[0], index))
-        self.num_samples += len(rows)
+        self.num_samples += number
         self._fold_if_cheaper()
 
     def merge_(self, other: Accumulator) -> None:
@@ -137,7 +197,8 @@ class Accumulator:
             raise ValueError(f"features or targets of lengths {others} cannot be added to those of {mine}.")
         other.to(self.device)
         self.held += other.held
-        self.subset += other.subset
+        for rows, index in other.subset.part():
+            self.subset.add(rows, index)
         for segment, sums in other.sums.items():
             present = self.sums.get(segment)
             self.sums[segment] = sums if present is None else present.writable().add_(sums)
@@ -150,13 +211,14 @@ class Accumulator:
         self.device = moments_device(torch.device(device))
         self.held = [replace(held, rows=held.rows.to(self.device)) for held in self.held]
         self.sums = {segment: sums.to(self.device) for segment, sums in self.sums.items()}
-        self.subset = [(rows.to(self.device), index) for rows, index in self.subset]
+        if self.subset.buffer is not None:
+            self.subset.buffer = self.subset.buffer.to(self.device)
         return self
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors that are held."""
-        rows = [*(held.rows for held in self.held), *(rows for rows, _ in self.subset)]
+        rows = [held.rows for held in self.held] + [self.subset.buffer or self._cat([])]
         sums = (tensor for sums in self.sums.values() for tensor in vars(sums).values())
         return sum(tensor.nbytes for tensor in [*sums, *(tensor for each in rows for tensor in vars(each).values())])
 
@@ -170,7 +232,11 @@ class Accumulator:
 
         It does not depend on batches, their order, or the number of processes.
         """
-        return self._by_hash([*self.subset, *((held.rows, held.index) for held in self.held)])
+        chosen = Subset(self.sample_size)
+        for rows, index in [*self.subset.part(), *((held.rows, held.index) for held in self.held)]:
+            chosen.add(rows, index)
+        rows, index = next(iter(chosen.by_hash()), (self._cat([]), chosen.index))
+        return rows.to(self.device), index
 
     def evidence(self, fit_intercept: bool = False) -> Evidence:
         """Return the evidence of everything: from rows where n < D and nothing was folded, else from moments."""
@@ -239,13 +305,14 @@ class Accumulator:
         """Yield the held rows of each segment that has some, in ascending order."""
         for segment in sorted(self.segments):
             rows = self._cat([held.of(segment) for held in self.held])
-            if len(rows):
+            if len(rows.target):
                 yield segment, rows
 
     def _cat(self, parts: Sequence[Rows]) -> Rows:
-        parts = [part.to(self.device) for part in parts if len(part)]
+        parts = [part for part in parts if len(part.target)]
         if parts:
-            return Rows.cat(parts)
+            rows = parts[0] if len(parts) == 1 else Rows.cat(parts)
+            return rows if rows.features.device == self.device else rows.to(self.device)
         target = torch.empty(0, self.num_outputs, device=self.device)
         return Rows(torch.empty(0, self.num_features, device=self.device), target)
 
@@ -253,89 +320,17 @@ class Accumulator:
         return Moments.zeros(num_features or self.num_features, self.num_outputs, self.device)
 
     def _fold_if_cheaper(self) -> None:
-        if sum(len(held.rows) for held in self.held) >= len(self.segments) * self.num_features:
+        """Fold rows once they are more numbers than the Gram matrices, and later as soon as a product is worth it."""
+        most = min(self.num_features, _BATCH) if self.sums else self.num_features
+        if sum(len(held.index) for held in self.held) >= len(self.segments) * most:
             self._fold()
 
     @torch.no_grad()
     def _fold(self) -> None:
         """Sum all held rows, and keep those of the random subset. Waits for no device."""
-        new = [(held.rows, held.index) for held in self.held]
-        self.subset += self._smallest(new, [*self.subset, *new])
-        if sum(len(index) for _, index in self.subset) > _SURPLUS * self.sample_size:
-            self.subset = [self._by_hash(self.subset)]
+        for held in self.held:
+            self.subset.add(held.rows, held.index)
         for segment, rows in self._by_segment():
             sums = self.sums[segment] if segment in self.sums else self._zeros()
             self.sums[segment] = sums.accumulate(rows)
         self.held = []
-
-    def _smallest(self, parts: Sequence[Part], among: Sequence[Part]) -> list[Part]:
-        """Return copies of the rows that have the smallest hashes among others."""
-        number = sum(len(index) for _, index in among)
-        bound = torch.iinfo(torch.int64).max
-        if number > self.sample_size:
-            bound = int(mixed(torch.cat([index for _, index in among])).kthvalue(self.sample_size).values)
-        chosen = [(rows, index, (mixed(index) <= bound).nonzero()[:, 0]) for rows, index in parts]
-        return [(rows[at].to(self.device), index[at]) for rows, index, at in chosen if len(at)]
-
-    def _by_hash(self, parts: Sequence[Part]) -> Part:
-        parts = self._smallest(parts, parts)
-        rows = self._cat([rows for rows, _ in parts])
-        index = torch.cat([torch.empty(0, dtype=torch.int64), *(index for _, index in parts)])
-        order = mixed(index).argsort(stable=True)[: self.sample_size]
-        return rows[order], index[order]
-
-
-def reduced(
-    mine: Mapping[Key, Accumulator], task: Task, device: torch.device, alone: bool
-) -> tuple[dict[Key, Accumulator], dict[Key, str]]:
-    """Add up the accumulators of all processes, which must all call this.
-
-    Sums are reduced key by key and segment by segment; of the rows, only the random subsets are exchanged. A process
-    without a key or segment contributes zeros.
-
-    Args:
-        mine: the accumulators of this process, by keys that can be sorted. They are used up.
-        task: of all of them.
-        device: of the sums: one that the processes' backend takes.
-        alone: whether the run has only one process. Then nothing changes.
-
-    Returns:
-        By key, the same accumulator in every process; and the reason why a key has none.
-
-    Raises:
-        Failure: in all processes, where one could not fold its rows.
-    """
-    if alone:
-        return dict(mine), {}
-    with together(alone):
-        for accumulator in mine.values():
-            accumulator.to(device).moments()
-    everyone = gathered(
-        alone,
-        {
-            key: (each.num_features, each.num_outputs, each.sample_size, each.num_samples, set(each.sums))
-            for key, each in mine.items()
-        },
-    )
-    results: dict[Key, Accumulator] = {}
-    broken: dict[Key, str] = {}
-    segments: dict[Key, set[int]] = {}
-    for rank, theirs in enumerate(everyone):
-        for key, (num_features, num_outputs, sample_size, number, met) in theirs.items():
-            total = results.setdefault(key, Accumulator(task, num_features, num_outputs, device, sample_size))
-            shape, first = (num_features, num_outputs), (total.num_features, total.num_outputs)
-            if shape != first:
-                broken.setdefault(
-                    key, f"features or targets of lengths {shape} in process {rank}, and {first} in another"
-                )
-            total.num_samples += number
-            segments.setdefault(key, set()).update(met)
-    for key in sorted(results.keys() - broken.keys()):  # type: ignore[type-var]
-        total = results[key]
-        own = mine.get(key, total)
-        for segment in sorted(segments[key]):
-            total.sums[segment] = (own.sums.pop(segment) if segment in own.sums else total._zeros()).all_reduce()
-        total.segments = segments[key]
-        subsets = gathered(alone, [(rows.to("cpu"), index) for rows, index in own.subset])
-        total.subset = [total._by_hash([part for parts in subsets for part in parts])]
-    return {key: results[key] for key in sorted(results.keys() - broken.keys())}, broken  # type: ignore[type-var]

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_logme.scores.maximum import Maximum, maximise, null_evidence
-from lightning_logme.scores.moments import Moments
-from lightning_logme.scores.rows import Rows, Task, is_exclusive
+from lightning_logme.scores.maximum import Maximum, maximise
+from lightning_logme.scores.moments import Moments, Rows
 from lightning_logme.scores.spectrum import Spectrum
+from lightning_logme.utilities.checks import EXCLUSIVE, Task
 
 _COARSER = 10  # times the resolution: directions below it are next to rounding
 _LOST = 1e-3  # nats: a score that changes by more without those directions deserves a warning
@@ -146,7 +146,8 @@ def maximise_moments(moments: Moments, task: Task, fit_intercept: bool) -> tuple
 @torch.no_grad()
 def maximise_rows(rows: Rows, num_outputs: int, task: Task, fit_intercept: bool) -> tuple[Evidence, Spectrum | None]:
     """Return the same as :func:`maximise_moments`, given all samples."""
-    squares = rows.features.double().square().sum(0), rows.dense_target(num_outputs).square().sum(0)
+    rows = Rows(rows.features.double(), rows.target)
+    squares = rows.features.square().sum(0), rows.dense_target(num_outputs).square().sum(0)
     cause = _cause_of_nan(len(rows), *squares, task, fit_intercept)
     return _decompose_and_maximise(
         lambda: Spectrum.from_rows(rows, num_outputs, fit_intercept), len(rows), *squares, cause
@@ -177,7 +178,7 @@ def _cause_of_nan(n: int, features: Tensor, square: Tensor, task: Task, fit_inte
         return "the features contain NaN or Inf, or numbers too large to square"
     if not bool(torch.isfinite(square).all()):
         return "the targets contain NaN or Inf, or numbers too large to square"
-    if is_exclusive(task) and int((square > 0).sum()) < 2:
+    if int((square > 0).sum()) < 2 and task in EXCLUSIVE:
         return f"only one class is present in {n} samples, and at least two are needed"
     if fit_intercept and n < 2:
         return "an intercept needs at least two samples (n = 1)"
@@ -248,8 +249,8 @@ def _maximise(spectrum: Spectrum, n: int) -> Evidence:
             "the features are all zero or too small to square (or constant, where an intercept is fitted): gain 0.",
             stacklevel=3,
         )
-    log_evidence, log_t, saturated = found
-    per_output, null = log_evidence / dof, null_evidence(spectrum) / dof
+    log_evidence, log_t, saturated, null = found
+    per_output, null = log_evidence / dof, null / dof
     defined = ~per_output.isnan()
 
     offset = eigenvalues.log() - log_t[:, None]

@@ -27,11 +27,13 @@ class Maximum(NamedTuple):
         log_t: (K,) log α/β: inf where the features explain nothing, −inf where they interpolate the target.
         saturated: (K,) bool, True where the evidence still grows at the resolution of the Gram matrix, where the
             search ends.
+        null: (K,) the log evidence of features that explain nothing; NaN for an output that is zero everywhere.
     """
 
     log_evidence: Tensor
     log_t: Tensor
     saturated: Tensor
+    null: Tensor
 
 
 def maximise(spectrum: Spectrum) -> Maximum:
@@ -48,16 +50,17 @@ def maximise(spectrum: Spectrum) -> Maximum:
     Both ends count: t = ∞, where the evidence is that of noise alone, and t → 0, where it is finite if the features
     interpolate; if they do not, the search ends at the resolution of the Gram matrix.
     """
-    best = null_evidence(spectrum)
+    null = best = torch.where(spectrum.square > 0, _gaussian(spectrum.square, spectrum.dof), math.nan)
     log_t = torch.where(best.isnan(), best, math.inf)
     if len(spectrum.eigenvalues) == 0:
-        return Maximum(best, log_t, torch.zeros_like(best, dtype=torch.bool))
+        return Maximum(best, log_t, torch.zeros_like(best, dtype=torch.bool), null)
 
     low = math.log(spectrum.resolution)
-    lowest = _interpolation_evidence(spectrum) if spectrum.interpolates else _evidence_at(spectrum, low)
+    interpolates = len(spectrum.eigenvalues) == spectrum.dof  # as many directions as degrees of freedom
+    lowest = _interpolation_evidence(spectrum) if interpolates else _evidence_at(spectrum, low)
     better = lowest > best
     best = torch.where(better, lowest, best)
-    log_t = torch.where(better, -math.inf if spectrum.interpolates else low, log_t)
+    log_t = torch.where(better, -math.inf if interpolates else low, log_t)
 
     for output, left, right in _brackets(spectrum, low):
         at, value = _refine(spectrum, output, left, right)
@@ -65,12 +68,7 @@ def maximise(spectrum: Spectrum) -> Maximum:
         wins = (value == largest[output]) & (value > best[output])
         best[output[wins]] = value[wins]
         log_t[output[wins]] = at[wins]
-    return Maximum(best, log_t, log_t == low)
-
-
-def null_evidence(spectrum: Spectrum) -> Tensor:
-    """(K,) log evidence of features that explain nothing; NaN for an output that is zero everywhere."""
-    return torch.where(spectrum.square > 0, _gaussian(spectrum.square, spectrum.dof), math.nan)
+    return Maximum(best, log_t, log_t == low, null)
 
 
 def _gaussian(square: Tensor, dof: int) -> Tensor:

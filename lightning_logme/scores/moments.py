@@ -1,7 +1,8 @@
-"""The additive sufficient statistics of features and targets."""
+"""Rows of features and targets, and the sums of them that determine the evidence."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -9,12 +10,68 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_logme.scores.rows import Rows
-
 # Columns that one product takes: few enough to skip most of the upper triangle, enough for BLAS.
 _GRAM_BLOCK = 256
-# Rows that are converted to float64 at a time, so that one huge batch needs no second copy of itself.
-_ROW_BLOCK = 4096
+# Rows that are converted to float64 at a time: they fit a cache, and one huge batch needs no second copy of itself.
+_ROW_BLOCK = 512
+
+
+def moments_device(device: torch.device) -> torch.device:
+    """Return the device for the moments of features on ``device``: the same, or the CPU if it has no float64 (MPS)."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def moved(value: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device, without a wait if that is a CUDA device."""
+    # Only a copy to CUDA may be left to run: it is in order with what follows there.
+    return value.to(device, non_blocking=device.type == "cuda")
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Features and targets of samples, ready to be summed.
+
+    Attributes:
+        features: (n, D) floating point, without a graph.
+        target: (n,) int64 class labels in 0…K−1, or (n, K) numbers.
+    """
+
+    features: Tensor
+    target: Tensor
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, index: slice | Tensor) -> Rows:
+        if isinstance(index, Tensor):
+            index = moved(index, self.features.device)
+        return Rows(self.features[index], self.target[index])
+
+    def to(self, device: torch.device | str) -> Rows:
+        """Return the same rows on another device."""
+        return Rows(moved(self.features, torch.device(device)), moved(self.target, torch.device(device)))
+
+    def normalized(self) -> Rows:
+        """Return the rows with features scaled to length 1, in float32 at least; zeros stay zeros."""
+        features = self.features if self.features.dtype == torch.float64 else self.features.float()
+        # The largest number first, so that no square overflows.
+        for order in (math.inf, 2) if features.shape[1] else ():
+            length = torch.linalg.vector_norm(features, order, dim=1, keepdim=True)
+            features = features / torch.where(length == 0, 1.0, length)
+        return Rows(features, self.target)
+
+    def dense_target(self, num_outputs: int) -> Tensor:
+        """Return the target as (n, K) float64, one-vs-rest for class labels."""
+        if self.target.ndim == 1:
+            return torch.nn.functional.one_hot(self.target, num_outputs).double()
+        return self.target.double()
+
+    @classmethod
+    def cat(cls, parts: Sequence[Rows]) -> Rows:
+        """Return the rows of all parts, on one device; a single part is not copied."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(torch.cat([part.features for part in parts]), torch.cat([part.target for part in parts]))
 
 
 @dataclass(frozen=True, eq=False)

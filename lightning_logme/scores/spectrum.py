@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_logme.scores.moments import Moments, add_gram_
-from lightning_logme.scores.rows import Rows
+from lightning_logme.scores.moments import Moments, Rows, add_gram_
 
 EPS = torch.finfo(torch.float64).eps
 TINY = torch.finfo(torch.float64).tiny
@@ -55,11 +54,6 @@ class Spectrum:
     unseen: float
 
     @property
-    def interpolates(self) -> bool:
-        """Whether the features can reproduce any target exactly: as many directions as degrees of freedom."""
-        return len(self.eigenvalues) == self.dof
-
-    @property
     def has_large_mean(self) -> bool:
         """Whether the mean of the features is so large that they were centred first."""
         return self.ratio > _LARGE_MEAN
@@ -78,7 +72,7 @@ class Spectrum:
     @classmethod
     def from_moments(cls, moments: Moments, fit_intercept: bool = False) -> Spectrum:
         """Decompose the Gram matrix (D × D)."""
-        n, d = int(moments.count), moments.num_features
+        n, d = int(moments.count), len(moments.gram)
         gram, cross, floor = moments.gram, moments.cross, 0.0
         mean, spread = moments.feature_sum / n, centred_square(gram.diagonal(), moments.feature_sum, n)
         ratio = _ratio(mean, spread.sum() / n)
@@ -105,17 +99,20 @@ class Spectrum:
         """Decompose FFᵀ (n × n): far cheaper than the Gram matrix where n < D."""
         features, target = rows.features.detach().double(), rows.dense_target(num_outputs)
         (n, d), mean, total, square = features.shape, features.mean(0), target.sum(0), target.square().sum(0)
-        differences = (features - mean).mul_((features != features[0]).any(0))  # of a constant, rounding would be left
-        ratio = _ratio(mean, differences.square().sum() / n)
+        spread = centred_square(features.square().sum(0), n * mean, n)
+        ratio = _ratio(mean, spread.sum() / n)
         centred = fit_intercept or ratio > _LARGE_MEAN
         if centred:
-            features, target = differences, target - total / n
-        del differences
-        eigenvalues, left = torch.linalg.eigh(add_gram_(features.new_zeros(n, n), features.T))
+            varies = (features != features[0]).any(0)  # of a constant, rounding would be left
+            features, target = (features - mean).mul_(varies), target - total / n
+            exact = _ratio(mean, features.square().sum() / n)
+            ratio = exact if exact > _LARGE_MEAN else ratio
+        gram = add_gram_(features.new_zeros(n, n), features.T)
+        eigenvalues, left = torch.linalg.eigh(gram)
         kept, resolution = _resolved(eigenvalues, n - centred, d)
         eigenvalues, left = eigenvalues[kept], left[:, kept]
         decomposed = eigenvalues, target.T @ left, (features.T, left / eigenvalues.sqrt())
-        unseen = float(features.square().sum() - eigenvalues.sum())
+        unseen = float(gram.diagonal().sum() - eigenvalues.sum())
         return cls._assemble(decomposed, mean, total, square, n, fit_intercept, resolution, ratio, unseen)
 
     @classmethod

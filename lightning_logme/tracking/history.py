@@ -16,7 +16,7 @@ import torch
 from lightning_logme.features.extractor import HEAD, LAYER_MEAN
 from lightning_logme.scores.curve import CurvePoint
 from lightning_logme.scores.evidence import Evidence
-from lightning_logme.tracking.passes import Pass, Result
+from lightning_logme.tracking.validation import Pass, Result
 from lightning_logme.utilities.compat import LightningModule, Trainer, logged_step, rank_zero_info
 from lightning_logme.utilities.loggers import Board
 from lightning_logme.utilities.plots import gain_by_layer, gain_by_output, gain_by_samples
@@ -63,11 +63,9 @@ class History:
         self._board: Board | None = None
         self._numbers: dict[str, dict[str, Any]] = {}
 
-    def prepare(self, trainer: Trainer) -> None:
+    def prepare(self) -> None:
         """Begin a new run."""
         self.position, self._board = None, None
-        if trainer.is_global_zero and trainer.loggers:
-            self._board = Board(trainer.loggers, self._plots, info=rank_zero_info)
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain numbers, which torch loads with ``weights_only=True``."""
@@ -113,8 +111,10 @@ class History:
             class_names: for the figure.
             is_saving: whether a checkpoint is being saved, when ``module.log`` must not be called.
         """
-        results = dict(current.results(trainer.strategy.root_device, alone=trainer.world_size == 1))
+        results = current.results(trainer.strategy.root_device, alone=trainer.world_size == 1)
         prefix = "" if probe is None else f"/{probe}"
+        if self._board is None and trainer.is_global_zero and trainer.loggers:
+            self._board = Board(trainer.loggers, self._plots, info=rank_zero_info)
         if self._board is not None:
             self._board.budget(seconds)
         for index in range(current.num_loaders):

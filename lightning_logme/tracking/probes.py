@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from lightning_logme.features.extractor import HEAD, LAYER_MEAN, Extractor
 from lightning_logme.tracking.history import History, is_key
-from lightning_logme.tracking.passes import Scoring
 from lightning_logme.tracking.probe import PreparedProbe, Probe
 from lightning_logme.tracking.strategy import is_sharded
+from lightning_logme.tracking.validation import Scoring
 from lightning_logme.utilities.compat import Callback, LightningModule, Trainer, is_one_of, rank_zero_warn
 from lightning_logme.utilities.distributed import first_reason, gathered, together
 
@@ -64,18 +64,18 @@ class Probes:
                 f"probes cannot be run under {type(trainer.strategy).__name__}, whose processes must make as many "
                 "forward passes as each other; save checkpoints, and score them afterwards with score_checkpoints."
             )
+        monitors = [callback for callback in trainer.callbacks if self._is_monitored_by(callback, name)]
+        if monitors and self.every not in (1, "checkpoint"):
+            rank_zero_warn(
+                f"{type(monitors[0]).__name__} monitors a probe, and with probe_every={self.every} it takes the value "
+                "of an earlier validation for a new one."
+            )
         if trainer.state.fn != "fit":
             return
-        monitors = [callback for callback in trainer.callbacks if self._is_monitored_by(callback, name)]
         if monitors and self.every == "checkpoint":
             raise ValueError(
                 f"probe_every='checkpoint': {type(monitors[0]).__name__} monitors {monitors[0].monitor!r}, which is "
                 "known only while a checkpoint is being saved; write probe_every=1."
-            )
-        if monitors and self.every != 1:
-            rank_zero_warn(
-                f"{type(monitors[0]).__name__} monitors a probe, and with probe_every={self.every} it takes the value "
-                "of an earlier validation for a new one."
             )
         if self.every == "checkpoint" and all(
             getattr(callback, "save_weights_only", False) for callback in trainer.checkpoint_callbacks

@@ -1,27 +1,181 @@
-"""Pairs the captured features with the labels of each validation batch."""
+"""Pairs the captured features with the labels of each validation batch, and accumulates them."""
 
 from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Sequence
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from lightning_logme.features.extractor import HEAD, Errors, Extractor
 from lightning_logme.features.hooks import NotCalledError
-from lightning_logme.features.labels import Labels, TargetSpec, describe_target, read_labels
+from lightning_logme.features.labels import Labels, TargetSpec, read_labels
 from lightning_logme.features.padding import distributed_sampler, rows_without_padding
-from lightning_logme.tracking.passes import Pass, Scoring
-from lightning_logme.utilities.compat import (
-    LightningModule,
-    Trainer,
-    rank_zero_info,
-    rank_zero_warn,
-    validation_loaders,
-)
+from lightning_logme.scores.accumulator import Accumulator
+from lightning_logme.scores.curve import CurvePoint, segments
+from lightning_logme.scores.evidence import Evidence
+from lightning_logme.scores.reduction import reduced
+from lightning_logme.tracking.messages import Messages
+from lightning_logme.utilities.checks import Task
+from lightning_logme.utilities.compat import LightningModule, Trainer, rank_zero_warn, validation_loaders
 from lightning_logme.utilities.distributed import first_reason, gathered, reason_of
+
+Key = tuple[str, int]  # source of features, index of the loader
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How the features of a task are scored.
+
+    Attributes:
+        task: of the labels.
+        num_outputs: K; None reads it off the first labels.
+        ignore_index: label of samples that do not count.
+        fit_intercept: centre features and targets first.
+        normalize: scale the features of each sample to length 1.
+        curve: follow the score from few samples to all.
+    """
+
+    task: Task = "multiclass"
+    num_outputs: int | None = None
+    ignore_index: int | None = None
+    fit_intercept: bool = False
+    normalize: bool = False
+    curve: bool = False
+
+
+class Result(NamedTuple):
+    """The result of a pass for one source of features.
+
+    Attributes:
+        evidence: of all samples, on the CPU.
+        curve: the score after the first 32 (or twice the number of classes, if that is more), 64, 128, … samples and
+            after all, where it was asked for.
+    """
+
+    evidence: Evidence
+    curve: list[CurvePoint]
+
+
+class Pass:
+    """One pass over labelled samples: an accumulator for every source of features and every loader.
+
+    For a curve each doubling of the samples is a segment: the score of the first 64 is that of the sums of the first 32
+    and of the next 32, in however many processes.
+
+    Args:
+        scoring: of the task.
+        rank: of this process.
+        world: the number of processes.
+        num_loaders: of the samples.
+
+    Attributes:
+        errors: by source, why this pass has no result; None stands for all sources. A source that fails in one process
+            fails in all of them.
+        batches: by loader, the batches that this process has had from it.
+        rows: by loader, the samples in them, padding included.
+        unseen: by loader, the batches in which no module was called.
+        accumulators: by source and loader.
+    """
+
+    def __init__(self, scoring: Scoring, rank: int = 0, world: int = 1, num_loaders: int = 1) -> None:
+        self.scoring = scoring
+        self.num_outputs = scoring.num_outputs
+        self.num_loaders = num_loaders
+        self.errors: dict[str | None, str] = {}
+        self.batches: Counter[int] = Counter()
+        self.rows: Counter[int] = Counter()
+        self.unseen: Counter[int] = Counter()
+        self.accumulators: dict[Key, Accumulator] = {}
+        self._rank, self._world = rank, world
+        self._scored: Counter[int] = Counter()  # by loader, the rows of this process that count
+        self._counted_here: set[int] = set()  # loaders whose rows are not one for each sample
+
+    def add(self, rows: Mapping[str, Tensor], labels: Labels, places: range, loader: int = 0) -> Errors:
+        """Add the rows of a batch; return the errors of the sources whose rows could not be added.
+
+        Args:
+            rows: by source, (n, D), or tokens (n, T, D).
+            labels: of the batch.
+            places: of its samples among those of all processes.
+            loader: index of the loader.
+        """
+        target = labels.target
+        if self.num_outputs is None:
+            self.num_outputs = target.values.shape[1]
+        errors: Errors = {}
+        segment = self._segment(len(target.values), places, loader) if self.scoring.curve else 0
+        index = target.index(places)
+        for source, features in rows.items():
+            key = source, loader
+            try:
+                kept = target.rows(features, normalize=self.scoring.normalize)
+                if key not in self.accumulators:
+                    width, device = kept.features.shape[1], kept.features.device
+                    self.accumulators[key] = Accumulator(self.scoring.task, width, self.num_outputs, device)
+                self.accumulators[key].add(kept, segment, index)
+            except Exception as error:
+                errors[source] = error
+        return errors
+
+    def _segment(self, number: int, places: range, loader: int) -> Tensor:
+        """Return the segment of the curve of each row.
+
+        A process does not know how many rows of the other processes count, and assumes as many as its own.
+        """
+        positions = torch.arange(places.start, places.stop, places.step)
+        if number != len(places):  # tokens count one by one, and rows that are ignored do not
+            self._counted_here.add(loader)
+        if loader in self._counted_here:
+            positions = (self._scored[loader] + torch.arange(number)) * self._world + self._rank
+        self._scored[loader] += number
+        return segments(positions, self.scoring.task, self.num_outputs or 0)
+
+    def results(self, device: torch.device, alone: bool) -> dict[Key, Result | None]:
+        """Return the result of every key that any process has met, summed over processes; None after an error.
+
+        All processes call this in step.
+
+        Args:
+            device: for the sums.
+            alone: whether the run has but one process.
+        """
+        accumulators: Mapping[Key, Accumulator] = self.accumulators
+        if not alone:
+            accumulators = self._reduced(device)
+        return {
+            key: self._result(accumulators[key])
+            for key in sorted(accumulators)
+            if None not in self.errors and key[0] not in self.errors
+        }
+
+    def _reduced(self, device: torch.device) -> Mapping[Key, Accumulator]:
+        """Share errors and accumulators between processes."""
+        mine, everyone = set(self.errors), gathered(False, self.errors)
+        accumulators, mismatches = reduced(self.accumulators, self.scoring.task, device, alone=False)
+        for rank, errors in enumerate(everyone):
+            for source, reason in errors.items():
+                self.errors.setdefault(source, f"{reason} (process {rank})")
+        for (source, _), reason in mismatches.items():
+            self.errors.setdefault(source, reason)
+        for reason in dict.fromkeys(reason for source, reason in self.errors.items() if source not in mine):
+            rank_zero_warn(f"LogME is NaN for these samples, after an error: {reason}")
+        return accumulators
+
+    def _result(self, accumulator: Accumulator) -> Result | None:
+        try:
+            evidence = accumulator.evidence(self.scoring.fit_intercept)
+            curve = accumulator.curve(self.scoring.fit_intercept, evidence) if self.scoring.curve else []
+            return Result(evidence.to("cpu"), curve)
+        except Exception as error:
+            warnings.warn(f"LogME is NaN, after an error: {type(error).__name__}: {error}", stacklevel=2)
+            return None
 
 
 class Stage(Enum):
@@ -40,17 +194,22 @@ class Validation:
         scoring: of the labels.
         target: where they are in a batch.
         class_names: are checked against the labels.
+        has_probes: whether the validation set need not be scored.
     """
 
     def __init__(
-        self, name: str, scoring: Scoring, target: TargetSpec, class_names: Sequence[str] | None = None
+        self,
+        name: str,
+        scoring: Scoring,
+        target: TargetSpec,
+        class_names: Sequence[str] | None = None,
+        has_probes: bool = False,
     ) -> None:
-        self._name = name
         self._scoring = scoring
         self._target = target
         self._class_names = class_names
-        self._said: set[str] = set()  # what is reported once
-        self._origin: tuple[str, str | None] = "", None
+        self._has_probes = has_probes
+        self._messages = Messages(name)
         # Of a run
         self._alone = True  # whether this is the only process: if not, all must raise together, or some would wait
         self._stage = Stage.UNPROVEN
@@ -114,14 +273,12 @@ class Validation:
             self._labels = None
         current.batches[loader] += 1
         current.unseen[loader] += is_first and not is_called
-        if self._is_wrong_guess(errors):
+        if errors and self._is_wrong_guess(extractor, current, errors):
             self._wrong_guess = str(errors.pop(HEAD))
-        if errors and self._alone and self._stage is Stage.UNPROVEN:
-            raise next(iter(errors.values()))
-        if is_called and not errors and self._stage is Stage.UNPROVEN:
-            self._stage = Stage.PROVEN
         if errors:
             self._note(current, batch_idx, errors)
+        elif is_called and self._stage is Stage.UNPROVEN:
+            self._stage = Stage.PROVEN
 
     def _add(self, extractor: Extractor, current: Pass, trainer: Trainer, batch: Any, loader: int) -> Errors:
         """Add the rows of a batch; return the errors of sources that failed."""
@@ -130,16 +287,28 @@ class Validation:
             raise labels or ValueError("its labels are not known")
         with trainer.precision_plugin.forward_context():
             rows, errors = extractor.rows(batch, labels)
-        number, start = labels.target.shape[0], current.rows[loader]
-        if distributed_sampler(self._loaders[loader]) is not None:
-            labels = self._without_padding(labels, current.batches[loader], loader)
+        number = real = labels.target.shape[0]
+        if trainer.world_size > 1 and distributed_sampler(self._loaders[loader]) is not None:
+            found = rows_without_padding(self._loaders[loader], current.batches[loader], number)
+            if found is None:
+                self._messages.warn_of_padding()
+            else:
+                real = found
+        if real < number:
+            labels = labels._replace(target=labels.target.first(real))
         world = trainer.world_size  # samples are dealt out in turn, as DistributedSampler does
-        first, real = start * world + trainer.global_rank, labels.target.num_samples
+        first = current.rows[loader] * world + trainer.global_rank
         errors |= current.add(rows, labels, range(first, first + real * world, world), loader)
         current.rows[loader] += number
-        if "labels" not in self._said:
-            self._check_class_names(current.num_outputs)
-            self._explain(extractor)
+        if not self._messages.are_labels_explained:
+            if self._class_names is not None and len(self._class_names) != current.num_outputs:
+                raise ValueError(
+                    f"class_names must hold one name for each of {current.num_outputs} outputs, got "
+                    f"{len(self._class_names)}."
+                )
+            self._messages.explain_labels(extractor.poolings)
+            widths = [accumulator.num_features for accumulator in current.accumulators.values()]
+            self._messages.check_memory(widths * len(self._loaders))
         return errors
 
     def close(self, is_sanity_check: bool) -> Pass | None:
@@ -149,127 +318,54 @@ class Validation:
             ValueError: the first batch could not be scored, in one process or more: raised in all.
         """
         current, extractor, guess = self._pass, self._extractor, self._wrong_guess
-        self.drop()
+        self._extractor, self._pass, self._wrong_guess = None, None, None
         if current is None or extractor is None:
             return None
         if not is_sanity_check and not current.errors and any(current.unseen.values()):
-            self._warn_of_unseen(current, extractor)
-        if self._stage is Stage.SETTLED:
-            return current
+            obstacle = self._messages.warn_of_unseen(current.unseen, current.batches, extractor)
+            if obstacle is not None:
+                current.errors[None] = obstacle
+        if self._stage is not Stage.SETTLED:
+            self._settle(current, extractor, guess)
+        return current
+
+    def _settle(self, current: Pass, extractor: Extractor, guess: str | None) -> None:
+        """Agree with the other processes on whether the validation set can be scored."""
         is_proven = self._stage is Stage.PROVEN
         error = None if is_proven else next(iter(current.errors.values()), None)
-        everyone = [(is_proven, error, guess)] if self._alone else gathered(False, (is_proven, error, guess))
-        proven, errors, guesses = zip(*everyone, strict=True)
-        reason = first_reason(errors)
-        if reason is not None:
-            raise ValueError(reason)
-        if any(proven):
+        if not self._alone:
+            proven, errors, guesses = zip(*gathered(False, (is_proven, error, guess)), strict=True)
+            is_proven, error, guess = any(proven), first_reason(errors), first_reason(guesses)
+        if error is not None:
+            raise ValueError(error)
+        if is_proven:
             self._stage = Stage.SETTLED
-        guess = first_reason(guesses)
         if guess is not None:
-            self._drop_guess(extractor, guess)
-        return current
+            self._messages.warn_of_dropped_guess(extractor, guess)
 
     def _read(self, batch: Any, num_outputs: int | None) -> Labels | Exception:
         """Return the labels; an error is raised once it is known that the batch is not left out."""
-        if batch is None:
-            return ValueError("its batch is None, so there are no labels")
         try:
-            if "labels" not in self._said:  # while the labels are still in the batch
-                self._origin = describe_target(batch, self._target)
+            if not self._messages.are_labels_explained:
+                self._messages.note_origin(batch, self._target)
             return read_labels(batch, self._target, self._scoring.task, num_outputs, self._scoring.ignore_index)
         except Exception as error:
+            if self._has_probes and isinstance(error, ValueError):
+                return ValueError(f"{error} If only the probes are to be scored, write validation=False.")
             return error
 
-    def _without_padding(self, labels: Labels, batches: int, loader: int) -> Labels:
-        """Return the labels of the samples that are data, and not repeated by a sampler."""
-        number = labels.target.shape[0]
-        real = rows_without_padding(self._loaders[loader], batches, number)
-        if real is None and "padding" not in self._said:
-            self._said.add("padding")
-            warnings.warn(
-                f"{self._name}: the rows of a batch are not the samples that the loader's sampler names, one by one, "
-                "so padding cannot be detected, and padded rows are counted.",
-                stacklevel=2,
-            )
-        return labels if real in (None, number) else labels._replace(target=labels.target.first(real))
-
-    def _is_wrong_guess(self, errors: Errors) -> bool:
+    def _is_wrong_guess(self, extractor: Extractor, current: Pass, errors: Errors) -> bool:
         """Return whether a head that was guessed is not called, where layers were."""
-        extractor, current = self._extractor, self._pass
-        if self._stage is Stage.SETTLED or extractor is None or current is None or not extractor.layers:
+        if self._stage is Stage.SETTLED or not extractor.layers or not extractor.is_head_guessed:
             return False
         is_scored = any(source == HEAD for source, _ in current.accumulators)
-        return isinstance(errors.get(HEAD), NotCalledError) and extractor.is_head_guessed and not is_scored
-
-    def _drop_guess(self, extractor: Extractor, reason: str) -> None:
-        head = extractor.head
-        extractor.drop_guess()
-        if head is not None and head.outputs == extractor.num_outputs:
-            reason += f" K = {head.outputs}, the number of its outputs, is kept; num_classes= gives another one."
-        rank_zero_warn(f"{self._name} is logged for {', '.join(extractor.names)} only: {reason}")
+        return isinstance(errors.get(HEAD), NotCalledError) and not is_scored
 
     def _note(self, current: Pass, batch_idx: int, errors: Errors) -> None:
-        """Remember what failed, and warn once for each cause."""
+        """Raise the first error of a run, or remember what failed, and warn."""
+        is_final = self._stage is Stage.UNPROVEN
+        if is_final and self._alone:
+            raise next(iter(errors.values()))
         new = {source: reason_of(error) for source, error in errors.items() if source not in current.errors}
         current.errors.update(new)
-        for text in dict.fromkeys(new.values()):
-            failed = [source for source in new if new[source] == text]
-            is_all = None in failed or HEAD in failed
-            key = self._name if is_all else " and ".join(f"{self._name}/{source}" for source in failed)
-            if self._stage is Stage.UNPROVEN:
-                what = "cannot be scored, which will end the run after this validation, in all processes"
-            else:
-                verb = "is" if is_all or len(failed) == 1 else "are"
-                what = f"{verb} NaN for this validation, after an error in batch {batch_idx}"
-            warnings.warn(f"{key} {what}: {text}", stacklevel=2)
-
-    def _warn_of_unseen(self, current: Pass, extractor: Extractor) -> None:
-        """Say which batches called none of the modules that are scored."""
-        head = extractor.head
-        other = "it ran another network, such as an averaged copy: name its head with head="
-        if head is not None and head.guess is not None:
-            other = f"it ran another network, such as an averaged copy, or another head than '{head.guess}': give head="
-        elif head is not None and any(capture.side == "output" for capture in head.captures):
-            other = "it called parts of the module and not self(…): name layers=[…], or give features="
-        causes = [
-            "validation_step left out its forward pass",
-            other,
-            "the model was compiled and run before the hooks were attached: call "
-            'torch.compiler.set_stance("force_eager") or compile it anew',
-        ]
-        causes = causes[::-1] if extractor.is_compiled else causes
-        for loader, unseen in current.unseen.items():
-            batches = current.batches[loader]
-            if not unseen:
-                continue
-            where = f" of loader {loader}" if len(current.batches) > 1 else ""
-            what = f"{unseen} of {batches} batches{where} called none of the modules that are scored"
-            key = self._name if head is not None else f"{self._name}/{extractor.names[0]}"
-            if unseen < batches and not extractor.is_compiled:
-                warnings.warn(f"{key}: {what}, and are left out.", stacklevel=2)
-                continue
-            if unseen < batches:  # compiled code may call hooks for batches of one shape only
-                current.errors[None] = what
-            warnings.warn(
-                f"{key} is NaN: {what}. Likely causes, the likeliest first: {'; '.join(causes)}.", stacklevel=2
-            )
-
-    def _explain(self, extractor: Extractor) -> None:
-        """Report once which labels and pooling were inferred: a wrong guess would still give a plausible number."""
-        self._said.add("labels")
-        found, rivals = self._origin
-        poolings = extractor.poolings
-        if len(poolings) > 2:
-            poolings[2:] = ["…"]
-        rank_zero_info("; ".join([f"LogMECallback: the labels are {found}", *poolings]) + ".")
-        if rivals:
-            rank_zero_warn(
-                f"LogMECallback took {found} for the labels, and {rivals} could be as well; say which with target=."
-            )
-
-    def _check_class_names(self, num_outputs: int | None) -> None:
-        if self._class_names is not None and len(self._class_names) != num_outputs:
-            raise ValueError(
-                f"class_names must hold one name for each of {num_outputs} outputs, got {len(self._class_names)}."
-            )
+        self._messages.warn_of_errors(new, batch_idx, is_final)

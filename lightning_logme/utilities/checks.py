@@ -7,6 +7,7 @@ from numbers import Integral
 from typing import Any, Literal, get_args
 
 Task = Literal["binary", "multiclass", "multilabel", "regression"]
+EXCLUSIVE = ("binary", "multiclass")  # tasks in which a sample belongs to exactly one of the outputs
 
 
 def check_task(task: Any) -> None:

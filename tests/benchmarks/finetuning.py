@@ -20,8 +20,6 @@ from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
-from lightning_logme.features.labels import find_mask
-from lightning_logme.features.pooling import pool
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
@@ -29,6 +27,8 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.regression import R2Score
 
+from lightning_logme.features.labels import find_mask
+from lightning_logme.features.pooling import pool
 from tests.benchmarks.common import peak, reset_peak
 from tests.benchmarks.frozen import Backbone, call, headless, target
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+
+from lightning_logme.features.hooks import Tap
 from lightning_logme.features.labels import find_mask
 from lightning_logme.features.pooling import pool
-from lightning_logme.features.hooks import Tap
-from torch import Tensor, nn
 
 sys.path.append(str(Path(__file__).parents[2] / "examples"))  # a folder of scripts, not a package
 

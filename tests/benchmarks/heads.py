@@ -15,9 +15,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from lightning_logme.features.heads import find_head
 from torch import nn
 
+from lightning_logme.features.heads import find_head
 from tests.benchmarks.common import print_table
 from tests.zoo import NUM_LABELS, behead, layers_with_outputs, transformer, without_memory
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from lightning_logme.scores.moments import Batch, Moments
-from lightning_logme.scores.jackknife import ERROR_RATE, leave_one_out, quantile_to_drop, standard_error, trailing
-from lightning_logme.features.sampling import BLOCKS, _stratified
 from torch import Tensor
 
+from lightning_logme.features.sampling import BLOCKS, _stratified
+from lightning_logme.scores.jackknife import ERROR_RATE, leave_one_out, quantile_to_drop, standard_error, trailing
+from lightning_logme.scores.moments import Batch, Moments
 from tests.benchmarks.common import print_table
 
 _CANDIDATES, _ROUNDS = 4, 5

@@ -21,11 +21,11 @@ from typing import Any
 from unittest import mock
 
 import torch
-from lightning_logme.features.sampling import Samples
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_logme import Ranking, rank_backbones
+from lightning_logme.features.sampling import Samples
 from lightning_logme.ranking.candidate import Backbone, Candidate
 from tests.benchmarks.common import class_features, peak, print_table, reset_peak
 

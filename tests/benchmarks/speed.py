@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from lightning_logme import LogME
+from lightning_logme.features.labels import Target
 from lightning_logme.functional import logme
 from lightning_logme.scores.accumulator import Accumulator
-from lightning_logme.scores.rows import Target
 from tests.benchmarks.common import BATCH_SIZE, class_features, print_table, timed
 from tests.benchmarks.peers import papers_logme, transformer_ranker_logme
 

@@ -30,7 +30,6 @@ from statistics import median
 from typing import Any, cast
 from unittest import mock
 
-import lightning_logme.tracking.history
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -38,6 +37,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
+import lightning_logme.tracking.history
 from lightning_logme import LogMECallback
 from tests.benchmarks.common import print_table, timed
 

@@ -1,0 +1,71 @@
+"""The sum of what several processes have accumulated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+import torch
+
+from lightning_logme.scores.accumulator import Accumulator
+from lightning_logme.utilities.checks import Task
+from lightning_logme.utilities.distributed import gathered, together
+
+Key = TypeVar("Key")
+
+
+def reduced(
+    mine: Mapping[Key, Accumulator], task: Task, device: torch.device, alone: bool
+) -> tuple[dict[Key, Accumulator], dict[Key, str]]:
+    """Add up the accumulators of all processes, which must all call this.
+
+    Sums are reduced key by key and segment by segment; of the rows, only the random subsets are exchanged. A process
+    without a key or segment contributes zeros.
+
+    Args:
+        mine: the accumulators of this process, by keys that can be sorted. They are used up.
+        task: of all of them.
+        device: of the sums: one that the processes' backend takes.
+        alone: whether the run has only one process. Then nothing changes.
+
+    Returns:
+        By key, the same accumulator in every process; and the reason why a key has none.
+
+    Raises:
+        Failure: in all processes, where one could not fold its rows.
+    """
+    if alone:
+        return dict(mine), {}
+    with together(alone):
+        for accumulator in mine.values():
+            accumulator.to(device).moments()
+    everyone = gathered(
+        alone,
+        {
+            key: (each.num_features, each.num_outputs, each.sample_size, each.num_samples, set(each.sums))
+            for key, each in mine.items()
+        },
+    )
+    results: dict[Key, Accumulator] = {}
+    broken: dict[Key, str] = {}
+    segments: dict[Key, set[int]] = {}
+    for rank, theirs in enumerate(everyone):
+        for key, (num_features, num_outputs, sample_size, number, met) in theirs.items():
+            total = results.setdefault(key, Accumulator(task, num_features, num_outputs, device, sample_size))
+            shape, first = (num_features, num_outputs), (total.num_features, total.num_outputs)
+            if shape != first:
+                broken.setdefault(
+                    key, f"features or targets of lengths {shape} in process {rank}, and {first} in another"
+                )
+            total.num_samples += number
+            segments.setdefault(key, set()).update(met)
+    for key in sorted(results.keys() - broken.keys()):  # type: ignore[type-var]
+        total = results[key]
+        own = mine.get(key, total)
+        for segment in sorted(segments[key]):
+            total.sums[segment] = (own.sums.pop(segment) if segment in own.sums else total._zeros()).all_reduce()
+        total.segments = segments[key]
+        for parts in gathered(alone, [(rows.to("cpu"), index) for rows, index in own.subset.part()]):
+            for rows, index in parts:
+                total.subset.add(rows, index)
+    return {key: results[key] for key in sorted(results.keys() - broken.keys())}, broken  # type: ignore[type-var]
