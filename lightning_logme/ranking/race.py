@@ -24,7 +24,7 @@ from lightning_logme.utilities.distributed import Failure, gathered, together
 
 
 class Race:
-    """The candidates on their way through the samples.
+    """Candidates that see more and more of the same samples until one is left.
 
     Args:
         fabric: of the process.
@@ -37,8 +37,8 @@ class Race:
     Attributes:
         samples: the same for all.
         progress: of each candidate.
-        dropped: those that trailed too far, and by how much.
-        failed: those that could not go on, and why.
+        dropped: by name, how far a dropped candidate trailed.
+        failed: by name, why a candidate could not go on.
         interrupted: whether it ended by Ctrl-C.
     """
 
