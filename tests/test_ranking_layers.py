@@ -122,6 +122,12 @@ class TestLayers:
         with pytest.raises(ValueError, match="layer_mean must be True or False, got 'yes'"):
             rank(candidates, layers=["low"], layer_mean="yes")
 
+    def test_rows_of_two_candidates_never_have_one_name(self):
+        candidates = {"net": Net(), "net/low": Net(seed=1)}
+        with pytest.raises(ValueError, match="candidates: 'net/low' could be the row of a layer of 'net'; rename"):
+            rank(candidates, layers=["low"])
+        assert set(rank(candidates, layers={"net/low": ["low"]}).scores) == {"net", "net/low", "net/low/low"}
+
     def test_maps_are_pooled_by_layer(self):
         class Maps(nn.Module):
             def __init__(self):

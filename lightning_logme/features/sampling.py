@@ -150,7 +150,7 @@ class Samples:
         return outputs
 
     def rounds(self, num_outputs: int) -> Iterator[int]:
-        """Yield how many samples have been read at the end of each round: about twice as many each time, until all are."""
+        """Yield the number of samples read by the end of each round: about twice as many each time, until all are."""
         stop = max(_FIRST_ROUND, _PER_CLASS * num_outputs if self.task in EXCLUSIVE else 0)
         while self.number is None or stop * 1.5 < self.number:  # no round for a few last samples
             yield stop
@@ -199,7 +199,7 @@ class Samples:
         return conform_target(find_target(batch, self.target), self.task).detach().cpu()
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return what identifies the data set, its order and the loader, as far as no sample has to be loaded for it."""
+        """Return what identifies the data set, its order and the loader, as far as no sample has to be loaded."""
         labels = None if self.labels is None else _digest(self.labels, 0)
         target = getattr(self.target, "__qualname__", type(self.target)) if callable(self.target) else self.target
         # A stream's rounds end with a batch.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 import warnings
@@ -140,28 +141,24 @@ def rank_backbones(
     check_options(task, ignore_index, fit_intercept)
     if resume_from is not None and not isinstance(resume_from, (str, os.PathLike)):
         raise ValueError(f"resume_from must be the path of a folder or None, got {resume_from!r}.")
+    if logger is not None and not isinstance(logger, (AnyLogger, Iterable)):
+        raise ValueError(f"logger must be a Lightning logger, or several, got {logger!r}.")
+    several: Any = [] if logger is None else [logger] if isinstance(logger, AnyLogger) else logger
     pairs = _pairs(candidates)
     names = [name for name, _ in pairs]
-    heads, several_layers = (_by_candidate("head", head, names, AUTO), _by_candidate("layers", layers, names, ()))
+    heads, layer_lists = _by_candidate("head", head, names, AUTO), _by_candidate("layers", layers, names, ())
     poolings = _by_candidate("pooling", pooling, names, "auto")
     forwards = _by_candidate("forward", forward, names, None, check=True)
     several_transforms = _by_candidate("transforms", transforms, names, None, check=True)
-    entries = [
-        Candidate(
-            name,
-            source,
-            Selection(
-                heads[name],
-                several_layers[name],
-                layer_mean and (bool(several_layers[name]) or not any(several_layers.values())),
-                pooling=poolings[name],
-            ),
-            forwards[name],
-            several_transforms[name],
-            target,
-        )
-        for name, source in pairs
-    ]
+    entries = []
+    for name, source in pairs:
+        own = layer_lists[name]
+        is_mean = layer_mean and bool(own or not any(layer_lists.values()))
+        selection = Selection(heads[name], own, is_mean, pooling=poolings[name])
+        entries.append(Candidate(name, source, selection, forwards[name], several_transforms[name], target))
+    for name, other in itertools.permutations(names, 2):
+        if layer_lists[name] and other.startswith(f"{name}/"):
+            raise ValueError(f"candidates: {other!r} could be the row of a layer of {name!r}; rename one of them.")
     with same_generators():
         samples = Samples(dataloader, task, target, seed)
         if samples.number is not None:
@@ -169,32 +166,17 @@ def rank_backbones(
         num_outputs = samples.num_outputs(num_classes, ignore_index)
     fabric = Fabric(accelerator=accelerator, devices=devices, strategy=strategy, precision=precision)
     rules = Rules(num_outputs, ignore_index, fit_intercept, normalize, race and len(entries) > 1, seed)
-    if logger is not None and not isinstance(logger, (AnyLogger, Iterable)):
-        raise ValueError(f"logger must be a Lightning logger, or several, got {logger!r}.")
-    several: Any = [] if logger is None else [logger] if isinstance(logger, AnyLogger) else logger
-    loggers: list[Logger] = list(several)
-    parcel = fabric.launch(
-        partial(
-            _run,
-            candidates=entries,
-            samples=samples,
-            rules=rules,
-            resume_from=resume_from,
-            loggers=loggers,
-            progress=progress,
-        )
-    )
-    return pickle.loads(parcel)
+    return pickle.loads(fabric.launch(partial(_run, entries, samples, rules, resume_from, list(several), progress)))
 
 
 def _run(
-    fabric: Fabric,
     candidates: list[Candidate],
     samples: Samples,
     rules: Rules,
     resume_from: str | os.PathLike[str] | None,
     loggers: list[Logger],
     progress: bool,
+    fabric: Fabric,
 ) -> bytes:
     """Do what every process does. The ranking is pickled, as it may come from a process that ends."""
     store = None

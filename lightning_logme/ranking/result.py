@@ -35,8 +35,8 @@ class RankingRow:
     Attributes:
         name: of the candidate, followed by "/" and the layer where it is a layer's.
         logme: log of maximum evidence in nats per sample; NaN if there is none.
-        gain: ``logme`` minus the score of useless features; 0 means that the features explain nothing.
-        stderr: standard error of ``logme``, by the block jackknife. Differences between candidates have far smaller ones.
+        gain: ``logme`` minus the score of useless features; 0 if the features explain nothing.
+        stderr: standard error of ``logme``, by the block jackknife. Those of differences are far smaller.
         tied_with_best: whether the paired difference from the best is within chance; true of the best itself.
         feature: what was scored: "input of 'fc'", "output" of the module, or "output of 'layer4'".
         num_features: D.

@@ -56,8 +56,8 @@ def jackknife(accumulator: Accumulator, fit_intercept: bool = False) -> tuple[Ev
 def standard_error(scores: Sequence[float]) -> float:
     """Return the standard error of a score, given the B scores without each block: √((B−1)/B Σ (s₋ₖ − mean)²).
 
-    Block jackknife: Shao & Tu 1995, "The Jackknife and Bootstrap", ch. 2. Given
-    differences of scores, it is that of the difference. NaN without scores, as where no sample counts.
+    Block jackknife: Shao & Tu 1995, "The Jackknife and Bootstrap", ch. 2. Given differences of scores, the result is
+    the standard error of the difference. NaN without scores, as where no sample counts.
     """
     if not scores:
         return math.nan
