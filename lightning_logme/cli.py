@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,7 +14,6 @@ from torch import nn
 from lightning_logme.ranking.checkpoints import score_checkpoints
 from lightning_logme.ranking.rank import rank_backbones
 from lightning_logme.ranking.result import Ranking
-from lightning_logme.utilities.checks import Task
 from lightning_logme.utilities.compat import AnyDataModule, AnyLogger, Logger, rank_zero_only
 
 _USAGE = """\
@@ -46,7 +44,7 @@ config.yaml holds candidates and a LightningDataModule, in the form of Lightning
 Every option may be given in the file or after it:
 
     python -m lightning_logme rank config.yaml --race false --devices 2
-    python -m lightning_logme rank config.yaml --resume_from moments --output again
+    python -m lightning_logme rank config.yaml --resume_from results --layers "[layer3, layer4]"
     python -m lightning_logme rank --help        # this, and all options
 
 For score_checkpoints, config.yaml holds a module and paths in place of candidates; the rest is the same:
@@ -85,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command = arguments[0] if arguments else ""
-    if command not in _COMMANDS:
+    if command not in ("rank", "score_checkpoints"):
         asked = command in ("-h", "--help")
         print(_USAGE, file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
@@ -96,12 +94,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _parse(command, arguments[1:])
     except (ArgumentError, OSError, yaml.YAMLError, ValueError) as error:
-        return _fail(command, _in_one_line(str(error)), 2)
+        return _fail(command, str(error), 2)
     try:
         if options.output is not None:
             options.output.mkdir(parents=True, exist_ok=True)
-        _publish(_COMMANDS[command](options), options.output)
-    except Exception as error:  # the command line's last word is one line, not a traceback
+        _publish(_run(command, options), options.output)
+    except Exception as error:  # a user of the shell needs no traceback
         return _fail(command, f"{type(error).__name__}: {error}", 1)
     return 0
 
@@ -118,25 +116,10 @@ def _parse(command: str, arguments: list[str]) -> Any:
         parser.add_argument("--paths", type=str | list[str], required=True, help="checkpoints, or a folder of them")
     parser.add_subclass_arguments(AnyDataModule, "data", required=True, help="gives the target's samples")
     parser.add_argument("--split", type=Literal["train", "val", "test"], default="train", help="of the data module")
-    parser.add_argument("--task", type=Task, default="multiclass")
-    parser.add_argument("--num_classes", type=int | None, default=None)
-    heads = str | list[str] | dict[str, str | list[str] | None] | None
-    parser.add_argument("--head", type=heads, default="auto", help="whose input is the feature; null: the output")
-    parser.add_argument("--target", type=int | str | None, default=None, help="where labels are in a batch")
-    parser.add_argument("--pooling", type=str | dict[str, str], default="auto")
-    parser.add_argument("--transforms", type=dict[str, Callable[[Any], Any]] | None, default=None)
-    parser.add_argument("--fit_intercept", type=bool, default=False)
-    parser.add_argument("--normalize", type=bool, default=False, help="scale each sample's features to length 1")
-    parser.add_argument("--race", type=bool, default=True, help="drop candidates early")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume_from", type=str | None, default=None, help="folder of finished moments")
-    parser.add_argument("--accelerator", type=str, default="auto")
-    parser.add_argument("--devices", type=int | str | list[int], default=1)
-    parser.add_argument("--strategy", type=str, default="auto")
-    parser.add_argument("--precision", type=str | None, default=None)
-    parser.add_subclass_arguments((Logger, AnyLogger), "logger", required=False, help="for curves and the table")
-    parser.add_argument("--progress", type=bool, default=True)
     parser.add_argument("--output", type=Path | None, default=None, help="folder for the table and the figures")
+    parser.add_subclass_arguments((Logger, AnyLogger), "logger", required=False, help="for curves and the table")
+    # A candidate of score_checkpoints is a path, and has the same options.
+    parser.add_function_arguments(rank_backbones, skip={"candidates", "dataloader", "forward", "logger"})
     if {"-h", "--help"} & set(arguments):
         print(_USAGE)
     if arguments and not arguments[0].startswith("-"):
@@ -146,28 +129,16 @@ def _parse(command: str, arguments: list[str]) -> Any:
     return getattr(parser, "instantiate", parser.instantiate_classes)(config)  # renamed in jsonargparse 4.49
 
 
-def _rank(options: Any) -> Ranking:
-    return rank_backbones(options.candidates, _loader(options), **_passed(options))
-
-
-def _score_checkpoints(options: Any) -> Ranking:
-    return score_checkpoints(options.module(), options.paths, _loader(options), **_passed(options))
-
-
-_COMMANDS = {"rank": _rank, "score_checkpoints": _score_checkpoints}
-
-
-def _loader(options: Any) -> Any:
+def _run(command: str, options: Any) -> Ranking:
+    own = ("config", "candidates", "module", "paths", "data", "split", "output")
+    passed = {name: value for name, value in vars(options).items() if name not in own}
     data = options.data
     data.prepare_data()
     data.setup("test" if options.split == "test" else "fit")
-    return getattr(data, f"{options.split}_dataloader")()
-
-
-def _passed(options: Any) -> dict[str, Any]:
-    """What the function takes by name."""
-    own = ("config", "candidates", "module", "paths", "data", "split", "output")
-    return {name: value for name, value in vars(options).items() if name not in own}
+    loader = getattr(data, f"{options.split}_dataloader")()
+    if command == "rank":
+        return rank_backbones(options.candidates, loader, **passed)
+    return score_checkpoints(options.module(), options.paths, loader, **passed)
 
 
 @rank_zero_only
@@ -187,15 +158,6 @@ def _publish(ranking: Ranking, folder: Path | None) -> None:
 def _fail(command: str, message: str, status: int) -> int:
     print(f"lightning_logme {command}: {message}", file=sys.stderr)
     return status
-
-
-def _in_one_line(message: str) -> str:
-    """The longest of the causes that jsonargparse gives, without the values, which are in the file."""
-    words = " ".join(message.split())
-    argument, _, causes = words.partition("Does not validate against any of the Union subtypes")
-    if causes:
-        words = argument + max(causes.partition("Errors: - ")[2].split(" Given value type")[0].split(" - "), key=len)
-    return re.split(r"\.? (?:Given value type|Got value): ", words)[0]
 
 
 def _imported(name: str) -> Any:

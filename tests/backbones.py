@@ -45,4 +45,6 @@ QUIET = {"num_classes": CLASSES, "accelerator": "cpu", "progress": False}
 
 
 def rank(candidates=None, loader=None, **options) -> Ranking:
-    return rank_backbones(candidates or good_to_bad(), loader or target_loader(), **{**QUIET, **options})
+    return rank_backbones(
+        candidates or good_to_bad(), target_loader() if loader is None else loader, **{**QUIET, **options}
+    )

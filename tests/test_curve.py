@@ -4,16 +4,16 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning_logme.collector import Collector
 from models import CLASSES, Classifier, loader, penultimate, trainer, vectors
 from torch.utils.data import TensorDataset
 
-from lightning_logme import LogMECallback, Probe, rank_backbones, read_history
+from lightning_logme import LogMECallback, Probe, read_history
+from lightning_logme.features.labels import Labels, Target
 from lightning_logme.features.sampling import Samples
 from lightning_logme.functional import evidence
-from lightning_logme.scores.curve import CurvePoint, gain_settled_at, order_settled_at
+from lightning_logme.tracking.validation import Pass, Scoring
 
 
 def test_of_the_validation_set_is_that_of_its_first_samples(tmp_path):
@@ -99,62 +99,26 @@ def test_many_classes_start_later(tmp_path):
     assert [point.num_samples for point in callback.curves["logme/many"]] == [100, 200, 300]
 
 
+@settings(deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 90), min_size=1, max_size=6),
     world=st.integers(1, 3),
     rank=st.integers(0, 2),
 )
-def test_rows_fall_into_parts_by_their_place(lengths, world, rank):
-    collector, first, found = Collector("multiclass", 4, curve=True), 0, {}
+def test_rows_fall_into_segments_by_their_places(lengths, world, rank):
+    """Rank r of several has the places r, r + world, … of each batch."""
+    rank %= world
+    one, first = Pass(Scoring("multiclass", CLASSES, curve=True), rank, world), 0
     for length in lengths:
         places = range(first * world + rank, (first + length) * world + rank, world)
-        rows = list(places)
-        for part, some in collector._parts(0, torch.zeros(length), places, 4):
-            found.setdefault(part, []).extend(rows[some])
+        features = torch.tensor(places, dtype=torch.float64)[:, None]
+        target = Target.checked(torch.arange(length) % CLASSES, "multiclass", CLASSES)
+        assert one.add({"": features}, Labels(target, None), places) == {}
         first += length
-    assert sorted(place for part in found.values() for place in part) == [i * world + rank for i in range(first)]
-    for part, members in found.items():
-        assert all((32 * 2 ** (part - 1) if part else 0) <= place < 32 * 2**part for place in members)
-
-
-def points(*gains, start=32):
-    return [CurvePoint(start * 2**index, gain - 1, gain) for index, gain in enumerate(gains)]
-
-
-class TestSettled:
-    @pytest.mark.parametrize(
-        ("gains", "expected"),
-        [
-            ([0.1, 0.2, 0.4], None),
-            ([0.1, 0.39, 0.4], 64),
-            ([0.01, 0.0195, 0.02], 64),  # relative to the gain
-            ([0.4, 0.2, 0.39, 0.4], 128),  # what it left in between does not count
-            ([0.4, 0.4, 0.4], 32),
-            ([math.nan, 0.4, 0.4], 64),
-            ([0.4], None),
-            ([], None),
-            ([0.0, 0.0], 32),
-        ],
-    )
-    def test_gain(self, gains, expected):
-        assert gain_settled_at(points(*gains)) == expected
-
-    def test_tolerance(self):
-        assert gain_settled_at(points(0.3, 0.4), tolerance=0.3) == 32
-
-    def test_order(self):
-        curves = {"a": points(0.3, 0.1, 0.2, 0.3), "b": points(0.2, 0.2, 0.4, 0.5)}
-        assert order_settled_at(curves) == 64
-        assert order_settled_at({**curves, "c": points(0.0, 0.0, 0.3, 0.1)}) is None
-        assert order_settled_at({**curves, "c": points(0.0, start=4096)}) is None  # nothing in common
-        assert order_settled_at({"a": curves["a"]}) is None
-
-    def test_ranking(self):
-        x, y = vectors(600).tensors
-        candidates = {
-            "all": torch.nn.Identity(),
-            "few": torch.nn.Sequential(torch.nn.Linear(16, 1, bias=False)),
-        }
-        ranking = rank_backbones(candidates, loader(TensorDataset(x, y)), race=False, accelerator="cpu", progress=False)
-        assert ranking.settled_at == 256
-        assert ranking.settled_at == order_settled_at(ranking.curves)
+    sums = one.accumulators["", 0].moments()
+    assert sum(int(each.count) for each in sums.values()) == first
+    for segment, each in sums.items():
+        start, stop = 32 * 2 ** (segment - 1) if segment else 0, 32 * 2**segment
+        members = [place for place in range(rank, first * world, world) if start <= place < stop]
+        assert int(each.count) == len(members)
+        assert float(each.feature_sum) == sum(members)

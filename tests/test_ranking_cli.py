@@ -9,7 +9,8 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import yaml
-from backbones import CLASSES, Columns, target_loader
+from backbones import CLASSES, Columns, target_loader, target_set
+from torch import nn
 
 from lightning_logme import rank_backbones
 from lightning_logme.cli import Made, main
@@ -107,6 +108,26 @@ def test_options_in_the_file_and_after_it(config, tmp_path, capsys):
     assert (tmp_path / "version_0" / "metrics.csv").is_file()
 
 
+class Net(nn.Sequential):
+    def __init__(self, last: int = 8) -> None:
+        super().__init__(Columns(0, last), nn.Identity())
+
+
+@pytest.mark.parametrize("layers", [["0", "1"], {"good": ["*"]}])
+def test_layers(config, tmp_path, layers):
+    candidates = {"good": {"class_path": "test_ranking_cli.Net"}}
+    path = config(candidates=candidates, layers=layers, ignore_index=3, output=str(tmp_path), race=False)
+    assert main(["rank", path, "--layer_mean", "true"]) == 0
+    with open(tmp_path / "ranking.csv", newline="") as file:
+        rows = {row["name"]: row for row in csv.DictReader(file)}
+    assert set(rows) == {"good", "good/0", "good/1", "good/layer_mean"}
+    number = int((target_set().tensors[1] != 3).sum())
+    assert {int(row["num_samples"]) for row in rows.values()} == {number}
+    assert main(["rank", path, "--layers", "[]", "--ignore_index", "null"]) == 0
+    with open(tmp_path / "ranking.csv", newline="") as file:
+        assert [(row["name"], row["num_samples"]) for row in csv.DictReader(file)] == [("good", "600")]
+
+
 def test_as_a_module(config):
     done = subprocess.run(
         [sys.executable, "-m", "lightning_logme", "rank", config()],
@@ -123,7 +144,9 @@ def test_as_a_module(config):
     ("changes", "arguments", "status", "message"),
     [
         ({"colour": "red"}, [], 2, "colour"),
-        ({}, ["--race", "maybe"], 2, "Parser key \"race\": Expected a <class 'bool'>"),
+        ({}, ["--race", "maybe"], 2, "Expected a <class 'bool'>. Got value: maybe"),
+        ({}, ["--layers", "low"], 2, "Expected a <class 'collections.abc.Sequence'>"),
+        ({}, ["--layer_mean", "true"], 1, "ValueError: layer_mean is the mean of layers: name them"),
         ({"task": "ranking"}, [], 2, "task"),
         ({"candidates": {"a": {"class_path": "nowhere.Net"}}}, [], 2, "No module named 'nowhere'"),
         ({"data": {"class_path": "test_ranking_cli.Date"}}, [], 2, "has no attribute 'Date'"),
@@ -132,12 +155,12 @@ def test_as_a_module(config):
         ({"head": {"god": "fc"}}, [], 1, "ValueError: head names 'god'"),
     ],
 )
-def test_bad_configuration_is_one_line_and_a_status(config, capfd, changes, arguments, status, message):
+def test_bad_configuration_is_a_message_and_a_status(config, capfd, changes, arguments, status, message):
     assert main(["rank", config(**changes), *arguments]) == status
-    lines = capfd.readouterr().err.splitlines()
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("lightning_logme rank: ")
-    assert message in lines[0]
+    error = capfd.readouterr().err
+    assert error.startswith("lightning_logme rank: ")
+    assert message in error
+    assert "Traceback" not in error
 
 
 def test_output_that_is_a_file(config, tmp_path, capfd):
@@ -165,6 +188,8 @@ def test_help_has_examples(arguments, capsys):
     out = capsys.readouterr().out
     assert "python -m lightning_logme rank config.yaml --race false" in out
     assert "class_path: lightning_logme.cli.Made" in out
+    if arguments[0] == "rank":
+        assert "drop candidates early" in out  # from the documentation of rank_backbones
 
 
 def test_no_command(capsys):

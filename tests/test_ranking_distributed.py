@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from backbones import QUIET, Columns, target_set
+from test_ranking_layers import Net, tokens
 from test_ranking_samples import Stream
 from torch import nn
 from torch.utils.data import DataLoader
@@ -16,6 +17,13 @@ from torch.utils.data import DataLoader
 from lightning_logme import rank_backbones
 
 TESTS = Path(__file__).parent
+
+
+def fails_in_one_process(features):
+    """Pool a layer's output."""
+    if os.environ.get("LOCAL_RANK") == "1":
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return features
 
 
 class FailsInOneProcess(Columns):
@@ -29,7 +37,7 @@ def summary(ranking):
     return {
         "rows": [[row.name, row.logme, row.stderr, row.num_samples, row.ended, row.message] for row in ranking.rows],
         "curves": ranking.curves,
-        "weight": ranking.evidence["good"].weight.tolist(),
+        "weight": {name: evidence.weight.tolist() for name, evidence in ranking.evidence.items()},
     }
 
 
@@ -37,12 +45,25 @@ def cases(folder):
     """Calls by name, each with what is to be ranked on what."""
     good = {"good": Columns(0, 8), "also": Columns(0, 8), "random": lambda: nn.Linear(24, 300), "bad": Columns(16, 24)}
     data = DataLoader(target_set(1100), batch_size=30)
+    nets = {"good": Net(0, 8), "also": lambda: Net(0, 8), "wide": Net(width=1500), "bad": Net(16, 24)}
+    layers = {"layers": ["low", "high"], "layer_mean": True}
+    few_layers = {"good": ["high", "low"], "bad": ["low", "high"]}
     return {
         "map-style": (good, data, {}),
         "stream": (good, DataLoader(Stream(target_set(700)), 30), {}),
         "fewer batches than processes": ({"good": good["good"]}, DataLoader(target_set(40), 64), {}),
         "failure in one": ({**good, "fails": FailsInOneProcess(0, 8)}, data, {}),
-        "resumed": (good, data, {"resume_from": folder, "race": False}),
+        "failure of a layer in one": (
+            {"good": Net(0, 8), "fails": Net()},
+            data,
+            {"layers": ["low"], "pooling": {"fails": {"low": fails_in_one_process}}},
+        ),
+        "layers": (nets, data, {**layers, "layers": few_layers}),
+        "tokens": (nets, DataLoader(tokens(), 30), {**layers, "layers": few_layers}),
+        "stream of tokens": ({"good": nets["good"], "also": nets["also"]}, DataLoader(Stream(tokens()), 30), layers),
+        "few tokens": ({"good": nets["good"]}, DataLoader(tokens(40), 64), layers),
+        "first time": (nets, data, {"resume_from": folder, "layers": ["low"]}),
+        "resumed": (nets, data, {"resume_from": folder, "layers": ["low"]}),
     }
 
 
@@ -73,7 +94,20 @@ def one_and_two(tmp_path_factory):
     return json.loads(json.dumps(run(folder / "alone"))), two
 
 
-@pytest.mark.parametrize("case", ["map-style", "stream", "fewer batches than processes", "resumed"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "map-style",
+        "stream",
+        "fewer batches than processes",
+        "layers",
+        "tokens",
+        "stream of tokens",
+        "few tokens",
+        "first time",
+        "resumed",
+    ],
+)
 def test_two_processes_give_the_result_of_one(one_and_two, case):
     one, two = one_and_two
     for rank in range(2):
@@ -85,7 +119,15 @@ def test_two_processes_give_the_result_of_one(one_and_two, case):
         for name, curve in expected["curves"].items():
             for point, expected_point in zip(mine["curves"][name], curve, strict=True):
                 assert point == pytest.approx(expected_point, rel=1e-9)
-        torch.testing.assert_close(torch.tensor(mine["weight"]), torch.tensor(expected["weight"]))
+        assert mine["weight"].keys() == expected["weight"].keys()
+        for name, weight in expected["weight"].items():
+            torch.testing.assert_close(torch.tensor(mine["weight"][name]), torch.tensor(weight))
+
+
+def test_a_resumed_ranking_is_the_same(one_and_two):
+    one, two = one_and_two
+    for results in (one, *two):
+        assert results["resumed"] == results["first time"]
 
 
 def test_a_failure_in_one_process_is_known_to_all(one_and_two):
@@ -97,6 +139,10 @@ def test_a_failure_in_one_process_is_known_to_all(one_and_two):
     assert fails[5] == "OutOfMemoryError: CUDA out of memory (process 1)"
     assert {"good", "also"} <= {row[0] for row in others}
     assert others[0][4] == "finished"
+    good, *rows = two[0]["failure of a layer in one"]["rows"]
+    assert rows[-1][4:] == ["failed", "output of 'low': OutOfMemoryError: CUDA out of memory (process 1)"]
+    assert good[4] == "finished"
+    assert two[1]["failure of a layer in one"]["rows"] == [good, *rows]
 
 
 @pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_spawn"])

@@ -1,5 +1,6 @@
 """What can be a candidate of rank_backbones, and how it is called."""
 
+import re
 from typing import NamedTuple
 
 import pytest
@@ -96,13 +97,29 @@ def test_factories_are_made_anew_and_seeded():
 
 
 def test_a_factory_that_changes_is_found_out():
-    sizes = iter(range(1, 99))
-    candidates = {"new": lambda: nn.Sequential(Columns(0, 8), nn.Linear(8, next(sizes))), "good": Columns(0, 8)}
-    ranking = rank({**candidates, "good too": Columns(0, 8)}, target_loader(2000))
-    (row,) = (row for row in ranking.rows if row.name == "new")
-    assert row.ended in ("failed", "dropped")
-    if row.ended == "failed":
-        assert "its factory made another network than before" in row.message
+    generator = torch.Generator()  # not torch's own, which is seeded
+
+    class Random(Columns):
+        def __init__(self):
+            super().__init__(0, 8)
+            self.weight = nn.Parameter(torch.eye(8) + 0.01 * torch.randn(8, 8, generator=generator))
+
+        def forward(self, x):
+            return super().forward(x) @ self.weight
+
+    ranking = rank({"new": Random, "good": Columns(0, 8)}, target_loader(2000))
+    assert [(row.name, row.ended, row.num_samples) for row in ranking.rows] == [
+        ("good", "finished", 2000),
+        ("new", "failed", 256),
+    ]
+    assert re.match(
+        r"its factory made another network than before \(its features of the first samples changed: .*\); a factory",
+        ranking.rows[1].message,
+    )
+    assert ranking.rows[1].logme == ranking.curves["new"][0].logme
+    other_head = iter(range(3, 99))  # the features stay the same
+    candidates = {"new": lambda: nn.Sequential(Columns(0, 8), nn.Linear(8, next(other_head))), "good": Columns(0, 8)}
+    assert {row.ended for row in rank(candidates, target_loader(2000)).rows} == {"finished"}
 
 
 def test_outputs_that_share_memory():

@@ -81,7 +81,7 @@ def test_resuming_runs_nothing(tmp_path, trap):
     folder = tmp_path / "moments"
     first = rank(resume_from=folder)
     files = sorted(folder.glob("*.pt"))
-    assert len(files) == 3
+    assert len(files) == 3  # also of the one that was left
     saved = torch.load(files[0], weights_only=True)
     torch.save({**saved, "trap": Runs(trap)}, files[0])
     with pytest.warns(UserWarning, match=r"starts anew, as .* cannot be read"):
@@ -99,8 +99,7 @@ def test_resuming_from_what_is_no_progress_starts_anew(tmp_path, content):
         torch.save({}, path)
     elif content == "reshaped":
         saved = torch.load(path, weights_only=True)
-        for block in saved["progress"]["blocks"]:
-            block["gram"] = block["gram"][:2, :2]
+        saved["progress"]["rounds"][0]["scores"] = [1, 2]
         torch.save(saved, path)
     else:
         path.write_bytes(content)

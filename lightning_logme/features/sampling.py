@@ -31,19 +31,19 @@ from lightning_logme.features.labels import (
 from lightning_logme.scores.accumulator import mixed
 from lightning_logme.utilities.checks import EXCLUSIVE, Task, positive_or_none
 
-# Samples of the first round. Fewer say little, and every round costs an evidence and, with factories, loading.
+# Samples of the first round. Fewer say little, and every round costs evidence and, with factories, loading.
 _FIRST_ROUND = 256
 _PER_CLASS = 4
 # Random parts of the samples, for the jackknife.
 BLOCKS = 8
-# Samples of the first batch, whose features show later whether candidate and samples are still the same.
+# Samples whose features show later whether the candidate and the samples are still the same.
 FIRST_SAMPLES = 16
 SAME_SAMPLES = "dataloader must give the same samples in the same order every time it is iterated over."
 
 
 @dataclass(frozen=True, eq=False)
 class Portion:
-    """A batch with what is known of it.
+    """A batch of the samples, with its place among them.
 
     Attributes:
         batch: as the loader made it.
@@ -58,7 +58,7 @@ class Portion:
     start: int
 
     def digest(self) -> int:
-        """Return a number for the labels and their places. Those of several batches add up, however they are dealt out."""
+        """Return a digest of the labels and their places. Digests of batches add up, in whichever process they are."""
         return _digest(self.target, self.start)
 
 
@@ -150,7 +150,7 @@ class Samples:
         return outputs
 
     def rounds(self, num_outputs: int) -> Iterator[int]:
-        """How many samples each round has seen at its end, every time about twice as many, until all are seen."""
+        """Yield the number of samples read by the end of each round: about twice as many each time, until all are."""
         stop = max(_FIRST_ROUND, _PER_CLASS * num_outputs if self.task in EXCLUSIVE else 0)
         while self.number is None or stop * 1.5 < self.number:  # no round for a few last samples
             yield stop
@@ -158,7 +158,7 @@ class Samples:
         yield self.number
 
     def portions(self, start: int, stop: int | None, rank: int = 0, world: int = 1) -> Iterator[Portion]:
-        """This process's share of the samples from ``start`` to about ``stop``.
+        """Yield this process's share of the samples from ``start`` to about ``stop``.
 
         Batches are the same however many processes there are, and dealt out in turn, so that features are too. A
         stream is given from its beginning, until the first batch that reaches ``stop``.
@@ -199,16 +199,17 @@ class Samples:
         return conform_target(find_target(batch, self.target), self.task).detach().cpu()
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return what identifies the data set, its order and the loader, without loading samples."""
+        """Return what identifies the data set, its order and the loader, as far as no sample has to be loaded."""
         labels = None if self.labels is None else _digest(self.labels, 0)
         target = getattr(self.target, "__qualname__", type(self.target)) if callable(self.target) else self.target
         # A stream's rounds end with a batch.
         batch = len(self.first.target) if self.number is None else None
-        return {"samples": self.number, "labels": labels, "seed": self.seed, "target": target, "batch": batch}
+        options = {"task": self.task, "samples": self.number, "labels": labels, "seed": self.seed}
+        return {**options, "target": target, "batch": batch}
 
 
 def _indices(loader: Any) -> Tensor | None:
-    """The samples that a loader of a map-style data set draws, each once; None for a stream."""
+    """Return the samples that a loader of a map-style data set draws, each once; None for a stream."""
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return None
     if loader.batch_sampler is None or type(loader).__iter__ is not DataLoader.__iter__:
@@ -236,7 +237,7 @@ def _each_once(indices: Iterable[Any]) -> Tensor | None:
 
 
 def _labels(dataset: Any, target: TargetSpec) -> Tensor | None:
-    """The labels of a data set that has them at hand, so that no sample needs to be loaded."""
+    """Return the labels of a data set that has them at hand, so that no sample needs to be loaded; else None."""
     if isinstance(dataset, Subset):
         labels = _labels(dataset.dataset, target)
         return None if labels is None else labels[torch.as_tensor(dataset.indices)]
@@ -269,7 +270,7 @@ def _digest(target: Tensor, start: int) -> int:
 
 
 def total(digests: Iterable[int]) -> int:
-    """The digest of several parts together: they wrap around as int64 does."""
+    """Return the digest of several parts together. Digests wrap around as int64 does."""
     return sum(digests) % 2**64
 
 
@@ -290,7 +291,7 @@ def _check_stream(loader: Any) -> None:
 
 
 def _stratified(number: int, strata: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A random order every beginning of which has the classes in proportion, one of each first, and its blocks.
+    """Draw a random order in which every beginning has the classes in proportion, and the block of each place.
 
     Each class is spread evenly over the order and over the blocks, and random within itself.
 
@@ -312,7 +313,7 @@ def _stratified(number: int, strata: Tensor | None, generator: torch.Generator) 
 
 
 def _with_batches(loader: DataLoader[Any], batches: list[list[int]], seed: int) -> DataLoader[Any]:
-    """The same loader with batches of these samples."""
+    """Return the same loader with batches of these samples."""
     workers: dict[str, Any] = {}
     if loader.num_workers:
         workers = {

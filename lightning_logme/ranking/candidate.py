@@ -18,7 +18,9 @@ from lightning_logme.features.isolation import seed_generators
 from lightning_logme.features.labels import Labels, Target, TargetSpec, find_mask
 from lightning_logme.features.output_layer import OutputLayer
 from lightning_logme.features.selection import Selection, attach
+from lightning_logme.ranking.result import in_words
 from lightning_logme.utilities.compat import Fabric
+from lightning_logme.utilities.distributed import reason_of
 
 Transform = Callable[[Any], Any]
 
@@ -65,7 +67,8 @@ class Candidate:
             with Backbone(self, fabric.to_device(_converted(made, fabric)), heads) as backbone:
                 yield backbone
             return
-        module, devices = self.source, {tensor.device for tensor in self.source.parameters()}
+        module = self.source
+        devices = {tensor.device for tensor in (*module.parameters(), *module.buffers())}
         training = {part: part.training for part in module.modules()}
         try:
             in_precision = _converted(module, fabric, keep=True)
@@ -125,8 +128,9 @@ class Backbone:
             rows, errors = self._extractor.rows(prepared, labels)
         finally:
             self._extractor.stop()
-        for error in errors.values():
-            raise error
+        for source, error in errors.items():
+            with naming(source or ""):
+                raise error
         return rows
 
     def _run(self, batch: Any, target: Target, fabric: Fabric) -> tuple[Any, Labels]:
@@ -180,3 +184,14 @@ def _converted(module: nn.Module, fabric: Fabric, keep: bool = False) -> nn.Modu
     precision = fabric.strategy.precision
     is_changed = str(precision.precision).endswith("-true") and precision.precision != "32-true"
     return precision.convert_module(copy.deepcopy(module) if keep and is_changed else module)
+
+
+@contextmanager
+def naming(source: str) -> Iterator[None]:
+    """Say in the message of an error which layer it is about, where it does not say so."""
+    try:
+        yield
+    except Exception as error:
+        if not source or repr(source) in str(error):
+            raise
+        raise ValueError(f"{in_words(source)}: {reason_of(error)}") from error

@@ -36,7 +36,7 @@ def score_checkpoints(
     layers: Sequence[str] = (),
     layer_mean: bool = False,
     target: TargetSpec = None,
-    pooling: Pooling | Mapping[str, Pooling] = "auto",
+    pooling: Pooling | Mapping[str, Pooling | Mapping[str, Pooling]] = "auto",
     forward: Forward | Mapping[str, Forward | None] | None = None,
     transforms: Mapping[str, Transform] | None = None,
     fit_intercept: bool = False,
@@ -141,7 +141,7 @@ def _names(paths: PathLike | Iterable[PathLike]) -> list[str]:
 
 
 def _loaded(module: nn.Module, path: str) -> nn.Module:
-    """A copy of the module with the weights of a checkpoint.
+    """Return a copy of the module with the weights of a checkpoint.
 
     Raises:
         ValueError: the file holds no weights, or the module cannot be copied.
@@ -164,7 +164,7 @@ def _loaded(module: nn.Module, path: str) -> nn.Module:
 
 
 def _copy(module: nn.Module) -> nn.Module:
-    """A copy that is not compiled: what torch.compile has made would go on with the weights of the original."""
+    """Return a copy that is not compiled: compiled code would go on with the weights of the original."""
     copied = uncompiled(module, copy.deepcopy)
     for name, part in copied.named_modules():
         if getattr(vars(part).get("forward"), "__closure__", None):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 import warnings
@@ -19,7 +20,8 @@ from lightning_logme.features.pooling import Pooling
 from lightning_logme.features.sampling import Samples
 from lightning_logme.features.selection import AUTO, Head, Selection
 from lightning_logme.ranking.candidate import Candidate, Transform
-from lightning_logme.ranking.race import Race, Rules
+from lightning_logme.ranking.collect import Rules
+from lightning_logme.ranking.race import Race
 from lightning_logme.ranking.report import Report
 from lightning_logme.ranking.result import Ranking
 from lightning_logme.ranking.resume import Store
@@ -40,7 +42,7 @@ def rank_backbones(
     layers: Sequence[str] | Mapping[str, Sequence[str]] = (),
     layer_mean: bool = False,
     target: TargetSpec = None,
-    pooling: Pooling | Mapping[str, Pooling] = "auto",
+    pooling: Pooling | Mapping[str, Pooling | Mapping[str, Pooling]] = "auto",
     forward: Forward | Mapping[str, Forward | None] | None = None,
     transforms: Mapping[str, Transform] | None = None,
     fit_intercept: bool = False,
@@ -80,11 +82,12 @@ def rank_backbones(
         layers: dotted names of modules whose output is scored as well, or glob patterns such as "encoder.layer.*"; one
             list for all, or a mapping by candidate. Each layer has a row of its own, ``<candidate>/<layer>``, and a
             candidate stays in the race as long as one of its rows does.
-        layer_mean: score the mean of the layers' pooled features, too.
+        layer_mean: score the mean of the layers' pooled features, too, for each candidate with layers.
         target: where the labels are in a batch: a key, an index, or a callable(batch) -> Tensor; None finds them in
             the usual forms.
         pooling: how tokens (N, T, D) and maps (N, C, H, W) become (N, D), as in
-            :class:`~lightning_logme.LogMECallback`; one for all, or a mapping by candidate.
+            :class:`~lightning_logme.LogMECallback`; one for all, or a mapping by candidate, whose values may be
+            mappings by layer.
         forward: callable(model, batch) -> output, for modules that are not called as model(inputs) or
             model(**batch); one for all, or a mapping by candidate.
         transforms: by candidate, callable(batch) -> batch: the preprocessing of its own, on the CPU. Labels are read
@@ -131,30 +134,31 @@ def rank_backbones(
     """
     check_task(task)
     check_target(target)
-    check_flags(fit_intercept=fit_intercept, normalize=normalize, race=race, progress=progress)
+    check_flags(layer_mean=layer_mean, fit_intercept=fit_intercept, normalize=normalize, race=race, progress=progress)
     num_classes = positive_or_none("num_classes", num_classes)
     seed = integer("seed", seed)
     ignore_index = None if task == "regression" else ignore_index
     check_options(task, ignore_index, fit_intercept)
     if resume_from is not None and not isinstance(resume_from, (str, os.PathLike)):
         raise ValueError(f"resume_from must be the path of a folder or None, got {resume_from!r}.")
+    if logger is not None and not isinstance(logger, (AnyLogger, Iterable)):
+        raise ValueError(f"logger must be a Lightning logger, or several, got {logger!r}.")
+    several: Any = [] if logger is None else [logger] if isinstance(logger, AnyLogger) else logger
     pairs = _pairs(candidates)
     names = [name for name, _ in pairs]
-    heads, several_layers = (_by_candidate("head", head, names, AUTO), _by_candidate("layers", layers, names, ()))
+    heads, layer_lists = _by_candidate("head", head, names, AUTO), _by_candidate("layers", layers, names, ())
     poolings = _by_candidate("pooling", pooling, names, "auto")
     forwards = _by_candidate("forward", forward, names, None, check=True)
     several_transforms = _by_candidate("transforms", transforms, names, None, check=True)
-    entries = [
-        Candidate(
-            name,
-            source,
-            Selection(heads[name], several_layers[name], layer_mean, pooling=poolings[name]),
-            forwards[name],
-            several_transforms[name],
-            target,
-        )
-        for name, source in pairs
-    ]
+    entries = []
+    for name, source in pairs:
+        own = layer_lists[name]
+        is_mean = layer_mean and bool(own or not any(layer_lists.values()))
+        selection = Selection(heads[name], own, is_mean, pooling=poolings[name])
+        entries.append(Candidate(name, source, selection, forwards[name], several_transforms[name], target))
+    for name, other in itertools.permutations(names, 2):
+        if layer_lists[name] and other.startswith(f"{name}/"):
+            raise ValueError(f"candidates: {other!r} could be the row of a layer of {name!r}; rename one of them.")
     with same_generators():
         samples = Samples(dataloader, task, target, seed)
         if samples.number is not None:
@@ -162,61 +166,31 @@ def rank_backbones(
         num_outputs = samples.num_outputs(num_classes, ignore_index)
     fabric = Fabric(accelerator=accelerator, devices=devices, strategy=strategy, precision=precision)
     rules = Rules(num_outputs, ignore_index, fit_intercept, normalize, race and len(entries) > 1, seed)
-    if logger is not None and not isinstance(logger, (AnyLogger, Iterable)):
-        raise ValueError(f"logger must be a Lightning logger, or several, got {logger!r}.")
-    several: Any = [] if logger is None else [logger] if isinstance(logger, AnyLogger) else logger
-    loggers: list[Logger] = list(several)
-    parcel = fabric.launch(
-        partial(
-            _run,
-            candidates=entries,
-            samples=samples,
-            rules=rules,
-            resume_from=resume_from,
-            loggers=loggers,
-            progress=progress,
-        )
-    )
-    return pickle.loads(parcel)
+    return pickle.loads(fabric.launch(partial(_run, entries, samples, rules, resume_from, list(several), progress)))
 
 
 def _run(
-    fabric: Fabric,
     candidates: list[Candidate],
     samples: Samples,
     rules: Rules,
     resume_from: str | os.PathLike[str] | None,
     loggers: list[Logger],
     progress: bool,
+    fabric: Fabric,
 ) -> bytes:
     """Do what every process does. The ranking is pickled, as it may come from a process that ends."""
     store = None
     if resume_from is not None:
-        store = Store(
-            resume_from,
-            {
-                **samples.fingerprint(),
-                "task": samples.task,
-                "num_outputs": rules.num_outputs,
-                "rounds": next(samples.rounds(rules.num_outputs)),
-                "ignore_index": rules.ignore_index,
-                "fit_intercept": rules.fit_intercept,
-                "normalize": rules.normalize,
-                "precision": fabric.strategy.precision.precision,
-            },
-        )
+        options = {**samples.fingerprint(), **vars(rules), "precision": fabric.strategy.precision.precision}
+        # A candidate has the same results in a race and without one.
+        store = Store(resume_from, {**options, "race": None, "rounds": next(samples.rounds(rules.num_outputs))})
     first = fabric.is_global_zero
     report = Report(progress and first, loggers if first else [])
     race = Race(fabric, candidates, samples, rules, store, report)
     race.run()
-    if (
-        not race.interrupted
-        and len(race.failed) == len(candidates)
-        and not any(progress.rounds for progress in race.progress.values())
-    ):
-        raise RuntimeError(
-            "every candidate failed: " + "; ".join(f"{name}: {cause}" for name, cause in race.failed.items())
-        )
+    if len(race.failed) == len(candidates) and not any(progress.rounds for progress in race.progress.values()):
+        causes = "; ".join(f"{name}: {cause}" for name, cause in race.failed.items())
+        raise RuntimeError(f"every candidate failed: {causes}")
     if race.interrupted and first:
         warnings.warn("the ranking was interrupted: it holds what was known by then.", stacklevel=2)
     ranking = standing(race)

@@ -1,4 +1,4 @@
-"""What a ranking tells."""
+"""The result of a ranking: rows, and how they are shown."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import csv
 import math
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from lightning_logme.features.extractor import LAYER_MEAN
 from lightning_logme.scores.curve import CurvePoint
 from lightning_logme.scores.evidence import Evidence
 from lightning_logme.utilities import plots
@@ -33,17 +35,17 @@ class RankingRow:
     Attributes:
         name: of the candidate, followed by "/" and the layer where it is a layer's.
         logme: log of maximum evidence in nats per sample; NaN if there is none.
-        gain: what it exceeds the score of useless features by; 0 means that they explain nothing.
-        stderr: standard error of ``logme``, by the block jackknife. Differences between candidates are far surer.
+        gain: ``logme`` minus the score of useless features; 0 if the features explain nothing.
+        stderr: standard error of ``logme``, by the block jackknife. Those of differences are far smaller.
         tied_with_best: whether the paired difference from the best is within chance; true of the best itself.
         feature: what was scored: "input of 'fc'", "output" of the module, or "output of 'layer4'".
         num_features: D.
         num_parameters: of the module.
         num_samples: that it was scored on.
-        seconds: making it, forward passes and evidence.
+        seconds: spent on building the module, forward passes and evidence, over all layers.
         peak_memory: bytes of accelerator memory at most, None on a CPU.
         ended: "finished"; "dropped", behind the leader by more than chance allows; "failed"; "interrupted".
-        message: why, where there is something to say.
+        message: why it ended so, or what is odd about it; may be empty.
     """
 
     name: str
@@ -191,6 +193,20 @@ class Ranking:
                 ]
             )
         return cells
+
+
+def row_name(candidate: str, source: str) -> str:
+    """Return the name of the row of one source of a candidate."""
+    return f"{candidate}/{source}" if source else candidate
+
+
+def in_words(source: str, heads: Sequence[str] | None = None) -> str:
+    """Return in words which feature a source is; nothing for a head that no batch has shown."""
+    if source:
+        return "mean of layers" if source == LAYER_MEAN else f"output of {source!r}"
+    if heads is None:
+        return ""
+    return "input of " + " and ".join(map(repr, heads)) if heads else "output"
 
 
 def _shortened(text: str) -> str:

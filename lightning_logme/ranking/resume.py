@@ -7,7 +7,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_logme.ranking.candidate import Candidate
 from lightning_logme.scores.accumulator import Accumulator
 from lightning_logme.scores.evidence import Evidence
+from lightning_logme.scores.jackknife import trailing
 
 # Relative difference of features in a later process: other devices, threads and libraries round differently.
 _SAME = 1e-3
@@ -54,6 +55,37 @@ class Round:
     scores: dict[str, Score]
 
 
+@dataclass(frozen=True, eq=False)
+class First:
+    """The first samples, by which a network and a data set are recognised.
+
+    Attributes:
+        labels: (n, …), on the CPU.
+        features: by source, (n, D), or the tokens that count; float32, on the CPU.
+    """
+
+    labels: Tensor
+    features: dict[str, Tensor]
+
+    def difference(self, now: First) -> str | None:
+        """Return why the first samples now are not these, or None if they are. Batches may be of another size.
+
+        Features depend on the weights, on the samples and on all that is done to them.
+        """
+        common = min(len(self.labels), len(now.labels))
+        if not torch.equal(self.labels[:common].double(), now.labels[:common].double()):
+            return "the labels of the first samples changed"
+        if self.features.keys() != now.features.keys():
+            return "its layers changed"
+        for source, then in self.features.items():
+            rows = min(len(then), len(now.features[source]))
+            then, features = then[:rows], now.features[source][:rows]
+            atol = _SAME * float(then.abs().mean())
+            if features.shape != then.shape or not torch.allclose(features, then, _SAME, atol, equal_nan=True):
+                return "its features of the first samples changed: its weights, the samples, or what is done to them"
+        return None
+
+
 @dataclass(eq=False)
 class Progress:
     """All that goes on from one round to the next.
@@ -62,23 +94,25 @@ class Progress:
         rounds: finished ones.
         evidence: by source, of the last round.
         accumulators: by source, of the samples so far, on the CPU; none once nothing will be added to them.
-        first: by source, the features (n, D) of the first samples, float32, on the CPU.
+        first: the first samples; None if nobody will ask for them.
         heads: the modules whose input is the feature, none for the output of the module.
         constant: sources whose features are the same for every sample.
         num_parameters: of the module.
         seconds: spent.
         peak_memory: bytes of the accelerator's memory, where it has one.
+        is_complete: whether it has seen all samples.
     """
 
     rounds: list[Round] = field(default_factory=list)
     evidence: dict[str, Evidence] = field(default_factory=dict)
     accumulators: dict[str, Accumulator] = field(default_factory=dict)
-    first: dict[str, Tensor] = field(default_factory=dict)
+    first: First | None = None
     heads: list[str] | None = None
     constant: list[str] = field(default_factory=list)
     num_parameters: int | None = None
     seconds: float = 0.0
     peak_memory: int | None = None
+    is_complete: bool = False
 
     @property
     def seen(self) -> int:
@@ -87,6 +121,18 @@ class Progress:
     @property
     def num_samples(self) -> int:
         return self.rounds[-1].num_samples if self.rounds else 0
+
+
+def behind(rounds: Mapping[str, Round], quantile: float) -> dict[tuple[str, str], float]:
+    """Return by how many paired standard errors sources trail the leader, by candidate and source.
+
+    Args:
+        rounds: by candidate, a round of the same samples.
+        quantile: those that trail by less are left out.
+    """
+    scores = {(name, source): score for name, one in rounds.items() for source, score in one.scores.items()}
+    values = {row: score.logme for row, score in scores.items()}
+    return trailing(values, {row: score.replicates for row, score in scores.items()}, quantile)
 
 
 class Store:
@@ -115,6 +161,7 @@ class Store:
                 for one in values["rounds"]
             ]
             values["evidence"] = {source: Evidence(**one) for source, one in values["evidence"].items()}
+            values["first"] = First(**values["first"])
             progress = Progress(**values)
         except Exception as error:
             warn_of_restart(candidate, f"{path} cannot be read ({type(error).__name__}: {error})")
@@ -128,16 +175,10 @@ class Store:
 
     def save(self, candidate: Candidate, progress: Progress) -> None:
         """Write the results of a candidate; a process that is killed meanwhile leaves the file that there was."""
-        rounds = [
-            {**vars(one), "scores": {source: vars(score) for source, score in one.scores.items()}}
-            for one in progress.rounds
-        ]
-        evidence = {source: vars(one) for source, one in progress.evidence.items()}
-        values = {**vars(progress), "rounds": rounds, "evidence": evidence, "accumulators": {}}
         path = self._path(candidate)
         unfinished = path.with_suffix(".unfinished")
         try:
-            torch.save({"options": self._all_options(candidate), "progress": values}, unfinished)
+            torch.save({"options": self._all_options(candidate), "progress": asdict(progress)}, unfinished)
             unfinished.replace(path)
         except (OSError, RuntimeError) as error:  # a full disk must not end the ranking
             warnings.warn(f"resume_from: {path} could not be written ({error}).", stacklevel=2)
@@ -152,21 +193,6 @@ class Store:
         return self._folder / f"{readable}-{hashlib.sha1(candidate.name.encode()).hexdigest()[:8]}.pt"
 
 
-def why_different(saved: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> str | None:
-    """Return why features of the first samples are not the ones that were saved, or None if they are.
-
-    They depend on the weights, on the samples and on all that is done to them.
-    """
-    for source, then in saved.items():
-        features = now.get(source)
-        if features is None or features.shape != then.shape:
-            return "its features of the first samples have another shape"
-        atol = _SAME * float(then.abs().mean())
-        if not torch.allclose(features, then, rtol=_SAME, atol=atol, equal_nan=True):
-            return "its features of the first samples changed: its weights, the samples, or what is done to them"
-    return None
-
-
 def warn_of_restart(candidate: Candidate, cause: str) -> None:
     """Warn that results in the folder are not used."""
     warnings.warn(f"resume_from: {candidate.name!r} starts anew, as {cause}.", stacklevel=2)
@@ -174,4 +200,6 @@ def warn_of_restart(candidate: Candidate, cause: str) -> None:
 
 def _named(value: Any) -> str:
     """Return a callable's name: its address differs between processes."""
+    if isinstance(value, Mapping):
+        return str({key: _named(one) for key, one in value.items()})
     return getattr(value, "__qualname__", type(value).__qualname__) if callable(value) else str(value)

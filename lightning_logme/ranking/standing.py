@@ -3,59 +3,42 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
-from lightning_logme.features.extractor import HEAD, LAYER_MEAN
-from lightning_logme.ranking.race import Race, row_name
-from lightning_logme.ranking.result import Ended, Ranking, RankingRow
-from lightning_logme.ranking.resume import Progress, Round, Score
+from lightning_logme.features.extractor import HEAD
+from lightning_logme.ranking.race import Race
+from lightning_logme.ranking.result import Ended, Ranking, RankingRow, in_words, row_name
+from lightning_logme.ranking.resume import Progress, Round, Score, behind
 from lightning_logme.scores.curve import CurvePoint
-from lightning_logme.scores.jackknife import quantile_of_ties, standard_error, trailing
+from lightning_logme.scores.jackknife import quantile_of_ties, standard_error
 
-_NO_SCORE = Score(math.nan, math.nan, [math.nan])
+_NO_ROUND = Round(0, 0, 0, {HEAD: Score(math.nan, math.nan, [])})
 
 
 def standing(race: Race) -> Ranking:
     """Order the rows: those of candidates still in the race by score, then of the dropped, then without a result."""
     comparable = _comparable(race)
-    scores = {(name, source): score for name, one in comparable.items() for source, score in one.scores.items()}
-    sources = {
-        name: list(progress.rounds[-1].scores) if progress.rounds else [HEAD]
-        for name, progress in race.progress.items()
-    }
-    pairs = [(name, source) for name, listed in sources.items() for source in listed]
-    behind = trailing(
-        {pair: score.logme for pair, score in scores.items()},
-        {pair: score.replicates for pair, score in scores.items()},
-        quantile_of_ties(len(pairs)),
-    )
+    last = {name: progress.rounds[-1] if progress.rounds else _NO_ROUND for name, progress in race.progress.items()}
+    pairs = [(name, source) for name, one in last.items() for source in one.scores]
+    trailing = behind(comparable, quantile_of_ties(len(pairs)))
 
     def place(pair: tuple[str, str]) -> tuple[int, int, float]:
         name, source = pair
-        rounds = race.progress[name].rounds
-        one = comparable.get(name) or (rounds[-1] if rounds else None)
-        if one is None or math.isnan(one.scores[source].logme):
+        one = comparable.get(name, last[name])
+        logme = one.scores[source].logme
+        if math.isnan(logme):
             return 3, 0, 0.0
-        group = 0 if name in comparable else 1 if name in race.dropped else 2
-        return group, -one.num_samples, -one.scores[source].logme
+        return 0 if name in comparable else 1 if name in race.dropped else 2, -one.num_samples, -logme
 
-    pairs.sort(key=place)
-    tied = {pair for pair, score in scores.items() if not math.isnan(score.logme)} - set(behind)
-    return Ranking(
-        rows=[_row(race, *pair, pair in tied) for pair in pairs],
-        evidence={
-            row_name(name, source): race.progress[name].evidence[source]
-            for name, source in pairs
-            if source in race.progress[name].evidence
-        },
-        curves={
-            row_name(name, source): [
-                CurvePoint(one.num_samples, one.scores[source].logme, one.scores[source].gain)
-                for one in race.progress[name].rounds
-            ]
-            for name, source in pairs
-        },
-    )
+    ranking = Ranking([], {}, {})
+    for name, source in sorted(pairs, key=place):
+        progress, row = race.progress[name], row_name(name, source)
+        is_tied = place((name, source))[0] == 0 and (name, source) not in trailing
+        ranking.rows.append(_row(race, name, source, last[name].scores[source], is_tied))
+        if source in progress.evidence:
+            ranking.evidence[row] = progress.evidence[source]
+        scores = ((one.num_samples, one.scores[source]) for one in progress.rounds)
+        ranking.curves[row] = [CurvePoint(number, score.logme, score.gain) for number, score in scores]
+    return ranking
 
 
 def _comparable(race: Race) -> dict[str, Round]:
@@ -65,18 +48,17 @@ def _comparable(race: Race) -> dict[str, Round]:
     return {name: finished[common - 1] for name, finished in rounds.items()}
 
 
-def _row(race: Race, name: str, source: str, tied: bool) -> RankingRow:
+def _row(race: Race, name: str, source: str, score: Score, is_tied: bool) -> RankingRow:
     progress = race.progress[name]
-    score = progress.rounds[-1].scores[source] if progress.rounds else _NO_SCORE
     ended, message = _end(race, name, source, progress)
     evidence = progress.evidence.get(source)
     return RankingRow(
         name=row_name(name, source),
         logme=score.logme,
         gain=score.gain,
-        stderr=standard_error(score.replicates) if progress.rounds else math.nan,
-        tied_with_best=tied,
-        feature=_feature(source, progress.heads),
+        stderr=standard_error(score.replicates),
+        tied_with_best=is_tied,
+        feature=in_words(source, progress.heads),
         num_features=None if evidence is None else evidence.weight.shape[1],
         num_parameters=progress.num_parameters,
         num_samples=progress.num_samples,
@@ -92,9 +74,9 @@ def _end(race: Race, name: str, source: str, progress: Progress) -> tuple[Ended,
         return "failed", race.failed[name]
     if name in race.dropped:
         return "dropped", race.dropped[name]
-    if race.interrupted and name not in race.complete:
+    if race.interrupted and not progress.is_complete:
         return "interrupted", ""
-    if math.isnan(progress.rounds[-1].scores[source].logme):
+    if math.isnan(float(progress.evidence[source].score)):
         return "finished", "there is no evidence in these samples; a warning says why"
     if source in progress.constant:
         return "finished", "its features are the same for every sample"
@@ -102,12 +84,3 @@ def _end(race: Race, name: str, source: str, progress: Progress) -> tuple[Ended,
     if saturated:
         return "finished", f"a perfect fit of {saturated} outputs, whose evidence has no bound: are labels leaked?"
     return "finished", ""
-
-
-def _feature(source: str, heads: Sequence[str] | None) -> str:
-    """Return in words what was scored; nothing where no batch has shown it."""
-    if source:
-        return "mean of layers" if source == LAYER_MEAN else f"output of {source!r}"
-    if heads is None:
-        return ""
-    return "input of " + " and ".join(map(repr, heads)) if heads else "output"

@@ -15,8 +15,8 @@ from lightning_logme.scores.moments import Moments
 
 Name = TypeVar("Name", bound=Hashable)
 
-# Of a race in which several candidates are equally good: the chance that any of them is dropped. Also of the report of
-# ties: the chance that a candidate as good as the best is not called tied.
+# The chance that a race among equally good candidates drops any of them. Also the chance that a candidate that is as
+# good as the best is not called tied.
 ERROR_RATE = 0.05
 
 # Leading eigenvectors in which the scores with one block left out are computed. On real features of D = 384 and 1280
@@ -54,10 +54,13 @@ def jackknife(accumulator: Accumulator, fit_intercept: bool = False) -> tuple[Ev
 
 
 def standard_error(scores: Sequence[float]) -> float:
-    """Of a score, given the B scores without each block: √((B−1)/B Σ (s₋ₖ − mean)²).
+    """Return the standard error of a score, given the B scores without each block: √((B−1)/B Σ (s₋ₖ − mean)²).
 
-    Block jackknife: Shao & Tu 1995, "The Jackknife and Bootstrap", ch. 2. Of a difference, given the differences.
+    Block jackknife: Shao & Tu 1995, "The Jackknife and Bootstrap", ch. 2. Given differences of scores, the result is
+    the standard error of the difference. NaN without scores, as where no sample counts.
     """
+    if not scores:
+        return math.nan
     mean = sum(scores) / len(scores)
     return math.sqrt((len(scores) - 1) / len(scores) * sum((score - mean) ** 2 for score in scores))
 
@@ -65,10 +68,10 @@ def standard_error(scores: Sequence[float]) -> float:
 def trailing(
     scores: Mapping[Name, float], replicates: Mapping[Name, Sequence[float]], quantile: float
 ) -> dict[Name, float]:
-    """By how many paired standard errors candidates trail the leader, those that trail by more than ``quantile``.
+    """Return by how many paired standard errors rows trail the leader, of those that trail by more than ``quantile``.
 
-    All have seen the same samples in the same blocks: what is easy or hard in a block is so for all of them, and
-    cancels in differences.
+    All have seen the same samples in the same blocks. A block that is easy or hard is so for all of them, which cancels
+    in differences.
     """
     known = {name: score for name, score in scores.items() if not math.isnan(score)}
     if not known:
@@ -84,25 +87,25 @@ def trailing(
 
 
 def quantile_to_drop(number: int, round_: int) -> float:
-    """How many paired standard errors a candidate must trail the leader by, to be dropped in a round.
+    """Return by how many paired standard errors a row must trail the leader to be dropped in a round.
 
-    The error rate is divided by Bonferroni's inequality among all pairs of candidates, as any may happen to lead and
-    any to trail, and among the rounds as 1/2, 1/6, 1/12, …, whose sum is 1 however many rounds there will be.
+    The error rate is divided by Bonferroni's inequality among all pairs of rows, as any may happen to lead and any to
+    trail, and among the rounds as 1/2, 1/6, 1/12, …, whose sum is 1 however many rounds there will be.
 
     Args:
-        number: of the candidates that started.
+        number: of the rows that started: one for each candidate and source of features.
         round_: 1, 2, …
     """
     return student_quantile(ERROR_RATE / (round_ * (round_ + 1)) / (number * (number - 1)))
 
 
 def quantile_of_ties(number: int) -> float:
-    """How many paired standard errors are within chance for each of the candidates beside the best."""
+    """Return how many paired standard errors are within chance for each of the rows beside the best."""
     return student_quantile(ERROR_RATE / (2 * max(number - 1, 1)))
 
 
 def student_quantile(probability: float) -> float:
-    """What Student's t with 7 = B − 1 degrees of freedom exceeds with a (small) probability.
+    """Return what Student's t with 7 = B − 1 degrees of freedom exceeds with a (small) probability.
 
     The distribution function for odd degrees of freedom is elementary: Abramowitz & Stegun 26.7.3.
     """

@@ -19,7 +19,7 @@ def is_sharded(trainer: Trainer) -> bool:
 
 
 def why_out_of_step(trainer: Trainer, module: LightningModule) -> str | None:
-    """Return why processes could wait for each other in vain, or cannot reach each other; None if they can be scored."""
+    """Return why processes could wait in vain or cannot reach each other; None where nothing is in the way."""
     if trainer.world_size == 1:
         return None
     if not (dist.is_available() and dist.is_initialized()):
