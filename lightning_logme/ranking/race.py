@@ -13,10 +13,11 @@ import torch
 from lightning_logme.features.isolation import same_generators
 from lightning_logme.features.sampling import SAME_SAMPLES, Samples, total
 from lightning_logme.ranking.candidate import Backbone, Candidate
-from lightning_logme.ranking.collect import Rules, collect, first_samples, is_constant, score
+from lightning_logme.ranking.collect import Part, Rules, collect, first_samples, is_constant, score
 from lightning_logme.ranking.report import Report
 from lightning_logme.ranking.result import in_words, row_name
-from lightning_logme.ranking.resume import First, Progress, Round, Store, behind, warn_of_restart
+from lightning_logme.ranking.resume import First, Progress, Round, Score, Store, behind, warn_of_restart
+from lightning_logme.scores.evidence import Evidence
 from lightning_logme.scores.jackknife import quantile_to_drop
 from lightning_logme.scores.reduction import reduced
 from lightning_logme.utilities.compat import Fabric
@@ -169,50 +170,68 @@ class Race:
 
     def _run_round(self, name: str, backbone: Backbone, index: int, stop: int, started: float) -> None:
         """Take a candidate through one round. Its progress is replaced at the end, or stays as it was."""
-        before, samples, first = self.progress[name], self.samples, self.progress[name].first
+        before, first = self.progress[name], self.progress[name].first
         with self._report.bar(name, before.seen, stop) as count, together(self._alone):
-            part = collect(backbone, samples, self._rules, self._fabric, before.seen, stop, count)
+            part = collect(backbone, self.samples, self._rules, self._fabric, before.seen, stop, count)
             if first is None and (self._is_resumed or (self._rules.race and self._candidates[name].is_rebuilt)):
                 first = self._first(backbone)
-        counts = zip(*gathered(self._alone, (part.seen, part.labels, part.skipped)), strict=True)
-        number, labels, skipped = map(total, counts)
-        earlier = before.rounds[-1].labels if before.rounds else 0
-        self._check_labels(name, samples.number is not None or skipped == earlier)
-        if number == 0:  # the stream ended with the round before
-            self._check_labels(name, bool(before.rounds))
+        seen, labels = self._agree(name, index, before, part)
+        if seen == before.seen:  # the stream ended with the round before
             before.is_complete = True
             self._finish(name)
             return
-        seen, labels = before.seen + number, total((earlier, labels))
-        self._check_labels(name, self._labels.setdefault(index, labels) == labels)
-        samples.check_number(seen)
-        new, mismatches = reduced(part.accumulators, samples.task, self._fabric.device, self._alone)
-        with together(self._alone):
-            for source, reason in mismatches.items():
-                raise ValueError(f"{in_words(source, backbone.heads)}: {reason}")
-            scores, evidence = {}, {}
-            for source, one, whole in score(new, before.accumulators, self._rules.fit_intercept):
-                scores[source], evidence[source] = one, whole
-            constant = [source for source, accumulator in new.items() if is_constant(accumulator)]
-        memory = before.peak_memory
-        if self._fabric.device.type == "cuda":
-            memory = max(memory or 0, torch.cuda.max_memory_allocated(self._fabric.device))
+        scores, evidence = self._score(backbone, before, part)
         num_samples = max(whole.num_samples for whole in evidence.values())
         self.progress[name] = Progress(
             [*before.rounds, Round(seen, num_samples, labels, scores)],
             evidence,
-            new,
+            part.accumulators,
             first,
             None if backbone.heads is None else list(backbone.heads),
-            constant,
+            [source for source, accumulator in part.accumulators.items() if is_constant(accumulator)],
             backbone.num_parameters,
             before.seconds + time.perf_counter() - started,
-            memory,
-            is_complete=seen == samples.number or seen < stop,
+            self._peak_memory(before),
+            is_complete=seen == self.samples.number or seen < stop,
         )
         self._show(name, self.progress[name].rounds[-1])
         if self.progress[name].is_complete:
             self._finish(name)
+
+    def _agree(self, name: str, index: int, before: Progress, part: Part) -> tuple[int, int]:
+        """Return the number of samples that all processes have read, and the digest of their labels.
+
+        Raises:
+            ValueError: the labels are not those that other candidates were given, or there are too few samples.
+        """
+        counts = zip(*gathered(self._alone, (part.seen, part.labels, part.skipped)), strict=True)
+        number, labels, skipped = map(total, counts)
+        earlier = before.rounds[-1].labels if before.rounds else 0
+        self._check_labels(name, self.samples.number is not None or skipped == earlier)
+        if number == 0:
+            self._check_labels(name, bool(before.rounds))
+            return before.seen, earlier
+        labels = total((earlier, labels))
+        self._check_labels(name, self._labels.setdefault(index, labels) == labels)
+        self.samples.check_number(before.seen + number)
+        return before.seen + number, labels
+
+    def _score(self, backbone: Backbone, before: Progress, part: Part) -> tuple[dict[str, Score], dict[str, Evidence]]:
+        """Add up what all processes have accumulated, and return the score and the evidence of everything by source."""
+        device = self._fabric.device
+        part.accumulators, mismatches = reduced(part.accumulators, self.samples.task, device, self._alone)
+        with together(self._alone):
+            for source, reason in mismatches.items():
+                raise ValueError(f"{in_words(source, backbone.heads)}: {reason}")
+            scores, evidence = {}, {}
+            for source, one, whole in score(part.accumulators, before.accumulators, self._rules.fit_intercept):
+                scores[source], evidence[source] = one, whole
+        return scores, evidence
+
+    def _peak_memory(self, before: Progress) -> int | None:
+        if self._fabric.device.type != "cuda":
+            return None
+        return max(before.peak_memory or 0, torch.cuda.max_memory_allocated(self._fabric.device))
 
     def _finish(self, name: str) -> None:
         """Keep the results of a candidate that is through, and give up its accumulators."""
