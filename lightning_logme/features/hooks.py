@@ -189,10 +189,8 @@ class Capture:
                 tensor, labels = tensor.detach(), self._window.labels
                 if self._window.trace.is_open:
                     self._calls = self._around()
-                rows = tensor if labels is None else self.pooled(tensor, labels)
-                # A later layer may work in place, and a view would keep all that it is a view of.
-                is_shared = rows.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
-                self.seen.append((rows.clone() if is_shared else rows, labels is not None))
+                rows = tensor if labels is None else self.pooled(tensor, labels).detach()
+                self.seen.append((_owned(rows, tensor), labels is not None))
         except Exception as error:  # which must not end the user's forward pass
             self.error = error
 
@@ -257,6 +255,18 @@ def first_tensor(value: Any) -> Tensor | None:
             if tensor is not None:
                 return tensor
     return None
+
+
+def _owned(rows: Tensor, tensor: Tensor) -> Tensor:
+    """Return rows that were made from a tensor, copied if they share or keep more memory than their own.
+
+    A later layer may work in place, and a view would keep all that it is a view of.
+    """
+    if any(type(each) is not Tensor or each.layout != torch.strided for each in (rows, tensor)):
+        return rows.clone()  # their storage may not be one that can be looked at
+    storage = rows.untyped_storage()
+    is_shared = storage.data_ptr() == tensor.untyped_storage().data_ptr()
+    return rows.clone() if is_shared or storage.nbytes() > rows.nbytes else rows
 
 
 def _registered(modules: Iterable[nn.Module]) -> list[Call]:
