@@ -60,12 +60,12 @@ def test_input_and_output_are_captured_and_hooks_are_removed():
 def test_module_that_is_not_called_or_called_twice_is_an_error():
     module = mlp()
     extractor = extractor_of(module, heads=["2"])
+    extractor.start(LABELS)
     with pytest.raises(ValueError, match="the head '2' was not called for this batch.*force_eager"):
-        extractor.start(LABELS)
         raise extractor.rows(None, LABELS)[1][HEAD]
+    extractor.start(LABELS)
+    module(X), module(X)
     with pytest.raises(ValueError, match="the head '2' was called 2 times for one batch"):
-        extractor.start(LABELS)
-        module(X), module(X)
         raise extractor.rows(None, LABELS)[1][HEAD]
     assert captured(extractor, LABELS, X)[HEAD].shape == (5, 32)
 
@@ -339,7 +339,7 @@ class TestPoolingInTheHook:
     def test_labels_that_are_known_only_after_the_step(self, tmp_path, pooling):
         class Fetching(Classifier):
             def validation_step(self, dataloader_iter):
-                (x, y), _, _ = next(dataloader_iter)
+                (x, _), _, _ = next(dataloader_iter)
                 self(x)
 
         data = TensorDataset(torch.randn(40, 5, 6), torch.arange(40) % CLASSES)
