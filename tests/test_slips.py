@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from oracles import log_density, one_hot, problem, without_mean
-from spawned import spawn
 from streamed import rows_of, streamed
 
 from lightning_logme import Evidence
@@ -154,45 +153,6 @@ def test_what_lies_above_the_diagonal_of_the_gram_matrix_does_not_matter(n, fit_
     basis = np.random.default_rng(0).normal(size=(300, 4))
     projected = moments.project(torch.as_tensor(basis)).gram
     np.testing.assert_allclose(np.tril(projected), np.tril(basis.T @ features.T @ features @ basis), rtol=1e-8)
-
-
-FIRST, SECOND = ("", 0), ("model.0", 0)
-
-
-@pytest.mark.filterwarnings("ignore:LogME is NaN")
-@pytest.mark.parametrize(
-    ("everyone", "finite", "errors"),
-    [
-        ([({FIRST: 4}, {})], {FIRST}, {}),
-        ([({}, {None: "no memory"})], set(), {None: "no memory"}),
-        ([({FIRST: 4}, {}), ({FIRST: 4}, {})], {FIRST}, {}),
-        ([({FIRST: 4}, {}), ({}, {})], {FIRST}, {}),
-        ([({}, {}), ({FIRST: 4, SECOND: 5}, {})], {FIRST, SECOND}, {}),
-        ([({FIRST: 4}, {}), ({FIRST: 4}, {"": "no memory"})], set(), {"": "no memory (process 1)"}),
-        ([({FIRST: 4, SECOND: 5}, {}), ({}, {"": "no memory"})], {SECOND}, {"": "no memory (process 1)"}),
-        ([({}, {None: "no memory"}), ({}, {None: "no disk"})], set(), {None: "no memory"}),
-        (
-            [({SECOND: 4}, {}), ({SECOND: 5}, {})],
-            set(),
-            {"model.0": "features or targets of lengths (5, 3) in process 1, and (4, 3) in another"},
-        ),
-    ],
-)
-def test_processes_share_what_each_has_met_and_what_broke(everyone, finite, errors):
-    spawn(_shared, everyone, finite, errors, world=len(everyone))
-
-
-def _shared(rank, world, everyone, finite, errors):
-    widths, own = everyone[rank]
-    current = Pass(Scoring(num_outputs=3), rank, world)
-    current.errors.update(own)
-    labels = Labels(Target.checked(torch.arange(12) % 3, "multiclass", 3), None)
-    for (source, loader), width in widths.items():
-        assert current.add({source: torch.randn(12, width)}, labels, range(rank, 12 * world, world), loader) == {}
-    results = current.results(torch.device("cpu"), alone=False)
-    assert set(results) == finite
-    assert all(math.isfinite(result.evidence.score) for result in results.values())
-    assert current.errors == errors | own
 
 
 def test_ignored_labels_may_have_any_value():
