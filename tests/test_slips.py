@@ -141,7 +141,7 @@ def test_tokens_are_samples():
 
 @pytest.mark.parametrize("fit_intercept", [False, True])
 @pytest.mark.parametrize("n", [60, 400])
-def test_what_lies_above_the_diagonal_of_the_gram_matrix_does_not_matter(n, fit_intercept):
+def test_numbers_above_the_diagonal_of_the_gram_matrix_do_not_matter(n, fit_intercept):
     features, labels = problem(n, 300, 3, noise=3.0)
     rows = rows_of(torch.as_tensor(features), torch.as_tensor(labels), num_outputs=3)
     moments = Moments.zeros(300, 3).accumulate(rows)
@@ -236,7 +236,7 @@ def test_only_the_last_point_of_a_curve_says_what_is_missing():
     assert len(caught) == 1
 
 
-def test_what_fails_in_the_end_is_named(monkeypatch):
+def test_error_in_the_evidence_is_named(monkeypatch):
     monkeypatch.setattr(Accumulator, "evidence", lambda *args: {}["on purpose"])
     with pytest.warns(UserWarning, match="after an error: KeyError: 'on purpose'"):
         assert collected(64) == {("", 0): None}
