@@ -25,8 +25,6 @@ What it showed (three seeds, ± their standard deviation):
 - Evidence is of frozen features, and these do not catch up: under LogME's own head the advantage is .252 ± .015 even at
   10240 labels (and its peak, at 1280, is not seen either). The twin catches up by training its vectors. The ratio of
   the gains (1.9, 2.8, 2.5, 2.2, 2.1) rises and falls at the same numbers, but it was looked at only afterwards.
-- `gain_settled_at` is None for both networks and all seeds: more labels may bring more to either. That was so of the
-  accuracies, too, and does not tell which of the two gains more.
 """
 
 from __future__ import annotations
@@ -47,8 +45,7 @@ from torch.utils.data import DataLoader, RandomSampler, Subset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
 
-from lightning_logme import LogMECallback, Probe
-from lightning_logme.scores.curve import CurvePoint, gain_settled_at
+from lightning_logme import CurvePoint, LogMECallback, Probe
 
 NUM_CLASSES = 20
 BATCH_SIZE = 32
@@ -246,8 +243,6 @@ def main() -> None:
     print_table("test accuracy of the frozen features under LogME's posterior head", sizes, accuracies[0])
     print_table(f"test accuracy after {options.steps} steps of training", sizes, accuracies[1])
     print_verdict(gains, *accuracies)
-    for name in NETWORKS:
-        print(f"gain_settled_at of {name}, by seed: {[gain_settled_at(curve) for curve in curves[name]]}")
     picture = options.images / "pretrain_or_not.png"
     draw(sizes, curves, *accuracies, picture)
     print(f"\nPicture: {picture}    ({time.perf_counter() - begun:.0f} s)")

@@ -76,7 +76,7 @@ def fine_tune(network: nn.Module, train: DataLoader, val: DataLoader, epochs: in
     record, checkpoint = Record(), ModelCheckpoint(monitor="logme", mode="max")
     trainer = Trainer(
         max_epochs=epochs,
-        callbacks=[LogMECallback(), checkpoint, record],
+        callbacks=[LogMECallback(plots=True), checkpoint, record],
         logger=logger,
         log_every_n_steps=10,
         enable_model_summary=False,

@@ -81,7 +81,7 @@ def main() -> None:
         return {**batch, "labels": torch.tensor(labels)}
 
     layer = f"model.bert.encoder.layer.{options.layer}"
-    logme = LogMECallback(layers=[layer], class_names=names)
+    logme = LogMECallback(layers=[layer], class_names=names, plots=True)
     trainer = Trainer(
         max_epochs=options.epochs,
         callbacks=[logme],

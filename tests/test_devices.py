@@ -4,49 +4,65 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning_logme.collector import Collector
-from lightning_logme.sources import Source, Sources
+from streamed import rows_of
 
-from lightning_logme import collector
-from lightning_logme.ranking import processes
+from lightning_logme.features.extractor import Extractor, Source
+from lightning_logme.features.labels import Labels, Target
+from lightning_logme.scores import reduction
+from lightning_logme.scores.accumulator import Accumulator, Subset
 from lightning_logme.scores.moments import Moments
+from lightning_logme.scores.reduction import reduced
+from lightning_logme.tracking import validation
+from lightning_logme.tracking.validation import Pass, Scoring
 
 OTHER = torch.device("meta")
 
 
 @pytest.fixture
 def exchanged(monkeypatch):
-    """The devices of the moments that processes would sum."""
+    """The devices of the moments that processes would sum. A second process has met another source."""
     devices = []
 
     def all_reduce(moments):
         devices.append({tensor.device for tensor in vars(moments).values()})
         return Moments.zeros(4, 3)
 
+    def with_another(alone, mine):
+        other = {("other", 0): (4, 3, 8, 6, {0})} if isinstance(mine, dict) and mine else type(mine)()
+        return [mine, other]
+
     monkeypatch.setattr(Moments, "all_reduce", all_reduce)
+    monkeypatch.setattr(Subset, "add", lambda *args: None)  # rows on "meta" hold no data that could be exchanged
+    monkeypatch.setattr(reduction, "gathered", with_another)
+    monkeypatch.setattr(validation, "gathered", lambda alone, mine: [mine, {}])
+    monkeypatch.setattr("lightning_logme.utilities.distributed.gathered", lambda alone, mine: [mine, mine])
     return devices
 
 
-def test_what_a_callable_returns_is_moved_to_the_device_of_the_module():
-    sources = Sources(sources=[Source("", features=lambda module, batch: torch.ones(5, 4))])
-    rows, errors = sources.rows(SimpleNamespace(device=OTHER), None, torch.arange(5), None, "multiclass")
+def test_features_of_a_callable_are_moved_to_the_device_of_the_module():
+    module = SimpleNamespace(device=OTHER, modules=lambda: ())
+    extractor = Extractor(module, [Source("", features=lambda module, batch: torch.ones(5, 4))])
+    rows, errors = extractor.rows(None, Labels(Target.checked(torch.arange(5), "multiclass"), None))
     assert errors == {}
     assert rows[""].device == OTHER
 
 
 @pytest.mark.filterwarnings("ignore:LogME is NaN")
-def test_sums_of_a_validation_are_exchanged_on_the_device_of_the_run(exchanged, monkeypatch):
-    monkeypatch.setattr(collector, "gathered", lambda alone, mine: [mine, ({("other", 0, 0): (4, 3)}, {})])
-    sums = Collector("multiclass", 3)
-    assert sums.add(0, {"": torch.randn(6, 4)}, torch.arange(6) % 3, range(6)) == {}
-    assert len(list(sums.results(OTHER, alone=False))) == 2
+def test_sums_of_a_validation_are_exchanged_on_the_device_of_the_run(exchanged):
+    current = Pass(Scoring(num_outputs=3), 0, 2)
+    labels = Labels(Target.checked(torch.arange(6) % 3, "multiclass", 3), None)
+    assert current.add({"": torch.randn(6, 4)}, labels, range(6)) == {}
+    assert len(current.results(OTHER, alone=False)) == 2
     assert exchanged == [{OTHER}, {OTHER}]
 
 
-def test_sums_of_a_ranking_are_exchanged_on_the_device_of_the_run(exchanged, monkeypatch):
-    monkeypatch.setattr(processes, "everyone", lambda fabric, mine: [mine, 4])
-    fabric = SimpleNamespace(world_size=2, device=OTHER)
-    for blocks in ([], [Moments.zeros(4, 3) for _ in range(processes.BLOCKS)]):
-        exchanged.clear()
-        processes.summed(fabric, blocks, 3)
-        assert exchanged == [{OTHER}] * processes.BLOCKS
+@pytest.mark.parametrize("blocks", [0, 5])
+def test_sums_of_a_ranking_are_exchanged_on_the_device_of_the_run(exchanged, blocks):
+    accumulator = Accumulator("multiclass", 4, 3)
+    for block in range(blocks):
+        accumulator.add(rows_of(torch.randn(6, 4), torch.arange(6) % 3, num_outputs=3), block)
+    accumulator.moments()  # rows cannot be summed on "meta"
+    results, broken = reduced({("mine", 0): accumulator}, "multiclass", OTHER, alone=False)
+    assert broken == {}
+    assert sorted(results) == [("mine", 0), ("other", 0)]
+    assert exchanged == [{OTHER}] * (blocks + 1)

@@ -2,9 +2,6 @@
 
 import math
 import multiprocessing
-import os
-import socket
-from datetime import timedelta
 
 import lightning.pytorch as pl
 import pytest
@@ -15,6 +12,7 @@ from launched import Checked, Quiet
 from lightning.pytorch.strategies import DDPStrategy
 from models import CLASSES, loader, penultimate, trainer, vectors
 from oracles import problem
+from spawned import spawn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 from torchmetrics import MetricCollection
 
@@ -22,29 +20,10 @@ from lightning_logme import Evidence, LogME, LogMECallback, Probe
 from lightning_logme.features.padding import rows_without_padding
 from lightning_logme.features.sampling import Samples
 from lightning_logme.functional import evidence
-from lightning_logme.scores.moments import Batch, Moments
+from lightning_logme.scores.moments import Moments, Rows
 
-# Processes are forked off a server that has imported everything and started no thread: a fork of this process could
-# inherit a lock that nobody will release, and a spawned one takes seconds to import torch.
+# Imported before tests fork: see spawned.py.
 multiprocessing.set_forkserver_preload(["torch", "lightning.pytorch", "lightning_logme", "models", "launched"])
-
-
-def spawn(function, *args, world=2):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    mp.start_processes(_process, (world, port, function, args), nprocs=world, start_method="forkserver")
-
-
-def _process(rank, world, port, function, args):
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=60))
-    try:
-        function(rank, world, *args)
-        dist.barrier()  # nobody leaves while another still needs its store
-    finally:
-        dist.destroy_process_group()
 
 
 def _sync_of_uneven_shards(rank, world, empty_rank):
@@ -108,7 +87,7 @@ def test_sums_are_reduced_and_never_gathered():
 def _after_inference_mode(rank, world):
     features, labels = map(torch.as_tensor, problem(50, 6, 4))
     with torch.inference_mode():
-        sums = Moments.zeros(6, 4).accumulate(Batch(features[rank::world], labels[rank::world]))
+        sums = Moments.zeros(6, 4).accumulate(Rows(features[rank::world], labels[rank::world]))
     evidences = Evidence.from_moments(sums.all_reduce(), "multiclass")
     torch.testing.assert_close(evidences.score, evidence(features, labels).score, rtol=1e-10, atol=0)
 
@@ -366,12 +345,17 @@ class OnlyProbes(pl.Callback):
             assert math.isfinite(trainer.callback_metrics["logme/news"])
 
 
-@pytest.mark.filterwarnings("ignore:logme of the validation set is left out")
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize("sanity", [0, 1])
-def test_what_cannot_be_scored_on_one_rank_is_left_out_on_all(tmp_path, sanity):
-    strategy = DDPStrategy(start_method="forkserver")
+def test_first_batch_that_cannot_be_scored_on_one_rank_is_an_error_on_all(tmp_path, sanity):
+    options = {"devices": 2, "num_sanity_val_steps": sanity}
     callback = LogMECallback(probes={"news": loader(vectors(60), 9)})
-    run = trainer(tmp_path, callback, OnlyProbes(), devices=2, strategy=strategy, num_sanity_val_steps=sanity)
+    run = trainer(tmp_path, callback, strategy=DDPStrategy(start_method="forkserver"), **options)
+    message = "the head 'model.2' was called 2 times for one batch, .* .process 1."
+    with pytest.raises(mp.ProcessRaisedException, match=message):
+        run.fit(FailingAtOnce(), loader(vectors(40)), loader(vectors(40), 10))
+    callback = LogMECallback(probes={"news": loader(vectors(60), 9)}, validation=False)
+    run = trainer(tmp_path, callback, OnlyProbes(), strategy=DDPStrategy(start_method="forkserver"), **options)
     run.fit(FailingAtOnce(), loader(vectors(40)), loader(vectors(40), 10))
     assert math.isfinite(run.callback_metrics["logme/news"])
 

@@ -5,13 +5,13 @@ import pickle
 
 import pytest
 import torch
-from lightning_logme.channels import Call, CallTrace, find_channel_axis
 from models import CLASSES, Classifier, hooks, loader, mlp, trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_logme import LogMECallback, Probe, rank_backbones
-from lightning_logme.features.pooling import check_pooling, describe_pooling, pool
+from lightning_logme.features.hooks import CallTrace
+from lightning_logme.features.pooling import Call, check_poolings, describe_pooling, find_channel_axis, pool
 from lightning_logme.functional import logme
 
 SAMPLES = 40
@@ -84,7 +84,7 @@ class TestPool:
         with pytest.raises(ValueError, match=r"got \(3,\)"):
             pool(self.maps[:, 0, 0, 0])
         with pytest.raises(ValueError, match="pooling must be 'auto', 'mean', 'cls', .* or a callable.*got 'max'"):
-            check_pooling("max")
+            check_poolings("max")
 
 
 class TestChannelAxis:
@@ -118,34 +118,51 @@ class TestChannelAxis:
     def test_layers_that_ran_decide(self, shape, inside, before, axis):
         assert find_channel_axis(inside, before, shape) == axis
 
-    def test_trace_tells_what_ran_inside_a_module_and_before_it(self):
+    def test_trace_records_what_ran_inside_a_module_and_before_it(self):
         network = nn.Sequential(nn.Linear(4, 8), nn.Sequential(nn.Linear(8, 6), nn.ReLU()), nn.Linear(6, 2))
-        trace = CallTrace(network, {"block": network[1], "last": network[2]})
-        trace.open()
+        trace = CallTrace(network)
+        trace.open([network[1], network[2]])
         network(torch.randn(3, 5, 4))
         trace.close()
         assert hooks(network) == 0
         first, second, third = Call(8, (3, 5, 8)), Call(6, (3, 5, 6)), Call(2, (3, 5, 2))
-        assert trace.around("block") == ([second], [first])
-        assert trace.around("last") == ([third], [first, second])
-        assert trace.since(1) == ([second, third], [first])
+        assert trace.around(network[1]) == ([second, third], [first])
+        assert trace.around(network[2]) == ([third], [first, second])
+        assert trace.calls == [first, second, third]
+
+    def test_capture_looks_at_the_trace_as_soon_as_its_module_is_done(self):
+        network = nn.Sequential(nn.Linear(4, 8), nn.Sequential(nn.Linear(8, 6), nn.ReLU()), nn.Linear(6, 2))
+        trace, seen = CallTrace(network), []
+        network[1].register_forward_hook(lambda module, args, output: seen.append(trace.around(module)))
+        trace.open([network[1]])
+        network(torch.randn(3, 5, 4))
+        assert seen == [([Call(6, (3, 5, 6))], [Call(8, (3, 5, 8))])]
+
+    def test_trace_forgets_when_it_is_opened_again(self):
+        network = nn.Sequential(nn.Linear(4, 8))
+        trace = CallTrace(network)
+        for number in (3, 5):
+            trace.open([])
+            network(torch.randn(number, 4))
+            assert trace.calls == [Call(8, (number, 8))]
+        trace.close()
 
     def test_compiled_modules_get_no_hooks_and_count_as_registered(self):
         network = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 6))
         network[1].compile(backend="eager")
-        trace = CallTrace(network, {"last": network[1]})
-        trace.open()
+        trace = CallTrace(network)
+        trace.open([network[1]])
         assert hooks(network[1]) == 0
         trace.close()
-        assert trace.around("last") == ([Call(6, None)], [Call(8, None)])
+        assert trace.around(network[1]) == ([Call(6, None)], [Call(8, None)])
 
     @pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
     def test_copies_of_a_traced_module_record_nothing(self, copied):
         network = nn.Sequential(nn.Linear(4, 8))
-        trace = CallTrace(network, {"": network[0]})
-        trace.open()
+        trace = CallTrace(network)
+        trace.open([network[0]])
         copied(network)(torch.randn(3, 4))
-        assert trace.position == 0
+        assert trace.calls == []
         trace.close()
 
 

@@ -5,13 +5,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from lightning_logme.collector import Collector, _together
 from oracles import log_density, one_hot, problem, without_mean
-from test_evidence import streamed
+from streamed import rows_of, streamed
 
 from lightning_logme import Evidence
+from lightning_logme.features.labels import Labels, Target
 from lightning_logme.functional import evidence, logme
-from lightning_logme.scores.moments import Batch, Moments
+from lightning_logme.scores.accumulator import Accumulator
+from lightning_logme.scores.moments import Moments
+from lightning_logme.tracking.validation import Pass, Scoring
 
 PATHS = pytest.mark.parametrize("path", [evidence, streamed], ids=["rows", "moments"])
 
@@ -74,10 +76,9 @@ def test_moments_of_a_huge_batch_are_the_sums_over_its_rows(task):
     if task != "regression":
         target[left_out] = -1
         kept = ~left_out
-    batch = Batch.checked(
-        torch.as_tensor(features), torch.as_tensor(target), task, k, d, None if task == "regression" else -1
-    )
-    sums = Moments.zeros(d, k).accumulate(batch)
+    ignore_index = None if task == "regression" else -1
+    rows = rows_of(torch.as_tensor(features), torch.as_tensor(target), task, k, ignore_index)
+    sums = Moments.zeros(d, k).accumulate(rows)
     features, dense = features[kept], dense[kept]
     assert float(sums.count) == kept.sum()
     np.testing.assert_allclose(np.tril(sums.gram), np.tril(features.T @ features), rtol=1e-11, atol=1e-9)
@@ -100,10 +101,10 @@ def test_many_outputs_are_maximised_as_each_would_be_alone():
 
 def test_no_intercept_unless_asked_for():
     features, labels = map(torch.as_tensor, problem(30, 5, 3))
-    batch = Batch.checked(features + 2, labels, "multiclass", 3)
-    moments = Moments.zeros(5, 3).accumulate(batch)
+    rows = rows_of(features + 2, labels, num_outputs=3)
+    moments = Moments.zeros(5, 3).accumulate(rows)
     expected = evidence(features + 2, labels)
-    for result in (Evidence.from_moments(moments, "multiclass"), Evidence.from_rows(batch, 3, "multiclass")):
+    for result in (Evidence.from_moments(moments, "multiclass"), Evidence.from_rows(rows, 3, "multiclass")):
         torch.testing.assert_close(result.per_output, expected.per_output, rtol=1e-9, atol=0)
         assert result.bias is None
 
@@ -131,7 +132,7 @@ def test_tokens_are_samples():
     tokens, target = features.reshape(12, 5, 5), labels.reshape(12, 5)
     assert float(logme(tokens, target)) == pytest.approx(float(logme(features, labels)), rel=1e-12)
     with pytest.raises(ValueError, match="features must have shape"):
-        logme(tokens, target, "multilabel")
+        logme(tokens, target % 2, "multilabel")
     with pytest.raises(ValueError, match="target must have shape"):
         logme(features, np.stack([labels, labels], 1))
     with pytest.raises(ValueError, match="features must have shape"):
@@ -140,10 +141,10 @@ def test_tokens_are_samples():
 
 @pytest.mark.parametrize("fit_intercept", [False, True])
 @pytest.mark.parametrize("n", [60, 400])
-def test_what_lies_above_the_diagonal_of_the_gram_matrix_does_not_matter(n, fit_intercept):
+def test_numbers_above_the_diagonal_of_the_gram_matrix_do_not_matter(n, fit_intercept):
     features, labels = problem(n, 300, 3, noise=3.0)
-    batch = Batch.checked(torch.as_tensor(features), torch.as_tensor(labels), "multiclass", 3)
-    moments = Moments.zeros(300, 3).accumulate(batch)
+    rows = rows_of(torch.as_tensor(features), torch.as_tensor(labels), num_outputs=3)
+    moments = Moments.zeros(300, 3).accumulate(rows)
     moments.gram.masked_fill_(torch.ones(300, 300).triu(1).bool(), math.nan)
     result = Evidence.from_moments(moments, "multiclass", fit_intercept)
     np.testing.assert_allclose(
@@ -154,38 +155,10 @@ def test_what_lies_above_the_diagonal_of_the_gram_matrix_does_not_matter(n, fit_
     np.testing.assert_allclose(np.tril(projected), np.tril(basis.T @ features.T @ features @ basis), rtol=1e-8)
 
 
-FIRST, SECOND = ("", 0, 0), ("model.0", 0, 0)
-
-
-@pytest.mark.parametrize(
-    ("everyone", "shapes", "broken"),
-    [
-        ([({FIRST: (4, 3)}, {})], {FIRST: (4, 3)}, {}),
-        ([({}, {None: "no memory"})], {}, {None: "no memory"}),
-        ([({FIRST: (4, 3)}, {}), ({FIRST: (4, 3)}, {})], {FIRST: (4, 3)}, {}),
-        ([({FIRST: (4, 3)}, {}), ({}, {})], {FIRST: (4, 3)}, {}),
-        ([({}, {}), ({FIRST: (4, 3), SECOND: (5, 3)}, {})], {FIRST: (4, 3), SECOND: (5, 3)}, {}),
-        (
-            [({FIRST: (4, 3)}, {}), ({FIRST: (4, 3)}, {"": "no memory"})],
-            {FIRST: (4, 3)},
-            {"": "no memory (process 1)"},
-        ),
-        ([({}, {None: "no memory"}), ({}, {None: "no disk"})], {}, {None: "no memory (process 0)"}),
-        (
-            [({SECOND: (4, 3)}, {}), ({SECOND: (5, 3)}, {})],
-            {SECOND: (4, 3)},
-            {"model.0": "features or targets of lengths (5, 3) in process 1, and (4, 3) in another"},
-        ),
-    ],
-)
-def test_processes_share_what_each_has_met_and_what_broke(everyone, shapes, broken):
-    assert _together(everyone) == (shapes, broken)
-
-
 def test_ignored_labels_may_have_any_value():
     labels = torch.tensor([0, -7, 0, -7])
-    batch = Batch.checked(torch.randn(4, 2), labels, "multiclass", 1, 2, ignore_index=-7)
-    assert batch.kept().target.tolist() == [0, 0]
+    rows = rows_of(torch.randn(4, 2), labels, num_outputs=1, ignore_index=-7)
+    assert rows.target.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
@@ -251,9 +224,10 @@ def test_shapes_are_the_same_without_evidence(path):
 
 
 def collected(number):
-    collector = Collector("multiclass", 3, curve=True)
-    collector.add(0, {"": torch.randn(number, 4)}, torch.zeros(number, dtype=torch.long), range(number))
-    return list(collector.results(torch.device("cpu"), alone=True))
+    current = Pass(Scoring(num_outputs=3, curve=True))
+    labels = Labels(Target.checked(torch.zeros(number, dtype=torch.long), "multiclass", 3), None)
+    current.add({"": torch.randn(number, 4)}, labels, range(number))
+    return current.results(torch.device("cpu"), alone=True)
 
 
 def test_only_the_last_point_of_a_curve_says_what_is_missing():
@@ -262,7 +236,7 @@ def test_only_the_last_point_of_a_curve_says_what_is_missing():
     assert len(caught) == 1
 
 
-def test_what_fails_in_the_end_is_named(monkeypatch):
-    monkeypatch.setattr(Evidence, "from_moments", lambda *args: {}["on purpose"])
+def test_error_in_the_evidence_is_named(monkeypatch):
+    monkeypatch.setattr(Accumulator, "evidence", lambda *args: {}["on purpose"])
     with pytest.warns(UserWarning, match="after an error: KeyError: 'on purpose'"):
-        assert collected(64) == [(("", 0), None)]
+        assert collected(64) == {("", 0): None}

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_logme.features.labels import LABEL_KEYS, TargetSpec, inputs_of
+from lightning_logme.utilities.compat import original
 
 Forward = Callable[[Any, Any], Any]
 
@@ -29,7 +30,7 @@ def call(module: nn.Module, batch: Any, target: TargetSpec = None) -> Any:
     if not isinstance(inputs, Mapping):
         return module(*inputs) if isinstance(inputs, (tuple, list)) else module(inputs)
     named = {key: value for key, value in inputs.items() if key not in LABEL_KEYS and key != target}
-    plain = getattr(module, "_orig_mod", module)  # of a compiled one
+    plain = original(module)
     parameters = inspect.signature(plain.forward).parameters
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         return module(**named)

@@ -10,13 +10,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 
 from lightning_logme.features.labels import Labels
 from lightning_logme.features.pooling import FIRST, LAST, Call, Calls, Pooler, Pooling
-from lightning_logme.utilities.compat import compiled_modules, hooks_of
+from lightning_logme.utilities.compat import CONVOLUTIONAL, compiled_modules, hooks_of
 
 # Attributes that give the number of channels that a layer puts out.
 _WIDTHS = ("out_channels", "out_features", "num_features", "num_channels", "embedding_dim", "normalized_shape")
@@ -77,7 +75,7 @@ class CallTrace:
     def _on_layer(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         width = layer_width(module)
         if self.is_open and width is not None and isinstance(output, Tensor) and not output.is_nested:
-            self.calls.append(Call(width, tuple(output.shape), isinstance(module, (_ConvNd, _BatchNorm))))
+            self.calls.append(Call(width, tuple(output.shape), isinstance(module, CONVOLUTIONAL)))
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the user's module takes this along: idle, without what was recorded.
@@ -189,10 +187,8 @@ class Capture:
                 tensor, labels = tensor.detach(), self._window.labels
                 if self._window.trace.is_open:
                     self._calls = self._around()
-                rows = tensor if labels is None else self.pooled(tensor, labels)
-                # A later layer may work in place, and a view would keep all that it is a view of.
-                is_shared = rows.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
-                self.seen.append((rows.clone() if is_shared else rows, labels is not None))
+                rows = tensor if labels is None else self.pooled(tensor, labels).detach()
+                self.seen.append((_owned(rows, tensor), labels is not None))
         except Exception as error:  # which must not end the user's forward pass
             self.error = error
 
@@ -259,10 +255,22 @@ def first_tensor(value: Any) -> Tensor | None:
     return None
 
 
+def _owned(rows: Tensor, tensor: Tensor) -> Tensor:
+    """Return rows that were made from a tensor, copied if they share or keep more memory than their own.
+
+    A later layer may work in place, and a view would keep all that it is a view of.
+    """
+    if any(type(each) is not Tensor or each.layout != torch.strided for each in (rows, tensor)):
+        return rows.clone()  # their storage may not be one that can be looked at
+    storage = rows.untyped_storage()
+    is_shared = storage.data_ptr() == tensor.untyped_storage().data_ptr()
+    return rows.clone() if is_shared or storage.nbytes() > rows.nbytes else rows
+
+
 def _registered(modules: Iterable[nn.Module]) -> list[Call]:
     """Return the layers among modules as if each was called once, in this order."""
     widths = ((module, layer_width(module)) for module in modules)
-    return [Call(width, None, isinstance(module, (_ConvNd, _BatchNorm))) for module, width in widths if width]
+    return [Call(width, None, isinstance(module, CONVOLUTIONAL)) for module, width in widths if width]
 
 
 def layer_width(module: nn.Module) -> int | None:

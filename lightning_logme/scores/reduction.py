@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 
 from lightning_logme.scores.accumulator import Accumulator
+from lightning_logme.scores.moments import Moments
 from lightning_logme.utilities.checks import Task
 from lightning_logme.utilities.distributed import gathered, together
 
@@ -63,7 +64,10 @@ def reduced(
         total = results[key]
         own = mine.get(key, total)
         for segment in sorted(segments[key]):
-            total.sums[segment] = (own.sums.pop(segment) if segment in own.sums else total._zeros()).all_reduce()
+            sums = own.sums.pop(segment, None)
+            if sums is None:
+                sums = Moments.zeros(total.num_features, total.num_outputs, total.device)
+            total.sums[segment] = sums.all_reduce()
         total.segments = segments[key]
         for parts in gathered(alone, [(rows.to("cpu"), index) for rows, index in own.subset.part()]):
             for rows, index in parts:

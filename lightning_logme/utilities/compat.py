@@ -17,8 +17,11 @@ import torch
 # Both packages log through this module.
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 __all__ = [
+    "CONVOLUTIONAL",
     "AnyCallback",
     "AnyDataModule",
     "AnyLogger",
@@ -34,6 +37,7 @@ __all__ = [
     "isolate_rng",
     "kept_buffers",
     "logged_step",
+    "original",
     "plain_name",
     "prepared_batch",
     "rank_zero_info",
@@ -47,6 +51,7 @@ __all__ = [
 _FABRIC = {"lightning.pytorch": "lightning.fabric", "pytorch_lightning": "lightning_fabric"}
 # The parts that wrappers insert into the names of modules: FSDP, activation checkpointing, torch.compile.
 _WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+CONVOLUTIONAL = (_ConvNd, _BatchNorm)  # the classes of convolutions and batch norms of any number of dimensions
 
 
 def _imported() -> list[str]:
@@ -159,12 +164,17 @@ def compiled_modules(root: nn.Module) -> set[nn.Module]:
     return {part for module in compiled for part in module.modules()}
 
 
+def original(module: nn.Module) -> nn.Module:
+    """Return the module that ``torch.compile(module)`` has wrapped, or the module itself."""
+    return getattr(module, "_orig_mod", module)
+
+
 def uncompiled(module: nn.Module, copy: Callable[[Any], Any]) -> Any:
     """Return a copy of a module without what ``torch.compile`` has put around it.
 
     Compiled code in a copy would go on with the weights of the original.
     """
-    plain: Any = copy(getattr(module, "_orig_mod", module))
+    plain: Any = copy(original(module))
     if getattr(plain, "_compiler_ctx", None) is not None:  # a compiled LightningModule
         package = next(name for name in _imported() if isinstance(plain, sys.modules[name].LightningModule))
         plain = import_module(f"{package}.utilities.compile").to_uncompiled(plain)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_logme.features.hooks import Tap
+from lightning_logme.features.hooks import CallTrace, Capture, Window
 from lightning_logme.features.labels import find_mask
 from lightning_logme.features.pooling import pool
 
@@ -74,15 +74,16 @@ def extract(task: Target, backbones: dict[str, Backbone]) -> dict[str, Frozen]:
     backbone = next(iter(backbones.values()))
     torch.manual_seed(0)
     network = headless(backbone).eval()
-    taps = [Tap(layer, "output", "layer") for layer in inner_layers(network)]
+    window = Window(CallTrace(network))  # without labels, so that captures are copies, each pooled in several ways
+    captures = [Capture(layer, "output", "layer", window) for layer in inner_layers(network)]
     rows: dict[str, list[list[Tensor]]] = {name: [] for name in backbones}
     labels = []
     start = time.perf_counter()
     for batch in task.loader:
-        for tap in taps:
-            tap.start()
-        prepared = backbone.transform(batch)
-        outputs = [call(network, prepared), *(tap.take() for tap in taps)]
+        prepared, window.is_open = backbone.transform(batch), True
+        outputs = [call(network, prepared), *(tensor for capture in captures for tensor, _ in capture.seen)]
+        for capture in captures:
+            capture.seen = []
         labels.append(batch[1])
         for name, same in backbones.items():
             rows[name].append([pool(output, same.pooling, mask=find_mask(prepared)) for output in outputs])

@@ -34,11 +34,12 @@ _RULE = (
     "distributed.py::test_a_data_set_of_batches_has_whole_batches_of_padding",
 )
 SCOPE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    **dict.fromkeys(("spectrum", "maximum", "evidence", "functional"), ((), _SCORES)),
-    "moments": ((), (*_SCORES, "metric", "jackknife")),
+    **dict.fromkeys(("scores/spectrum", "scores/maximum", "scores/evidence", "functional"), ((), _SCORES)),
+    "scores/moments": ((), (*_SCORES, "metric", "jackknife")),
+    "scores/accumulator": ((), ("accumulator", "jackknife")),
     "metric": ((), ("slips", "metric", "functional")),
-    "distributed": (("rows_without_padding", "_deals_out_in_turn", "first_reason"), ("slips", *_RULE)),
-    "collector": (("_parts", "_sums", "_result"), ("slips", "curve")),
+    "features/padding": ((), _RULE),
+    "tracking/validation": (("add", "_segment", "_result"), ("slips", "curve")),
 }
 _SLOW = (
     "precision.py::TestHalfPrecision::test_overflow_while_training",

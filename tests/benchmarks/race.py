@@ -12,9 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_logme.features.sampling import BLOCKS, _stratified
-from lightning_logme.scores.jackknife import ERROR_RATE, leave_one_out, quantile_to_drop, standard_error, trailing
-from lightning_logme.scores.moments import Batch, Moments
+from lightning_logme.features.sampling import _stratified
+from lightning_logme.scores.accumulator import Accumulator
+from lightning_logme.scores.jackknife import ERROR_RATE, jackknife, quantile_to_drop, standard_error, trailing
+from lightning_logme.scores.moments import Rows
 from tests.benchmarks.common import print_table
 
 _CANDIDATES, _ROUNDS = 4, 5
@@ -61,16 +62,14 @@ def race(width: int, classes: int, decay: float, where: str, seed: int) -> tuple
     """How many candidates are dropped; of the first two, the difference and its error bar in every round."""
     features, labels, blocks = candidates(width, classes, decay, where, seed)
     stops = [max(256, 4 * classes) * 2**index for index in range(_ROUNDS)]
-    sums = [[Moments.zeros(width, classes) for _ in range(BLOCKS)] for _ in features]
+    sums = [Accumulator("multiclass", width, classes, sample_size=0) for _ in features]
     running, differences, errors, start = set(range(len(features))), [], [], 0
     for index, stop in enumerate(stops):
         scores, replicates = {}, {}
         for name in sorted(running | {0, 1}):
-            for block in range(BLOCKS):
-                rows = start + (blocks[start:stop] == block).nonzero().flatten()
-                sums[name][block] = sums[name][block].accumulate(Batch(features[name][rows], labels[rows]))
-            evidence, without = leave_one_out(sums[name], "multiclass", False)
-            scores[f"{name}"], replicates[f"{name}"] = float(evidence.score), without.tolist()
+            sums[name].add(Rows(features[name][start:stop], labels[start:stop]), blocks[start:stop])
+            evidence, replicates[f"{name}"] = jackknife(sums[name])
+            scores[f"{name}"] = float(evidence.score)
         differences.append(scores["0"] - scores["1"])
         errors.append(standard_error([a - b for a, b in zip(replicates["0"], replicates["1"], strict=True)]))
         known = {name: score for name, score in scores.items() if int(name) in running}

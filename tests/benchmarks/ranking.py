@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from statistics import median
 from typing import Any
 from unittest import mock
@@ -85,13 +85,17 @@ def _timed_ranking(task: Any, side: int | None, race: bool) -> dict[str, float]:
         while (portion := timed("batches", next)(portions, None)) is not None:
             yield portion
 
-    original = Samples.portions
+    @contextmanager
+    def timed_module(candidate: Candidate, *args: Any) -> Iterator[Backbone]:
+        with ExitStack() as made:
+            yield timed("modules", made.enter_context)(on_device(candidate, *args))
+
+    original, on_device = Samples.portions, Candidate.on_device
     with ExitStack() as stack:
         for patch in (
             mock.patch.object(Samples, "portions", timed_portions),
-            mock.patch.object(Backbone, "features", timed("forward", Backbone.features)),
-            mock.patch.object(Backbone, "__init__", timed("modules", Backbone.__init__)),
-            mock.patch.object(Candidate, "_made", timed("modules", Candidate._made)),
+            mock.patch.object(Backbone, "rows", timed("forward", Backbone.rows)),
+            mock.patch.object(Candidate, "on_device", timed_module),
             *([mock.patch("_zoo.SIDE", side)] if side else []),
         ):
             stack.enter_context(patch)

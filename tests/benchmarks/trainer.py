@@ -37,8 +37,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-import lightning_logme.tracking.history
 from lightning_logme import LogMECallback
+from lightning_logme.utilities.loggers import Board
 from tests.benchmarks.common import print_table, timed
 
 _CLASSES = 10
@@ -190,8 +190,8 @@ def _clocks(callbacks: list[LogMECallback], parts: dict[str, float]) -> Iterator
     for callback in callbacks:
         for hook, part in _HOOKS.items():
             setattr(callback, hook, _clocked(getattr(callback, hook), part, parts))
-    pictures = _clocked(lightning_logme.tracking.history.log_plots, "pictures", parts)
-    with mock.patch.object(lightning_logme.tracking.history, "log_plots", pictures):
+    figure, histogram = (_clocked(call, "pictures", parts) for call in (Board.figure, Board.histogram))
+    with mock.patch.multiple(Board, figure=figure, histogram=histogram):
         yield
 
 
