@@ -104,7 +104,7 @@ class LogMECallback(AnyCallback):
     Attributes:
         history: one dict a validation and key, oldest first, as :func:`lightning_logme.read_history` returns it.
         evidence: by key, the last :class:`~lightning_logme.Evidence`, on the CPU.
-        curves: by key, the last list of :class:`~lightning_logme.curve.CurvePoint`, where ``curve`` is on.
+        curves: by key, the last list of :class:`~lightning_logme.CurvePoint`, where ``curve`` is on.
 
     Example:
         >>> from lightning.pytorch import Trainer
