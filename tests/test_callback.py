@@ -225,6 +225,22 @@ def test_labels_and_features_that_are_written_to_afterwards(tmp_path):
     assert callback.history[0]["logme"] == pytest.approx(expected, rel=1e-6)
 
 
+def test_features_in_memory_that_the_module_uses_again(tmp_path):
+    """Fewer samples than features are held until the validation ends."""
+
+    class Caching(Classifier):
+        cache = torch.zeros(20, 50)
+
+        def validation_step(self, batch, batch_idx):
+            self.cache[: len(batch[0])] = batch[0]
+
+    callback = LogMECallback(features=lambda module, batch: module.cache[: len(batch[0])], num_classes=CLASSES)
+    x, y = vectors(40).tensors
+    wide = torch.cat([x, torch.randn(40, 34)], 1)
+    trainer(tmp_path, callback).validate(Caching(), loader(TensorDataset(wide, y)), verbose=False)
+    assert callback.history[0]["logme"] == pytest.approx(float(logme(wide, y)), rel=1e-9)
+
+
 def test_dataloader_iter_flavour(tmp_path):
     class Iterating(Classifier):
         def validation_step(self, dataloader_iter):

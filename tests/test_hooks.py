@@ -354,6 +354,12 @@ class TestPoolingInTheHook:
             assert [row["num_samples"] for row in callback.history] == [40, 40]
         assert scores[0] == scores[1]
 
+    def test_rows_that_are_pooled_later_keep_no_activation(self):
+        """The first of many tokens would be a view of them all."""
+        extractor = extractor_of(nn.Sequential(nn.Linear(6, 5)), "0", pooling="cls")
+        rows = captured(extractor, LABELS, torch.randn(len(X), 50, 6), known=False)["0"]
+        assert rows.untyped_storage().nbytes() == rows.nbytes
+
 
 def deep(number: int) -> Classifier:
     layers = [nn.Linear(16, 16) for _ in range(number)]

@@ -46,6 +46,20 @@ class Stream(IterableDataset):
         return (self.data[index] for index in self.order)
 
 
+class Reusing:
+    """A loader that writes all its batches to the same memory."""
+
+    def __init__(self, data, size):
+        self.data, self.size = data, size
+
+    def __iter__(self):
+        batch = [torch.empty_like(tensor[: self.size]) for tensor in self.data.tensors]
+        for start in range(0, len(self.data), self.size):
+            for mine, tensor in zip(batch, self.data.tensors, strict=True):
+                mine.copy_(tensor[start : start + self.size])
+            yield tuple(batch)
+
+
 class TestMapStyle:
     def test_every_sample_once_in_an_order_of_the_seed(self):
         loader = DataLoader(identities(torch.randint(4, (500,))), 32, shuffle=True)
@@ -329,6 +343,14 @@ class TestStreams:
             ("done", "finished", 600),
             ("stops", "interrupted", 0),
         ]
+
+    def test_a_loader_that_uses_its_memory_again(self):
+        labels = torch.randint(3, (60,), generator=torch.Generator().manual_seed(0))
+        features = torch.randn(60, 100) + torch.eye(3, 100)[labels]
+        ranking = rank_backbones(
+            {"all": nn.Identity()}, Reusing(TensorDataset(features, labels), 20), **{**QUIET, "num_classes": 3}
+        )
+        assert ranking.scores["all"] == pytest.approx(float(logme(features, labels)), rel=1e-9)
 
     def test_read_only_once(self):
         with pytest.raises(ValueError, match="dataloader is an iterator that can be read only once"):

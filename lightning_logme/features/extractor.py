@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from lightning_logme.features.hooks import CallTrace, Capture, NotCalledError, Window, first_tensor
+from lightning_logme.features.hooks import CallTrace, Capture, NotCalledError, Window, first_tensor, owned
 from lightning_logme.features.labels import Labels
 from lightning_logme.features.pooling import Pooler, Pooling
 from lightning_logme.utilities.compat import compiled_modules
@@ -70,7 +70,8 @@ class Source:
                 raise ValueError("features=callable(module, batch) returned no tensor; it must return (N, D) features.")
             # On the device of the run, as a layer's would be: a collective takes no other.
             tensor = tensor.detach().to(getattr(module, "device", tensor.device))
-            return self.poolers[0].rows(tensor, labels, (trace.calls[begin:], trace.calls[:begin]))
+            rows = self.poolers[0].rows(tensor, labels, (trace.calls[begin:], trace.calls[:begin]))
+            return owned(rows, tensor)
         parts = []
         for capture in self.captures:
             if capture.error is not None:
@@ -78,7 +79,7 @@ class Source:
             captured, is_pooled = capture.seen[0] if len(capture.seen) == 1 else (None, False)
             if captured is None:
                 self._raise(capture.why_not_one())
-            parts.append(captured if is_pooled else capture.pooled(captured, labels))
+            parts.append(captured if is_pooled else owned(capture.pooled(captured, labels), captured))
         return parts[0] if len(parts) == 1 else _concatenated(parts)
 
     def _raise(self, error: ValueError) -> NoReturn:

@@ -188,7 +188,7 @@ class Capture:
                 if self._window.trace.is_open:
                     self._calls = self._around()
                 rows = tensor if labels is None else self.pooled(tensor, labels).detach()
-                self.seen.append((_owned(rows, tensor), labels is not None))
+                self.seen.append((owned(rows, tensor), labels is not None))
         except Exception as error:  # which must not end the user's forward pass
             self.error = error
 
@@ -255,7 +255,7 @@ def first_tensor(value: Any) -> Tensor | None:
     return None
 
 
-def _owned(rows: Tensor, tensor: Tensor) -> Tensor:
+def owned(rows: Tensor, tensor: Tensor) -> Tensor:
     """Return rows that were made from a tensor, copied if they share or keep more memory than their own.
 
     A later layer may work in place, and a view would keep all that it is a view of.

@@ -196,7 +196,8 @@ class Samples:
                 return
 
     def _read(self, batch: Any) -> Tensor:
-        return conform_target(find_target(batch, self.target), self.task).detach().cpu()
+        # A copy, because a loader may reuse the memory of its batches.
+        return conform_target(find_target(batch, self.target), self.task).detach().to("cpu", copy=True)
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what identifies the data set, its order and the loader, as far as no sample has to be loaded."""
