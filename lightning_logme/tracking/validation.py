@@ -55,8 +55,7 @@ class Result(NamedTuple):
 
     Attributes:
         evidence: of all samples, on the CPU.
-        curve: the score after the first 32 (or twice the number of classes, if that is more), 64, 128, … samples and
-            after all, where it was asked for.
+        curve: points at each doubling of the samples, where it was asked for.
     """
 
     evidence: Evidence
@@ -202,12 +201,7 @@ class Validation:
     """
 
     def __init__(
-        self,
-        name: str,
-        scoring: Scoring,
-        target: TargetSpec,
-        class_names: Sequence[str] | None = None,
-        has_probes: bool = False,
+        self, name: str, scoring: Scoring, target: TargetSpec, class_names: Sequence[str] | None, has_probes: bool
     ) -> None:
         self._scoring = scoring
         self._target = target
