@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_logme.features.extractor import HEAD, Errors, Extractor
 from lightning_logme.features.hooks import NotCalledError
 from lightning_logme.features.labels import Labels, TargetSpec, read_labels
+from lightning_logme.features.outputs import decide_num_outputs
 from lightning_logme.features.padding import distributed_sampler, rows_without_padding
 from lightning_logme.scores.accumulator import Accumulator
 from lightning_logme.scores.curve import CurvePoint, segments
@@ -107,7 +108,7 @@ class Pass:
         """
         target = labels.target
         if self.num_outputs is None:
-            self.num_outputs = target.values.shape[1]
+            self.num_outputs = decide_num_outputs(self.scoring.task, values=target.values) or 1
         errors: Errors = {}
         segment = self._segment(len(target.values), places, loader) if self.scoring.curve else 0
         index = target.index(places)
