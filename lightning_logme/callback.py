@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_logme.features.extractor import HEAD, Extractor, Features
 from lightning_logme.features.labels import TargetSpec, check_target
+from lightning_logme.features.outputs import decide_num_outputs
 from lightning_logme.features.pooling import Pooling
 from lightning_logme.features.selection import AUTO, Selection, attach_by_tree
 from lightning_logme.scores.curve import CurvePoint
@@ -21,7 +22,7 @@ from lightning_logme.tracking.probe import Probe
 from lightning_logme.tracking.probes import Every, Probes
 from lightning_logme.tracking.strategy import is_sharded, why_out_of_step
 from lightning_logme.tracking.validation import Scoring, Validation
-from lightning_logme.utilities.checks import Task, check_flags, check_options, check_task, names, positive_or_none
+from lightning_logme.utilities.checks import Task, check_flags, check_options, check_task, names
 from lightning_logme.utilities.compat import (
     AnyCallback,
     LightningModule,
@@ -145,7 +146,8 @@ class LogMECallback(AnyCallback):
         check_flags(curve=curve, normalize=normalize, validation=validation)
         if plots not in (True, False, "auto"):
             raise ValueError(f"plots must be True, False or 'auto', got {plots!r}.")
-        self.num_classes = positive_or_none("num_classes", num_classes)
+        decide_num_outputs(task, num_classes)  # raises where it cannot be
+        self.num_classes = num_classes
         ignore_index = None if task == "regression" else ignore_index
         check_options(task, ignore_index, fit_intercept)
         if not isinstance(name, str) or not name:

@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 
 from lightning_logme.features.labels import Target
+from lightning_logme.features.outputs import decide_num_outputs
 from lightning_logme.scores.evidence import Evidence
 from lightning_logme.scores.moments import moments_device
-from lightning_logme.utilities.checks import Task, check_flags, check_options, check_task, positive_or_none
-
-# Beyond which num_classes=None takes labels for something else, unless there are samples for them.
-_MOST_CLASSES = 1_000_000
+from lightning_logme.utilities.checks import Task, check_flags, check_options, check_task
 
 __all__ = ["evidence", "logme"]
 
@@ -108,16 +106,8 @@ def evidence(
     check_task(task)
     check_options(task, ignore_index, fit_intercept)
     check_flags(normalize=normalize)
-    num_classes = positive_or_none("num_classes", num_classes)
-    if task == "binary" and num_classes not in (None, 2):
-        raise ValueError(f"num_classes must be 2 or None for task='binary', got {num_classes}.")
-    if task == "binary":
-        num_classes = 2
-    if task == "regression" and num_classes is not None:
-        raise ValueError(
-            f"num_classes={num_classes} has no meaning for task='regression'; the target's columns are the outputs."
-        )
-    labels = Target.checked(_as_tensor(target, "target"), task, num_classes, ignore_index)
+    num_outputs = decide_num_outputs(task, num_classes)
+    labels = Target.checked(_as_tensor(target, "target"), task, num_outputs, ignore_index)
     rows = labels.rows(_as_tensor(features, "features"))
     for name, value in (("features", rows.features), ("target", rows.target)):
         if not torch.isfinite(value.sum(dtype=torch.float64)):  # far cheaper than to look at each
@@ -127,19 +117,8 @@ def evidence(
     if normalize:
         rows = rows.normalized()
     rows = rows.to(moments_device(rows.features.device))
-    return Evidence.of(rows, num_classes or _number_of_outputs(rows.target), task, fit_intercept)
-
-
-def _number_of_outputs(target: Tensor) -> int:
-    if target.ndim == 2:
-        return target.shape[1]
-    number = int(target.max()) + 1 if len(target) else 1
-    if number > max(_MOST_CLASSES, 10 * len(target)):
-        raise ValueError(
-            f"target holds labels up to {number - 1} in {len(target)} samples, which without num_classes would make as "
-            "many classes; number the classes that there are from 0, or give num_classes."
-        )
-    return number
+    num_outputs = decide_num_outputs(task, num_classes, values=rows.target) or 1  # without samples
+    return Evidence.of(rows, num_outputs, task, fit_intercept)
 
 
 def _as_tensor(values: Tensor | np.ndarray[Any, Any], name: str) -> Tensor:

@@ -14,6 +14,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_logme.features.labels import Target
+from lightning_logme.features.outputs import decide_num_outputs
 from lightning_logme.scores.accumulator import Accumulator, Held
 from lightning_logme.scores.evidence import Evidence
 from lightning_logme.scores.moments import Moments, Rows, moments_device
@@ -106,7 +107,9 @@ class LogME(Metric):
         check_flags(normalize=normalize)
         self.task: Task = task
         self.num_features = positive("num_features", num_features)
-        self.num_outputs = _number_of_outputs(task, num_classes, num_labels, num_outputs)
+        given = {"multiclass": ("num_classes", num_classes), "multilabel": ("num_labels", num_labels)}
+        known = decide_num_outputs(task, num_classes) if task == "binary" else None
+        self.num_outputs = known or positive(*given.get(task, ("num_outputs", num_outputs)))
         self.ignore_index = ignore_index
         self.fit_intercept = fit_intercept
         self.normalize = normalize
@@ -231,15 +234,3 @@ def _all_reduce(state: Tensor, group: Any = None) -> list[Tensor]:
     total = state.clone()
     dist.all_reduce(total, group=group)
     return [total]
-
-
-def _number_of_outputs(task: Task, num_classes: int | None, num_labels: int | None, num_outputs: int) -> int:
-    if task == "binary":
-        if num_classes not in (None, 2):
-            raise ValueError(f"num_classes must be 2 or None for task='binary', got {num_classes!r}.")
-        return 2
-    if task == "multiclass":
-        return positive("num_classes", num_classes)
-    if task == "multilabel":
-        return positive("num_labels", num_labels)
-    return positive("num_outputs", num_outputs)

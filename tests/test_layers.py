@@ -5,7 +5,6 @@ import re
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning_logme.attach import attach
 from models import CLASSES, Classifier, VisionTransformer, images, loader, mlp, trainer, vectors
 from oracles import problem
 from test_loggers import events
@@ -14,7 +13,13 @@ from torch.utils.data import TensorDataset
 
 import lightning_logme.tracking.messages
 from lightning_logme import LogME, LogMECallback, Probe
+from lightning_logme.features.selection import Selection, attach_by_tree
 from lightning_logme.functional import evidence, logme
+
+
+def layers_of(module: nn.Module, patterns: list[str]) -> list[str]:
+    """The layers that patterns find in a module."""
+    return attach_by_tree(module, Selection(layers=patterns), "multiclass", None, is_scored=True)[0].layers
 
 
 class Deep(nn.Module):
@@ -48,12 +53,12 @@ class TestPatterns:
         ],
     )
     def test_stand_for_one_part_of_a_name(self, patterns, expected):
-        assert attach(Classifier(Deep()), "auto", patterns, "multiclass", None).layers == expected
+        assert layers_of(Classifier(Deep()), patterns) == expected
 
     def test_wrappers_have_no_part_in_names(self):
         module = Classifier(Deep(3))
         module.model = torch.compile(module.model, backend="eager")
-        layers = attach(module, "auto", ["model.blocks.*"], "multiclass", None).layers
+        layers = layers_of(module, ["model.blocks.*"])
         assert layers == [f"model.blocks.{index}" for index in range(3)]
 
     def test_nothing_matches(self, tmp_path):
@@ -70,7 +75,7 @@ class TestPatterns:
     )
     def test_a_pattern_that_misses_the_prefix_of_a_wrapper_is_completed(self, pattern, expected):
         with pytest.raises(ValueError, match=f"matches {re.escape(repr(pattern))}, .*; {expected}"):
-            attach(Classifier(Deep()), "auto", [pattern], "multiclass", None)
+            layers_of(Classifier(Deep()), [pattern])
 
 
 def test_each_layer_and_their_mean(tmp_path):

@@ -348,7 +348,7 @@ class TestWithoutAHead:
     def test_who_says_what_the_labels_are_wants_them_scored(self, tmp_path):
         for options in ({"target": "y"}, {"num_classes": 5}, {"class_names": ["a", "b"]}):
             callback = LogMECallback(
-                features=lambda m, b: m(b[0]), task="binary", probes={"news": loader(other())}, **options
+                features=lambda m, b: m(b[0]), task="multilabel", probes={"news": loader(other())}, **options
             )
             with pytest.raises(ValueError, match="labels|class_names|num_classes"):
                 trainer(tmp_path, callback).fit(SelfSupervised(), loader(UNLABELLED), loader(UNLABELLED))

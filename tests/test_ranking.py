@@ -276,7 +276,7 @@ class TestBadInput:
             ({"forward": {"good": "x"}}, "forward of 'good' must be callable or None, got 'x'"),
             ({"transforms": {"good": "x"}}, "transforms of 'good' must be callable or None, got 'x'"),
             ({"num_classes": True}, "num_classes must be a positive integer, got True"),
-            ({"task": "binary"}, "num_classes=4 has no meaning for task='binary'"),
+            ({"task": "binary"}, "num_classes must be 2 or None for task='binary', got 4"),
             ({"task": "regression"}, "num_classes=4 has no meaning for task='regression'"),
             ({"num_classes": 0}, "num_classes must be a positive integer"),
             ({"num_classes": 2}, "target holds labels from 0 to 3"),

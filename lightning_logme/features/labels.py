@@ -258,28 +258,6 @@ def _describe(batch: Any) -> str:
     return f"a {type(batch).__name__}"
 
 
-def decide_num_outputs(
-    task: Task, num_classes: int | None, *, head_outputs: int | None = None, labels: Tensor | None = None
-) -> int | None:
-    """Return K, the number of outputs, or None where it is not known yet.
-
-    Args:
-        task: of the labels.
-        num_classes: K of "multiclass" and "multilabel", where the user gave it.
-        head_outputs: number of outputs of the classifier head, which decides "multiclass" from 2 on.
-        labels: checked labels that count: all of them for "multiclass", any of them for the columns of other tasks.
-    """
-    if task == "binary":
-        return 2
-    if num_classes is not None:
-        return num_classes
-    if task != "multiclass":
-        return None if labels is None else labels.shape[1]
-    if labels is not None and len(labels):
-        return int(labels.max()) + 1
-    return head_outputs if head_outputs is not None and head_outputs >= 2 else None
-
-
 def _dense(name: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}.")

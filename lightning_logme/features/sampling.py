@@ -25,11 +25,11 @@ from lightning_logme.features.labels import (
     Target,
     TargetSpec,
     conform_target,
-    decide_num_outputs,
     find_target,
 )
+from lightning_logme.features.outputs import decide_num_outputs
 from lightning_logme.scores.accumulator import mixed
-from lightning_logme.utilities.checks import EXCLUSIVE, Task, positive_or_none
+from lightning_logme.utilities.checks import EXCLUSIVE, Task
 
 # Samples of the first round. Fewer say little, and every round costs evidence and, with factories, loading.
 _FIRST_ROUND = 256
@@ -135,13 +135,11 @@ class Samples:
         Raises:
             ValueError: the labels do not fit the task, or K cannot be known.
         """
-        num_classes = positive_or_none("num_classes", num_classes)
-        if num_classes not in {"binary": (None, 2), "regression": (None,)}.get(self.task, (num_classes,)):
-            raise ValueError(f"num_classes={num_classes} has no meaning for task={self.task!r}; leave it out.")
+        known = decide_num_outputs(self.task, num_classes)
         labels = self.first.target if self.labels is None else self.labels
-        target = Target.checked(labels, self.task, 2 if self.task == "binary" else num_classes, ignore_index)
+        target = Target.checked(labels, self.task, known, ignore_index)
         is_known = self.labels is not None or self.task != "multiclass"
-        outputs = decide_num_outputs(self.task, num_classes, labels=target.values if is_known else None)
+        outputs = decide_num_outputs(self.task, num_classes, values=target.values if is_known else None)
         if outputs is None:
             raise ValueError(
                 "num_classes is needed for task='multiclass': pass the number of classes. It is counted only where the "

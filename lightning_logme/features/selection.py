@@ -14,7 +14,7 @@ from torchmetrics import Metric
 from lightning_logme.features.extractor import HEAD, HEAD_KEY, Extractor, Features, Source
 from lightning_logme.features.heads import find_head, get_module
 from lightning_logme.features.hooks import CallTrace, Capture, Window
-from lightning_logme.features.labels import decide_num_outputs
+from lightning_logme.features.outputs import decide_num_outputs, num_outputs_of
 from lightning_logme.features.pooling import Pooling, check_poolings
 from lightning_logme.utilities.checks import Task, check_flags, names
 from lightning_logme.utilities.compat import plain_name
@@ -176,11 +176,6 @@ def attach_by_tree(
     if guess is not None and num_classes is not None and outputs not in (None, num_classes):
         text += f"; its {outputs} outputs are not num_classes: if it is not the classifier, give head="
     return extractor, text
-
-
-def num_outputs_of(head: nn.Module | None) -> int | None:
-    """Return the number of outputs of a head, where it says it."""
-    return getattr(head, "out_features", getattr(head, "out_channels", None))
 
 
 def _poolings(pooling: Pooling | Mapping[str, Pooling], layers: Sequence[str]) -> dict[str, Pooling]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_logme.features.extractor import HEAD, Errors, Extractor
 from lightning_logme.features.hooks import NotCalledError
 from lightning_logme.features.labels import Labels, TargetSpec, read_labels
+from lightning_logme.features.outputs import decide_num_outputs
 from lightning_logme.features.padding import distributed_sampler, rows_without_padding
 from lightning_logme.scores.accumulator import Accumulator
 from lightning_logme.scores.curve import CurvePoint, segments
@@ -55,8 +56,7 @@ class Result(NamedTuple):
 
     Attributes:
         evidence: of all samples, on the CPU.
-        curve: the score after the first 32 (or twice the number of classes, if that is more), 64, 128, … samples and
-            after all, where it was asked for.
+        curve: points at each doubling of the samples, where it was asked for.
     """
 
     evidence: Evidence
@@ -108,7 +108,7 @@ class Pass:
         """
         target = labels.target
         if self.num_outputs is None:
-            self.num_outputs = target.values.shape[1]
+            self.num_outputs = decide_num_outputs(self.scoring.task, values=target.values) or 1
         errors: Errors = {}
         segment = self._segment(len(target.values), places, loader) if self.scoring.curve else 0
         index = target.index(places)
@@ -202,12 +202,7 @@ class Validation:
     """
 
     def __init__(
-        self,
-        name: str,
-        scoring: Scoring,
-        target: TargetSpec,
-        class_names: Sequence[str] | None = None,
-        has_probes: bool = False,
+        self, name: str, scoring: Scoring, target: TargetSpec, class_names: Sequence[str] | None, has_probes: bool
     ) -> None:
         self._scoring = scoring
         self._target = target
