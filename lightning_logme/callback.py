@@ -257,7 +257,7 @@ class LogMECallback(AnyCallback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._validation.start_batch(batch)
+        self._validation.start_batch(batch, dataloader_idx)
 
     def on_validation_batch_end(
         self,

@@ -109,6 +109,21 @@ def test_several_loaders(tmp_path):
     assert "logme" not in run.callback_metrics
 
 
+@pytest.mark.parametrize("task", ["regression", "multilabel"])
+def test_loaders_with_different_numbers_of_targets(tmp_path, task):
+    class Encoding(Classifier):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            self(batch[0])
+
+    x, y = vectors().tensors
+    targets = [(y[:, None] > torch.arange(columns)).float() for columns in (1, 3)]
+    callback, module = LogMECallback(task=task, curve=True), Encoding()
+    sets = [TensorDataset(x, target) for target in targets]
+    trainer(tmp_path, callback).validate(module, [loader(data) for data in sets], verbose=False)
+    for row, data in zip(callback.history, sets, strict=True):
+        assert row["logme"] == pytest.approx(float(logme(*penultimate(module, "model.2", data), task)), rel=1e-6)
+
+
 def test_layers_are_scored_by_their_output(tmp_path):
     callback, module = LogMECallback(layers=["model.features", "model.features.1"]), Classifier(ConvNet())
     run = trainer(tmp_path, callback)

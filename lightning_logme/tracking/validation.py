@@ -17,7 +17,7 @@ from lightning_logme.features.extractor import HEAD, Errors, Extractor
 from lightning_logme.features.hooks import NotCalledError
 from lightning_logme.features.labels import Labels, TargetSpec, read_labels
 from lightning_logme.features.outputs import decide_num_outputs
-from lightning_logme.features.padding import distributed_sampler, rows_without_padding
+from lightning_logme.features.padding import rows_without_padding
 from lightning_logme.scores.accumulator import Accumulator
 from lightning_logme.scores.curve import CurvePoint, segments
 from lightning_logme.scores.evidence import Evidence
@@ -86,7 +86,6 @@ class Pass:
 
     def __init__(self, scoring: Scoring, rank: int = 0, world: int = 1, num_loaders: int = 1) -> None:
         self.scoring = scoring
-        self.num_outputs = scoring.num_outputs
         self.num_loaders = num_loaders
         self.errors: dict[str | None, str] = {}
         self.batches: Counter[int] = Counter()
@@ -94,6 +93,7 @@ class Pass:
         self.unseen: Counter[int] = Counter()
         self.accumulators: dict[Key, Accumulator] = {}
         self._rank, self._world = rank, world
+        self._columns: dict[int, int] = {}  # by loader, K
         self._scored: Counter[int] = Counter()  # by loader, the rows of this process that count
         self._counted_here: set[int] = set()  # loaders whose rows are not one for each sample
 
@@ -107,10 +107,10 @@ class Pass:
             loader: index of the loader.
         """
         target = labels.target
-        if self.num_outputs is None:
-            self.num_outputs = decide_num_outputs(self.scoring.task, values=target.values) or 1
+        num_outputs = self.num_outputs(loader) or decide_num_outputs(self.scoring.task, values=target.values) or 1
+        self._columns[loader] = num_outputs
         errors: Errors = {}
-        segment = self._segment(len(target.values), places, loader) if self.scoring.curve else 0
+        segment = self._segment(len(target.values), places, loader, num_outputs) if self.scoring.curve else 0
         index = target.index(places)
         for source, features in rows.items():
             key = source, loader
@@ -118,13 +118,17 @@ class Pass:
                 kept = target.rows(features, normalize=self.scoring.normalize)
                 if key not in self.accumulators:
                     width, device = kept.features.shape[1], kept.features.device
-                    self.accumulators[key] = Accumulator(self.scoring.task, width, self.num_outputs, device)
+                    self.accumulators[key] = Accumulator(self.scoring.task, width, num_outputs, device)
                 self.accumulators[key].add(kept, segment, index)
             except Exception as error:
                 errors[source] = error
         return errors
 
-    def _segment(self, number: int, places: range, loader: int) -> Tensor:
+    def num_outputs(self, loader: int) -> int | None:
+        """Return K of a loader, None where no batch has shown it: loaders may have labels with different columns."""
+        return self._columns.get(loader, self.scoring.num_outputs)
+
+    def _segment(self, number: int, places: range, loader: int, num_outputs: int) -> Tensor:
         """Return the segment of the curve of each row.
 
         A process does not know how many rows of the other processes count, and assumes as many as its own.
@@ -135,7 +139,7 @@ class Pass:
         if loader in self._counted_here:
             positions = (self._scored[loader] + torch.arange(number)) * self._world + self._rank
         self._scored[loader] += number
-        return segments(positions, self.scoring.task, self.num_outputs or 0)
+        return segments(positions, self.scoring.task, num_outputs)
 
     def results(self, device: torch.device, alone: bool) -> dict[Key, Result | None]:
         """Return the result of every key that any process has met, summed over processes; None after an error.
@@ -146,9 +150,7 @@ class Pass:
             device: for the sums.
             alone: whether the run has but one process.
         """
-        accumulators: Mapping[Key, Accumulator] = self.accumulators
-        if not alone:
-            accumulators = self._reduced(device)
+        accumulators = self.accumulators if alone else self._reduced(device)
         return {
             key: self._result(accumulators[key])
             for key in sorted(accumulators)
@@ -236,11 +238,11 @@ class Validation:
         """Forget what has been accumulated."""
         self._extractor, self._pass, self._wrong_guess, self._labels = None, None, None, None
 
-    def start_batch(self, batch: Any) -> None:
+    def start_batch(self, batch: Any, loader: int) -> None:
         """Read the labels before ``validation_step``, which may take them out of the batch, and capture."""
         if self._extractor is None or self._pass is None or None in self._pass.errors:
             return
-        self._labels = None if self._fetches_batches else self._read(batch, self._pass.num_outputs)
+        self._labels = None if self._fetches_batches else self._read(batch, self._pass.num_outputs(loader))
         self._extractor.start(self._labels if isinstance(self._labels, Labels) else None)
 
     def end_batch(self, trainer: Trainer, batch: Any, batch_idx: int, loader: int) -> None:
@@ -281,29 +283,27 @@ class Validation:
 
     def _add(self, extractor: Extractor, current: Pass, trainer: Trainer, batch: Any, loader: int) -> Errors:
         """Add the rows of a batch; return the errors of sources that failed."""
-        labels = self._read(batch, current.num_outputs) if self._fetches_batches else self._labels
+        labels = self._read(batch, current.num_outputs(loader)) if self._fetches_batches else self._labels
         if not isinstance(labels, Labels):
             raise labels or ValueError("its labels are not known")
         with trainer.precision_plugin.forward_context():
             rows, errors = extractor.rows(batch, labels)
-        number = real = labels.target.shape[0]
-        if trainer.world_size > 1 and distributed_sampler(self._loaders[loader]) is not None:
-            found = rows_without_padding(self._loaders[loader], current.batches[loader], number)
-            if found is None:
-                self._messages.warn_of_padding()
-            else:
-                real = found
+        number, world = labels.target.num_samples, trainer.world_size
+        real = number if world == 1 else rows_without_padding(self._loaders[loader], current.batches[loader], number)
+        if real is None:
+            self._messages.warn_of_padding()
+            real = number
         if real < number:
             labels = labels._replace(target=labels.target.first(real))
-        world = trainer.world_size  # samples are dealt out in turn, as DistributedSampler does
+        # Samples are dealt out in turn, as DistributedSampler does.
         first = current.rows[loader] * world + trainer.global_rank
         errors |= current.add(rows, labels, range(first, first + real * world, world), loader)
         current.rows[loader] += number
         if not self._messages.are_labels_explained:
-            if self._class_names is not None and len(self._class_names) != current.num_outputs:
+            num_outputs = current.num_outputs(loader)
+            if self._class_names is not None and len(self._class_names) != num_outputs:
                 raise ValueError(
-                    f"class_names must hold one name for each of {current.num_outputs} outputs, got "
-                    f"{len(self._class_names)}."
+                    f"class_names must hold one name for each of {num_outputs} outputs, got {len(self._class_names)}."
                 )
             self._messages.explain_labels(extractor.poolings)
             widths = [accumulator.num_features for accumulator in current.accumulators.values()]
