@@ -400,6 +400,7 @@ def test_a_scripted_part_of_the_network_is_left_alone(tmp_path):
     assert all(row["logme"] == row["logme"] for row in callback.history)
     with pytest.raises(ValueError, match="layer 'augmentation' is a module of TorchScript, which takes no hooks"):
         trainer(tmp_path, LogMECallback(layers=["augmentation"])).validate(module, loader(), verbose=False)
+    assert hooks(module) == 0
 
 
 def test_features_and_layers_may_run_the_same_modules(tmp_path):

@@ -117,9 +117,6 @@ class Capture:
         seen: for each call since the window was opened, the tensor, and whether it is pooled.
         error: of a call.
         handle: of the hook.
-
-    Raises:
-        ValueError: the module is one of TorchScript, which takes no hooks.
     """
 
     def __init__(
@@ -132,8 +129,6 @@ class Capture:
         key: str = "",
         remedy: str = "name a module that is called",
     ) -> None:
-        if isinstance(module, torch.jit.ScriptModule):
-            raise ValueError(f"{name} is a module of TorchScript, which takes no hooks; name another module.")
         axis = None
         if side == "input":
             axis = FIRST if hasattr(module, "in_channels") else LAST if hasattr(module, "in_features") else None

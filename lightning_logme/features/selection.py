@@ -90,7 +90,7 @@ def attach(
         key: what a mapping of poolings calls the feature of the head.
 
     Raises:
-        ValueError: a module is not found.
+        ValueError: a module is not found, or takes no hooks.
     """
     window = Window(CallTrace(module))
     layers = _matching(module, selection.layers)
@@ -99,8 +99,14 @@ def attach(
             f"layer_mean is the mean of several layers, and layers={tuple(selection.layers)!r} names {len(layers)}."
         )
     parts = {name: get_module(module, name, "head") for name in heads or ()}
-    found = {name: get_module(module, name, "layers") for name in layers}  # all are found before any gets a hook
-    poolings = _poolings(selection.pooling, layers)
+    found = {name: get_module(module, name, "layers") for name in layers}
+    for kind, modules in (("the head", parts), ("layer", found)):
+        for name, part in modules.items():
+            if isinstance(part, torch.jit.ScriptModule):
+                raise ValueError(
+                    f"{kind} '{name}' is a module of TorchScript, which takes no hooks; name another module."
+                )
+    poolings = _poolings(selection.pooling, layers)  # nothing raises once a module has a hook
     sources = []
     if selection.features is not None:
         sources.append(Source(HEAD, features=selection.features, pooling=poolings[HEAD]))
