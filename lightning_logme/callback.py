@@ -242,7 +242,7 @@ class LogMECallback(AnyCallback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.enable_validation:  # or the sanity check has done so
+        if not trainer.enable_validation and self._out_of_step is None:  # or the sanity check has done so
             self._rehearse(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -93,3 +93,18 @@ def test_a_time_between_validations_is_told():
             LogMECallback().setup(run, Classifier(), "fit")
     finally:
         dist.destroy_process_group()
+
+
+def test_probes_of_processes_that_are_not_connected_are_not_run_before_training(tmp_path):
+    run = SimpleNamespace(
+        world_size=2, strategy=type("XLAStrategy", (), {})(), enable_validation=False, sanity_checking=False
+    )
+    module, callback = Classifier(), LogMECallback(probes={"same": loader()})
+    with pytest.warns(UserWarning, match="logme will not be scored"):
+        callback.setup(run, module, "fit")
+    callback.on_fit_start(run, module)
+    callback.on_train_start(run, module)
+    callback.on_train_epoch_end(run, module)
+    callback.on_exception(run, module, RuntimeError())
+    assert callback.history == []
+    assert hooks(module) == 0
