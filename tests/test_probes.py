@@ -521,6 +521,22 @@ class TestWhen:
         scores = [event.value for event in events(tmp_path).Scalars("logme/news")]
         assert scores == pytest.approx([row["logme"] for row in rows_of(callback, "logme/news")])
 
+    @pytest.mark.parametrize(("every", "steps"), [(1, list(range(10))), (2, [1, 3, 5, 7, 9])])
+    def test_scores_at_a_checkpoint_within_an_epoch_are_logged_at_the_step_of_the_batch(self, tmp_path, every, steps):
+        class Logging(Classifier):
+            def training_step(self, batch, batch_idx):
+                self.log("batch", float(self.trainer.fit_loop.total_batch_idx))
+                return super().training_step(batch, batch_idx)
+
+        callback = LogMECallback(probes={"news": loader(other())}, probe_every="checkpoint")
+        saving = ModelCheckpoint(tmp_path, every_n_train_steps=every, save_top_k=-1)
+        logger = TensorBoardLogger(tmp_path, "", "")
+        run = trainer(tmp_path, callback, saving, logger=logger, log_every_n_steps=1)
+        run.fit(Logging(), loader(), loader())
+        seen = events(tmp_path)
+        assert [event.step for event in seen.Scalars("logme/news")] == steps
+        assert {event.step: event.value for event in seen.Scalars("batch")} == {step: step for step in range(10)}
+
     def test_training_is_the_same_to_the_last_bit(self, tmp_path):
         weights = []
         for probes in (None, {"news": loader(other())}):

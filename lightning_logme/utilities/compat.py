@@ -136,8 +136,12 @@ def validates_by_clock(trainer: Trainer) -> bool:
 
 
 def logged_step(trainer: Trainer) -> int:
-    """Return the step under which ``pl_module.log`` logs at the end of an epoch."""
-    return trainer.fit_loop.epoch_loop._batches_that_stepped - int(trainer.training)
+    """Return the step under which ``pl_module.log`` logs now."""
+    loop = trainer.fit_loop.epoch_loop
+    # At the end of an epoch the last batch is counted. While a batch ends, and in a validation after it, it is not yet.
+    progress = loop.batch_progress.current
+    is_counted = trainer.training and progress.completed == progress.ready
+    return max(0, loop._batches_that_stepped - int(is_counted))
 
 
 def prepared_batch(batch: Any, trainer: Trainer, module: LightningModule) -> Any:
