@@ -1,8 +1,10 @@
 """The callback in real Trainer runs."""
 
 import copy
+import gc
 import math
 import warnings
+import weakref
 
 import lightning.pytorch as pl
 import pytest
@@ -504,6 +506,28 @@ class TestErrors:
 
         with pytest.warns(UserWarning, match="called 2 times"):
             trainer(tmp_path, LogMECallback(layers=["model.0"])).fit(Hungry(), loader(), loader())
+
+    def test_errors_keep_no_features(self, tmp_path):
+        """Not even until Python looks for circles, as the traceback in an error that is kept in its own frame."""
+        seen = []
+
+        def failing(module, batch):
+            features = module.model[0](batch[0])
+            if seen:
+                seen.append(weakref.ref(features))
+                raise OSError("out of order")
+            seen.append(weakref.ref(features))
+            return features
+
+        module = Classifier()
+        callback = LogMECallback(features=failing, num_classes=CLASSES, layers=["model.1"])
+        gc.disable()
+        try:
+            with pytest.warns(UserWarning, match="after an error in batch 1: OSError: out of order"):
+                trainer(tmp_path, callback).validate(module, loader(), verbose=False)
+            assert [reference() for reference in seen] == [None] * 5
+        finally:
+            gc.enable()
 
     def test_nan_features_warn_and_the_run_goes_on(self, tmp_path):
         x, y = vectors(100).tensors

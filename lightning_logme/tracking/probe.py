@@ -18,7 +18,7 @@ from lightning_logme.features.sampling import Portion, Samples
 from lightning_logme.tracking.validation import Pass, Scoring
 from lightning_logme.utilities.checks import Task, check_options, check_task, positive_or_none
 from lightning_logme.utilities.compat import LightningModule, Trainer, prepared_batch
-from lightning_logme.utilities.distributed import reason_of
+from lightning_logme.utilities.distributed import reason_of, release
 
 _PATIENCE = 2.0  # seconds of a pass after which there is a bar
 
@@ -129,12 +129,14 @@ class PreparedProbe:
                     current.batches[0] += 1
                     for source, error in self._add(current, portion, trainer, module, extractor).items():
                         current.errors.setdefault(source, reason_of(error))
+                        release(error)
                         if isinstance(error, NotCalledError):
                             uncalled.add(source)
                     if current.errors.keys() >= set(extractor.names):
                         break
         except Exception as error:
             current.errors[None] = reason_of(error)
+            release(error)
         return current, uncalled
 
     def _add(

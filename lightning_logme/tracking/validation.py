@@ -25,7 +25,7 @@ from lightning_logme.scores.reduction import reduced
 from lightning_logme.tracking.messages import Messages
 from lightning_logme.utilities.checks import Task
 from lightning_logme.utilities.compat import LightningModule, Trainer, rank_zero_warn, validation_loaders
-from lightning_logme.utilities.distributed import Failure, first_reason, gathered, reason_of
+from lightning_logme.utilities.distributed import Failure, first_reason, gathered, reason_of, release
 
 Key = tuple[str, int]  # source of features, index of the loader
 
@@ -76,8 +76,7 @@ class Pass:
         num_loaders: of the samples.
 
     Attributes:
-        errors: by source, why this pass has no result; None stands for all sources. A source that fails in one process
-            fails in all of them.
+        errors: by source, or None for all sources, why there is no result; shared between processes at the end.
         batches: by loader, the batches that this process has had from it.
         rows: by loader, the samples in them, padding included.
         unseen: by loader, the batches in which no module was called.
@@ -295,8 +294,7 @@ class Validation:
             real = number
         if real < number:
             labels = labels._replace(target=labels.target.first(real))
-        # Samples are dealt out in turn, as DistributedSampler does.
-        first = current.rows[loader] * world + trainer.global_rank
+        first = current.rows[loader] * world + trainer.global_rank  # dealt out in turn, as DistributedSampler does
         errors |= current.add(rows, labels, range(first, first + real * world, world), loader)
         current.rows[loader] += number
         if not self._messages.are_labels_explained:
@@ -366,5 +364,7 @@ class Validation:
         if is_final and self._alone:
             raise next(iter(errors.values()))
         new = {source: reason_of(error) for source, error in errors.items() if source not in current.errors}
+        for error in errors.values():
+            release(error)
         current.errors.update(new)
         self._messages.warn_of_errors(new, batch_idx, is_final)

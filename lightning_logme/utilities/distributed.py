@@ -37,8 +37,7 @@ def together(alone: bool) -> Iterator[None]:
         yield
     except Exception as error:
         reason = reason_of(error)
-        # A traceback holds tensors, and memory may be what there was too little of.
-        error.__traceback__ = error.__context__ = error.__cause__ = None
+        release(error)
     reasons = gathered(alone, reason)
     found = reason if len(set(reasons)) == 1 else first_reason(reasons)
     if found is not None:
@@ -62,6 +61,11 @@ def gathered(alone: bool, mine: T) -> list[T]:
 def reason_of(error: Exception) -> str:
     """Return an error as part of a message: its type matters unless it is a ValueError, as this package raises."""
     return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+
+
+def release(error: Exception) -> None:
+    """Drop the traceback of an error that is not raised: its frames hold tensors, and memory may have run out."""
+    error.__traceback__ = error.__context__ = error.__cause__ = None
 
 
 def first_reason(reasons: Sequence[str | None]) -> str | None:
