@@ -70,9 +70,10 @@ def test_a_killed_process_ends_all(tmp_path):
     assert not succeeded
 
 
-def test_a_first_batch_that_cannot_be_scored_in_one_process_is_an_error_in_all(tmp_path):
+@pytest.mark.parametrize("scenario", ["first_batch_fails", "only_first_batch_fails"])
+def test_a_first_batch_that_cannot_be_scored_in_one_process_is_an_error_in_all(tmp_path, scenario):
     begun = time.monotonic()
-    printed, _, succeeded = launch(tmp_path, "first_batch_fails")
+    printed, _, succeeded = launch(tmp_path, scenario)
     assert not succeeded
     assert time.monotonic() - begun < PATIENCE / 2
     for rank in (0, 1):

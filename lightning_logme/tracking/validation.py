@@ -277,7 +277,7 @@ class Validation:
             self._wrong_guess = str(errors.pop(HEAD))
         if errors:
             self._note(current, batch_idx, errors)
-        elif is_called and self._stage is Stage.UNPROVEN:
+        elif is_called and not current.errors and self._stage is Stage.UNPROVEN:
             self._stage = Stage.PROVEN
 
     def _add(self, extractor: Extractor, current: Pass, trainer: Trainer, batch: Any, loader: int) -> Errors:
