@@ -157,7 +157,7 @@ class LogMECallback(AnyCallback):
         if not (validation or probes):
             raise ValueError("validation=False leaves nothing to score without probes.")
         self.head = head
-        self.layers = () if layers is None else layers
+        self.layers = () if layers is None else names("layers", layers)
         self.layer_mean = layer_mean
         self.features = features
         self.task: Task = task

@@ -122,6 +122,10 @@ class TestLayers:
         with pytest.raises(ValueError, match="layer_mean must be True or False, got 'yes'"):
             rank(candidates, layers=["low"], layer_mean="yes")
 
+    def test_a_generator_of_layers_is_for_all_candidates(self):
+        ranking = rank({"a": Net(), "b": Net(seed=1)}, layers=(name for name in ["low", "high"]))
+        assert {row.name for row in ranking.rows} == {"a", "a/low", "a/high", "b", "b/low", "b/high"}
+
     def test_rows_of_two_candidates_never_have_one_name(self):
         candidates = {"net": Net(), "net/low": Net(seed=1)}
         with pytest.raises(ValueError, match="candidates: 'net/low' could be the row of a layer of 'net'; rename"):

@@ -6,7 +6,7 @@ import itertools
 import os
 import pickle
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -146,7 +146,10 @@ def rank_backbones(
     several: Any = [] if logger is None else [logger] if isinstance(logger, AnyLogger) else logger
     pairs = _pairs(candidates)
     names = [name for name, _ in pairs]
-    heads, layer_lists = _by_candidate("head", head, names, AUTO), _by_candidate("layers", layers, names, ())
+    heads = _by_candidate("head", head, names, AUTO)
+    if isinstance(layers, Iterator):  # which could be read for one candidate only
+        layers = tuple(layers)
+    layer_lists = _by_candidate("layers", layers, names, ())
     poolings = _by_candidate("pooling", pooling, names, "auto")
     forwards = _by_candidate("forward", forward, names, None, check=True)
     several_transforms = _by_candidate("transforms", transforms, names, None, check=True)
