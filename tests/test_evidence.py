@@ -424,7 +424,7 @@ def test_sums_of_parts_are_the_whole(shape, cuts, task):
     total = total.accumulate(rows_of(features, target, task, outputs))
     for start, stop in pairwise(bounds):
         part = Moments.zeros(d, outputs).accumulate(rows_of(features[start:stop], target[start:stop], task, outputs))
-        parts = parts + part
+        parts.add_(part)
     for name, value in vars(total).items():
         torch.testing.assert_close(getattr(parts, name), value, rtol=1e-12, atol=1e-12)
 

@@ -118,9 +118,6 @@ class Moments:
     def num_features(self) -> int:
         return self.cross.shape[1]
 
-    def __add__(self, other: Moments) -> Moments:
-        return Moments(**{name: value + getattr(other, name) for name, value in vars(self).items()})
-
     def add_(self, other: Moments) -> Moments:
         """Add in place."""
         for name, value in vars(self).items():
