@@ -117,7 +117,7 @@ class Pass:
                 kept = target.rows(features, normalize=self.scoring.normalize)
                 if key not in self.accumulators:
                     width, device = kept.features.shape[1], kept.features.device
-                    self.accumulators[key] = Accumulator(self.scoring.task, width, num_outputs, device)
+                    self.accumulators[key] = Accumulator(self.scoring.task, width, num_outputs, device, sample_size=0)
                 self.accumulators[key].add(kept, segment, index)
             except Exception as error:
                 errors[source] = error
