@@ -44,7 +44,7 @@ class LogMECallback(AnyCallback):
     ``ModelCheckpoint(monitor="logme", mode="max")``, ``EarlyStopping``, the progress bar and every logger see them in
     the same epoch:
 
-    - ``logme`` and ``logme_gain``: the score, and what it exceeds the score of useless features by, in nats per sample;
+    - ``logme`` and ``logme_gain``: the score, and its distance from the score of useless features, in nats per sample;
     - ``logme/<layer>`` and ``logme_gain/<layer>`` for each of ``layers``, and for ``layer_mean``;
     - ``logme/<probe>`` and ``logme_gain/<probe>`` for each of ``probes``, and ``logme/<probe>/<layer>``;
     - with Lightning's suffix ``/dataloader_idx_<i>`` where there are several validation loaders.
@@ -65,35 +65,35 @@ class LogMECallback(AnyCallback):
         features: callable(module, batch) -> features, in place of ``head``, for modules without one; costs a forward
             pass of its own.
         task: "binary", "multiclass", "multilabel" or "regression".
-        num_classes: the number of classes or labels; None takes what the head puts out.
+        num_classes: the number of classes or labels; None takes the number of outputs of the head.
         target: where the labels are in a batch: a key, an index, or a callable(batch) -> Tensor; None finds them in
             the usual forms.
         pooling: how tokens (N, T, D) and maps (N, C, H, W) become (N, D). "auto" and "mean" average, tokens under the
             batch's attention mask; the layers that made a map show which of its axes holds the channels.
-            "channels_first" and "channels_last" average and say it; "cls" takes the first token and "last" the last one
-            that are not masked; a callable(Tensor) -> Tensor does it itself. One for all, or a mapping by layer (name
-            or pattern, "head" for the head's input).
+            "channels_first" and "channels_last" average, too, and name that axis; "cls" takes the first token that is
+            not masked, and "last" the last one; a callable(Tensor) -> Tensor returns (N, D). One for all, or a mapping
+            by layer (name or pattern, "head" for the head's input).
         name: prefix of everything that is logged; callbacks in one Trainer need different ones.
         fit_intercept: centre features and targets first. The papers do not.
-        ignore_index: rows with this label are left out, as in ``torch.nn.functional.cross_entropy``; has no part in
+        ignore_index: rows with this label are left out, as in ``torch.nn.functional.cross_entropy``; not used in
             regression.
         normalize: scale the features of each sample to length 1. The papers do not; on real tasks it ranks better.
         class_names: names of the outputs for the figure.
         plots: whether loggers that can show them get histograms and figures at every validation. "auto" leaves out
             figures where drawing takes more than 5 % of the validation.
-        curve: record the score at 32, 64, 128, … samples and at all (see ``curves``); of more than 16 classes it begins
-            at twice their number. In the order in which samples come: of the validation set its loader's, of a probe a
-            random one.
+        curve: record the score of the first 32, 64, 128, … samples and of all (see ``curves``). With more than 16
+            classes, the first point is at twice their number. Samples of the validation set come in the order of its
+            loader, samples of a probe in a random order.
         probes: by name, labelled loaders of other tasks, or :class:`~lightning_logme.Probe`: at each validation, or at
             the end of each epoch in a run without one, the module's forward runs on them in eval mode, and leaves no
             trace. The feature is that of ``head`` or ``features``. Where ``layers`` are named and ``head`` is "auto", a
             head is looked for only if the validation set is scored; without one the last layer stands for it. One batch
             of each is run in the sanity check, or before the first step of a run without validation, so that mistakes
             surface early.
-        probe_every: run the probes at the first of every so many validations; between them monitors see the values of
-            the last time. "checkpoint" runs them while a checkpoint is being saved, and puts their results into that
-            checkpoint and to the loggers: too late for a monitor, so that none may name a probe, and not for
-            checkpoints with ``save_weights_only=True``, which hold no state of callbacks.
+        probe_every: an integer k runs the probes at the first of every k validations; in between, monitors see the last
+            values. "checkpoint" runs them while a checkpoint is being saved, and their results go into that checkpoint
+            and to the loggers. That is too late for monitors: none may name a probe. Checkpoints saved with
+            ``save_weights_only=True`` hold no state of callbacks, and do not run the probes.
         validation: whether the validation set itself is scored. False where it has no labels, and only probes are to
             be scored.
 
@@ -176,7 +176,7 @@ class LogMECallback(AnyCallback):
         self._scoring = Scoring(task, None, ignore_index, fit_intercept, normalize, curve)
         self._history = History(name, plots)
         self._validation = Validation(name, self._scoring, target, self.class_names, bool(self.probes))
-        # Of a run
+        # State of a run
         self._extractor: Extractor | None = None
         self._started = 0.0  # when the validation began
         self._has_probes = bool(self.probes)
@@ -226,7 +226,7 @@ class LogMECallback(AnyCallback):
         self.probes.prepare(trainer, self, self.name)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if trainer.state.fn != "fit":  # which restores its own position
+        if trainer.state.fn != "fit":  # a fit restores epoch and step itself
             self._history.position = int(checkpoint.get("epoch", 0)), int(checkpoint.get("global_step", 0))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -141,7 +141,7 @@ class LogME(Metric):
         return self._evidence.score
 
     def evidence(self) -> Evidence:
-        """Everything behind :meth:`compute`, synchronised between processes as it is."""
+        """Return everything behind :meth:`compute`, synchronised between processes in the same way."""
         self.compute()  # cached by torchmetrics until the next update
         assert self._evidence is not None
         return self._evidence
@@ -229,7 +229,7 @@ class LogME(Metric):
 
 
 def _all_reduce(state: Tensor, group: Any = None) -> list[Tensor]:
-    """In place of all processes' states, which torchmetrics would add up, a list of their sum."""
+    """Return a list of one tensor, the sum over all processes; torchmetrics adds up what is in the list."""
     # Metrics of one MetricCollection share their states: the sum must not be written to them.
     total = state.clone()
     dist.all_reduce(total, group=group)

@@ -167,7 +167,7 @@ class Extractor:
 
     @property
     def is_compiled(self) -> bool:
-        """Whether a module that is captured from is inside one that ``torch.compile`` compiles."""
+        """Whether ``torch.compile`` compiles one of the modules that are captured from."""
         compiled = compiled_modules(self.module)
         return any(capture.module in compiled for capture in self.captures)
 

@@ -237,7 +237,7 @@ def _without_captures(module: nn.Module) -> nn.Module:
 
 
 def first_tensor(value: Any) -> Tensor | None:
-    """Return the first tensor in nested tuples, lists and mappings; of Hugging Face the last hidden state or logits."""
+    """Return the first tensor in nested tuples, lists and mappings; a last hidden state or logits go first."""
     if isinstance(value, Tensor):
         return value
     if isinstance(value, Mapping):
@@ -251,7 +251,7 @@ def first_tensor(value: Any) -> Tensor | None:
 
 
 def owned(rows: Tensor, tensor: Tensor) -> Tensor:
-    """Return rows that were made from a tensor, copied if they share or keep more memory than their own.
+    """Return rows that were made from a tensor, copied where they share its memory or keep more memory than their own.
 
     A later layer may work in place, and a view would keep all that it is a view of.
     """

@@ -38,9 +38,8 @@ def undisturbed(module: nn.Module, datamodule: object = None) -> Iterator[None]:
     """Set a module to eval mode and without gradients; afterwards everything is as it was.
 
     That is the attributes of its parts (modes, counters, caches, the states of metrics), its buffers, the global random
-    generators, and those of torch among its attributes. Its logging meanwhile is dropped. Lists and dicts of its own
-    that it adds to keep what was added. The attributes of the data module, whose hooks prepare batches, are kept as
-    well.
+    generators, and those of torch among its attributes. The attributes of the data module, whose hooks prepare batches,
+    are put back as well. What the module logs meanwhile is dropped. What it adds to its own lists and dicts stays.
     """
     scripted = {part: part.training for part in module.modules() if isinstance(part, torch.jit.ScriptModule)}
     parts = [part for part in module.modules() if part not in scripted]

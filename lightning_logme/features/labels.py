@@ -63,19 +63,19 @@ class Target:
         return self.shape[0]
 
     def first(self, number: int) -> Target:
-        """Return the target that keeps none but the first samples, as where the others are padding."""
+        """Return the target of the first samples alone, as where the rest are padding."""
         stop = number * (self.shape[1:].numel() if self.task in EXCLUSIVE else 1)
         kept = torch.arange(stop, device=self.values.device) if self.kept is None else self.kept[self.kept < stop]
         return replace(self, values=self.values[: len(kept)], kept=kept)
 
     def spread(self, values: Tensor) -> Tensor:
-        """Return one of the values (N,), on the CPU, for each label that is kept: that of its sample."""
+        """Return for each label that is kept the value of its sample, given values (N,) on the CPU."""
         if self.task in EXCLUSIVE and len(self.shape) == 2:
             values = values.repeat_interleave(self.shape[1])
         return values if self.kept is None else values[self.kept.cpu()]
 
     def index(self, places: range) -> Tensor:
-        """Return the index in the whole data set of each label that is kept, given those of the samples (N,)."""
+        """Return the index in the whole data set of each label that is kept, given the places of the samples (N,)."""
         index = self.spread(torch.arange(places.start, places.stop, places.step))
         if not (self.task in EXCLUSIVE and len(self.shape) == 2):
             return index
@@ -155,7 +155,7 @@ def check_target(target: Any) -> None:
 
 
 def find_target(batch: Any, target: TargetSpec = None) -> Tensor:
-    """The labels of a batch.
+    """Return the labels of a batch.
 
     Args:
         batch: as the loader made it: (inputs, labels, …), a mapping, or an object with attributes.
@@ -187,7 +187,7 @@ def find_target(batch: Any, target: TargetSpec = None) -> Tensor:
 
 
 def describe_target(batch: Any, target: TargetSpec = None) -> tuple[str, str | None]:
-    """Where :func:`find_target` looks in such a batch, and what else there could be taken for labels, if anything."""
+    """Return where :func:`find_target` finds labels in such a batch, and what else could be labels, None if nothing."""
     if target is not None:
         return f"target={target!r}", None
     if isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields"):
@@ -214,7 +214,7 @@ def conform_target(target: Tensor, task: Task) -> Tensor:
 
 
 def find_mask(batch: Any) -> Tensor | None:
-    """The attention mask of a Hugging Face batch, or of the inputs in (inputs, labels)."""
+    """Return the attention mask of a Hugging Face batch, or of the inputs in (inputs, labels)."""
     inputs = inputs_of(batch)
     mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
     return mask if isinstance(mask, Tensor) else None

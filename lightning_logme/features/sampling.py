@@ -67,7 +67,7 @@ class Samples:
 
     Args:
         loader: of a map-style data set, from which samples are drawn without replacement, stratified by class where
-            the labels can be had without loading the samples; or anything else that gives batches and can be
+            the labels can be read without loading the samples; or anything else that gives batches and can be
             iterated over again and again, such as a loader of an iterable data set, which is taken as it comes.
         task: of the targets.
         target: where labels are in a batch.
@@ -75,8 +75,8 @@ class Samples:
         repeatable: whether a stream must give the same samples every time.
 
     Attributes:
-        number: of samples; None if only the end of the stream will tell.
-        labels: of all samples in their order, where they can be had without loading the samples.
+        number: of samples; None for a stream, where only its end shows it.
+        labels: of all samples in their order, where they can be read without loading the samples.
         first: the first batch, of a few samples where they are drawn.
 
     Raises:
@@ -101,7 +101,7 @@ class Samples:
             raise ValueError("dataloader gave no batch.")
         self.first = first
         if self.labels is not None and not _equal(self.labels[: len(self.first.target)], self.first.target):
-            self.labels = None  # the data set gives others than it has at hand, as with a target_transform
+            self.labels = None  # batches have other labels than the data set has at hand, as with a target_transform
 
     def _draw(self, loader: Any, indices: Tensor) -> None:
         """Draw the order and the blocks of the samples of a map-style data set."""
@@ -305,7 +305,7 @@ def _stratified(number: int, strata: Tensor | None, generator: torch.Generator) 
     size = counts.repeat_interleave(counts)
     first = (counts.cumsum(0) - counts).repeat_interleave(counts)
     member = torch.arange(number) - first  # 0, 1, … within the class
-    # A class of its own offset would leave rare classes out of the beginning: all start at once, in random turn.
+    # All classes start at once, in random turn: with random offsets, rare classes could be missing at the beginning.
     turn = torch.rand(len(counts), generator=generator).repeat_interleave(counts)
     place = (member.double() / size + turn * 1e-9).argsort(stable=True)
     return by_class[place], (torch.arange(number) % BLOCKS)[place]

@@ -141,7 +141,7 @@ def attach_by_tree(
             guessed beside layers.
 
     Returns:
-        The extractor, and which module was taken for the head in words, None without one.
+        The extractor, and a text that says which module was taken for the head, None without a head.
 
     Raises:
         ValueError: a module or the head is not found, or the number of classes is not known.

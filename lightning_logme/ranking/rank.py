@@ -93,7 +93,7 @@ def rank_backbones(
         transforms: by candidate, callable(batch) -> batch: the preprocessing of its own, on the CPU. Labels are read
             before it.
         fit_intercept: centre features and targets first. The papers do not.
-        ignore_index: samples, or tokens, with this label are left out; has no part in regression.
+        ignore_index: samples, or tokens, with this label are left out; not used in regression.
         normalize: scale each sample's features to length 1 first. The papers do not; on real tasks it ranks better.
         race: drop candidates early. Among equally good ones, the chance that any is dropped in the whole race is at
             most 5 %. If False all see all samples.
@@ -101,11 +101,11 @@ def rank_backbones(
         resume_from: folder in which the results of candidates that are through are kept, and from which a ranking that
             was killed takes them. Candidates whose features or options have changed start anew, with a warning.
         accelerator: as in :class:`lightning.fabric.Fabric`.
-        devices: the same; several give the result of one.
+        devices: the same; several devices give the same result as one.
         strategy: the same; one that keeps a whole model on every device, such as "ddp".
         precision: the same.
         logger: one or several of Lightning's: curves while it runs, then the table and the figures.
-        progress: whether to show bars, and who is dropped.
+        progress: whether to show bars, and which candidates are dropped.
 
     Returns:
         A :class:`~lightning_logme.Ranking`. A candidate that fails has its error in its row, and does not stop the

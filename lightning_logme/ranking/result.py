@@ -30,13 +30,13 @@ Ended = Literal["finished", "dropped", "failed", "interrupted"]
 
 @dataclass(frozen=True)
 class RankingRow:
-    """A candidate's result. Scores compare between rows of the same ``num_samples`` alone.
+    """A candidate's result. Compare only scores of rows with the same ``num_samples``.
 
     Attributes:
         name: of the candidate, followed by "/" and the layer where it is a layer's.
         logme: log of maximum evidence in nats per sample; NaN if there is none.
         gain: ``logme`` minus the score of useless features; 0 if the features explain nothing.
-        stderr: standard error of ``logme``, by the block jackknife. Those of differences are far smaller.
+        stderr: standard error of ``logme``, by the block jackknife. Differences of scores have far smaller ones.
         tied_with_best: whether the paired difference from the best is within chance; true of the best itself.
         feature: what was scored: "input of 'fc'", "output" of the module, or "output of 'layer4'".
         num_features: D.

@@ -140,7 +140,7 @@ class Store:
 
     Args:
         folder: is made where it does not exist.
-        options: what all results depend on: a file that was written under other ones is not used.
+        options: what all results depend on; a file that was written with different options is not used.
     """
 
     def __init__(self, folder: str | os.PathLike[str], options: Mapping[str, Any]) -> None:

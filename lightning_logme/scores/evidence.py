@@ -157,7 +157,7 @@ def maximise_rows(rows: Rows, num_outputs: int, task: Task, fit_intercept: bool)
 def _decompose_and_maximise(
     decompose: Callable[[], Spectrum], n: int, features: Tensor, square: Tensor, cause: str | None
 ) -> tuple[Evidence, Spectrum | None]:
-    """The evidence and the spectrum, if nothing is a cause of NaN."""
+    """Return the evidence and the spectrum; NaN and None where there is a cause for it."""
     if cause is None:
         try:
             spectrum = decompose()
@@ -168,9 +168,9 @@ def _decompose_and_maximise(
 
 
 def _cause_of_nan(n: int, features: Tensor, square: Tensor, task: Task, fit_intercept: bool) -> str | None:
-    """Why there can be no evidence, if so, by the sums of squares of the features and the targets.
+    """Return why there can be no evidence, or None, given the sums of squares of the features and of the targets.
 
-    A NaN or Inf anywhere reaches them.
+    A NaN or Inf anywhere reaches these sums.
     """
     if n == 0:
         return "there are no samples (n = 0; is the loader empty, or every label ignore_index?)"
@@ -192,7 +192,7 @@ def _check_digits(spectrum: Spectrum, found: Maximum) -> None:
     """
     beside = bool((spectrum.eigenvalues <= _COARSER * spectrum.resolution).any())
     if spectrum.unseen == math.inf or (spectrum.unseen > _COARSER * spectrum.resolution and not beside):
-        size = "by any amount"  # none of the directions beside rounding says what those below are worth
+        size = "by any amount"  # no direction next to rounding shows what those below it are worth
     elif beside:
         change = maximise(spectrum.coarser(_COARSER)).log_evidence - found.log_evidence
         perfect = found.saturated & (spectrum.residual == 0)

@@ -20,7 +20,7 @@ Name = TypeVar("Name", bound=Hashable)
 ERROR_RATE = 0.05
 
 # Leading eigenvectors in which the scores with one block left out are computed. On real features of D = 384 and 1280
-# the standard errors come to .84 to 1.06 of those in all directions (.76 at worst, for a random network), and at
+# the standard errors are .84 to 1.06 times those in all directions (.76 at worst, for a random network), and at
 # D = 1280 in an eighth of the time or less.
 _DIRECTIONS = 256
 

@@ -100,7 +100,7 @@ class Moments:
 
     @classmethod
     def zeros(cls, num_features: int, num_outputs: int, device: torch.device | str | None = None) -> Moments:
-        """The moments of no samples."""
+        """Return the moments of no samples."""
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
@@ -126,7 +126,7 @@ class Moments:
 
     @classmethod
     def sum(cls, parts: Sequence[Moments]) -> Moments:
-        """The moments of several parts together."""
+        """Return the moments of several parts together."""
         first, *rest = parts
         result = cls(**{name: value.clone() for name, value in vars(first).items()})
         for part in rest:
@@ -134,9 +134,9 @@ class Moments:
         return result
 
     def all_reduce(self) -> Moments:
-        """The moments of all processes, in place where torch allows it; use what is returned.
+        """Return the sums over all processes, which must all call this; in place where torch allows it.
 
-        Nothing is gathered: memory does not grow with the number of processes, all of which must call this.
+        Nothing is gathered, so memory does not grow with the number of processes.
         """
         sums = self.writable()
         for value in vars(sums).values():
@@ -144,7 +144,7 @@ class Moments:
         return sums
 
     def writable(self) -> Moments:
-        """With copies of tensors made under ``torch.inference_mode``, which must not be written to outside it."""
+        """Return moments that may be written to: tensors made under ``torch.inference_mode`` are copied outside it."""
         outside = not torch.is_inference_mode_enabled()
         return Moments(
             **{name: value.clone() if outside and value.is_inference() else value for name, value in vars(self).items()}
@@ -154,7 +154,7 @@ class Moments:
         return Moments(**{name: value.to(device) for name, value in vars(self).items()})
 
     def project(self, basis: Tensor) -> Moments:
-        """The moments of the features F times a (D, R) matrix V."""
+        """Return the moments of the features F times a (D, R) matrix V."""
         gram = basis.new_zeros(basis.shape[1], basis.shape[1])
         for start in range(0, len(basis), _GRAM_BLOCK):
             rows = slice(start, start + _GRAM_BLOCK)
@@ -167,7 +167,7 @@ class Moments:
 
     @torch.no_grad()
     def accumulate(self, rows: Rows) -> Moments:
-        """Add rows, in place where torch allows it; use what is returned."""
+        """Add rows, and return the sums; in place where torch allows it."""
         # Under autocast a matrix product of float64 would come back in half precision.
         device = self.gram.device
         with torch.autocast(device.type, enabled=False):

@@ -81,7 +81,7 @@ class History:
             state_dict = {"history": [], "evidence": {}}
         if self.position is None:
             self.rows, self._numbers = [], {}
-        known = set(map(repr, state_dict["history"]))  # NaN is not equal to itself, but written as itself
+        known = set(map(repr, state_dict["history"]))  # NaN is not equal to itself, but its text is
         self.rows = list(state_dict["history"]) + [row for row in self.rows if repr(row) not in known]
         self._numbers = {**state_dict["evidence"], **self._numbers}
 

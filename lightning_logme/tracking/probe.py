@@ -1,4 +1,4 @@
-"""Labelled samples of another task, on which a module that is trained on its own is run."""
+"""Labelled samples of another task, and how a module in training is run on them."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _PATIENCE = 2.0  # seconds of a pass after which there is a bar
 class Probe:
     """A labelled loader of a target task, for :class:`~lightning_logme.LogMECallback`.
 
-    The samples are those of :func:`~lightning_logme.rank_backbones`: of a map-style data set all that its sampler would
-    give, each once, in a fixed random order stratified by class; anything else is taken as it comes, the same in every
-    process, which keeps its share. Batches go through the hooks of the module and its data module, such as
-    ``on_after_batch_transfer``, as those of validation do; labels are read before.
+    Samples are read as in :func:`~lightning_logme.rank_backbones`. A map-style data set gives all samples that its
+    sampler would give, each once, in a fixed random order stratified by class. Any other loader is read as it comes, by
+    every process, and each process keeps its share of the batches. Batches go through the hooks of the module and its
+    data module, such as ``on_after_batch_transfer``, as those of validation do; labels are read before.
 
     Args:
         dataloader: gives batches with labels; can be iterated over again and again.
@@ -41,7 +41,7 @@ class Probe:
         forward: callable(module, batch) that runs the module, where it is not to be called as module(inputs) or
             module(**batch).
         limit_batches: how many batches to take; None takes all.
-        ignore_index: rows with this label are left out; has no part in regression.
+        ignore_index: rows with this label are left out; not used in regression.
 
     Raises:
         ValueError: an argument does not fit.
@@ -115,7 +115,7 @@ class PreparedProbe:
             module: is left as it was.
             extractor: attached to the module.
             scoring: of the callback; the task is the probe's own.
-            limit_batches: fewer than the probe's own.
+            limit_batches: how many batches to take, in place of the probe's own number.
 
         Returns:
             The pass, which holds the errors of what fails on the way, and the sources whose module was not called.

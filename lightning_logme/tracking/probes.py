@@ -26,7 +26,7 @@ class Probes:
         every: at the first of every so many validations, or "checkpoint" for whenever a checkpoint is saved.
 
     Raises:
-        ValueError: a name or an option cannot be one.
+        ValueError: a name or an option does not fit.
     """
 
     def __init__(self, probes: Mapping[str, Any] | None, every: Every) -> None:
@@ -142,7 +142,7 @@ class Probes:
             return False
         if self.every == "checkpoint":
             if not is_saving:
-                return trainer.state.fn != "fit"  # nothing is saved, and whoever validates wants to see
+                return trainer.state.fn != "fit"  # no checkpoint will be saved
             is_new = self._saved_at != trainer.global_step
             self._saved_at = trainer.global_step
             return is_new

@@ -14,7 +14,7 @@ _UNEVEN = "allow_zero_length_dataloader_with_multiple_devices"
 
 
 def is_sharded(trainer: Trainer) -> bool:
-    """Return whether the weights are spread over processes, which must then make as many forward passes as others."""
+    """Return whether the weights are spread over processes, which must then make equally many forward passes."""
     return trainer.world_size > 1 and is_one_of(trainer.strategy, _SHARDED)
 
 

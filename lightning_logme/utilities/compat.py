@@ -113,7 +113,7 @@ def is_one_of(thing: object, names: tuple[str, ...]) -> bool:
 
 
 def callbacks_of_new_trainer() -> list[Any]:
-    """Return the callbacks of a Trainer in the making while it compares their ``state_key``, else nothing.
+    """Return the callbacks of a Trainer that is being made while it compares their ``state_key``, else none.
 
     Lightning does so in ``_validate_callbacks_list(callbacks)``, whose own error does not say what to do.
     """
