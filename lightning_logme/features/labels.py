@@ -57,11 +57,6 @@ class Target:
         kept = None if keep is None else keep.nonzero()[:, 0]
         return cls(values if kept is None else values[kept], kept, target.shape, task)
 
-    @property
-    def num_samples(self) -> int:
-        """Number of samples of the batch, also of those that are not kept."""
-        return self.shape[0]
-
     def first(self, number: int) -> Target:
         """Return the target of the first samples alone, as where the rest are padding."""
         stop = number * (self.shape[1:].numel() if self.task in EXCLUSIVE else 1)

@@ -287,7 +287,7 @@ class Validation:
             raise labels or ValueError("its labels are not known")
         with trainer.precision_plugin.forward_context():
             rows, errors = extractor.rows(batch, labels)
-        number, world = labels.target.num_samples, trainer.world_size
+        number, world = labels.target.shape[0], trainer.world_size
         real = number if world == 1 else rows_without_padding(self._loaders[loader], current.batches[loader], number)
         if real is None:
             self._messages.warn_of_padding()
