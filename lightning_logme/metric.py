@@ -2,6 +2,7 @@
 
 # Annotations are not postponed here: torch.jit.script cannot read those of a class that are strings.
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
@@ -79,6 +80,7 @@ class LogME(Metric):
     higher_is_better = True
     full_state_update = False
 
+    options: Tensor
     count: Tensor
     gram: Tensor
     cross: Tensor
@@ -116,6 +118,9 @@ class LogME(Metric):
         self._evidence: Evidence | None = None
         # A single zero until rows are folded: torchmetrics copies every state and its default, and D × D is much.
         zero = torch.zeros((), dtype=torch.float64)
+        # A MetricCollection takes metrics with equal states for the same, by the first of them alone in old versions.
+        options = torch.tensor([normalize, math.inf if ignore_index is None else ignore_index], dtype=torch.float64)
+        self.add_state("options", default=options, dist_reduce_fx="max")
         self.add_state("count", default=zero, dist_reduce_fx="sum")
         self.add_state("gram", default=zero, dist_reduce_fx="sum")
         self.add_state("cross", default=zero, dist_reduce_fx="sum")
@@ -155,7 +160,8 @@ class LogME(Metric):
 
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
         """Add states, as forward and merge_state do."""
-        super()._reduce_states({**{name: [] for name in _LISTS}, **incoming_state})  # version 0.1 had no lists
+        missing: dict[str, Any] = {name: [] for name in _LISTS} | {"options": self.options}  # in version 0.1
+        super()._reduce_states({**missing, **incoming_state})
         self._set(self._accumulator())
 
     def _sync_dist(self, dist_sync_fn: Callable = gather_all_tensors, process_group: Any = None) -> None:

@@ -125,6 +125,8 @@ def score(
         with naming(source):
             if source in earlier:
                 accumulator.merge_(earlier[source])
+            if not accumulator.is_finite:
+                raise ValueError("the features contain NaN or Inf")
             evidence, replicates = jackknife(accumulator, fit_intercept)
             accumulator.to("cpu")
             yield source, Score(float(evidence.score), float(evidence.gain), replicates), evidence.to("cpu")

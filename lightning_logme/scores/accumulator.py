@@ -224,6 +224,13 @@ class Accumulator:
         sums = (tensor for sums in self.sums.values() for tensor in vars(sums).values())
         return sum(tensor.nbytes for tensor in [*sums, *(tensor for each in rows for tensor in vars(each).values())])
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether no feature is NaN or Inf, or too large to square."""
+        squares = [sums.gram.diagonal() for sums in self.sums.values()]
+        squares += [held.rows.features.double().square().sum(0) for held in self.held]
+        return all(bool(each.isfinite().all()) for each in squares)
+
     def moments(self) -> dict[int, Moments]:
         """Fold what is held, and return the moments by segment, in ascending order. They are not copies."""
         self._fold()
