@@ -144,7 +144,7 @@ class LogMECallback(AnyCallback):
         check_task(task)
         check_target(target)
         check_flags(curve=curve, normalize=normalize, validation=validation)
-        if plots not in (True, False, "auto"):
+        if not isinstance(plots, bool) and plots != "auto":
             raise ValueError(f"plots must be True, False or 'auto', got {plots!r}.")
         decide_num_outputs(task, num_classes)  # raises where it cannot be
         self.num_classes = num_classes

