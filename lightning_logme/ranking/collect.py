@@ -121,12 +121,12 @@ def score(
         earlier: those of the rounds before, which are used up.
         fit_intercept: as in :class:`~lightning_logme.Evidence`.
     """
+    if not any(accumulator.is_finite for accumulator in new.values()):
+        raise ValueError("the features contain NaN or Inf")
     for source, accumulator in sorted(new.items()):
         with naming(source):
             if source in earlier:
                 accumulator.merge_(earlier[source])
-            if not accumulator.is_finite:
-                raise ValueError("the features contain NaN or Inf")
             evidence, replicates = jackknife(accumulator, fit_intercept)
             accumulator.to("cpu")
             yield source, Score(float(evidence.score), float(evidence.gain), replicates), evidence.to("cpu")
