@@ -12,8 +12,8 @@ from torch import Tensor
 
 # Columns that one product takes: few enough to skip most of the upper triangle, enough for BLAS.
 _GRAM_BLOCK = 256
-# Rows that are converted to float64 at a time: they fit a cache, and one huge batch needs no second copy of itself.
-_ROW_BLOCK = 512
+# Rows that are converted to float64 at a time, so that one huge batch needs no second copy of itself.
+_ROW_BLOCK = 4096
 
 
 def moments_device(device: torch.device) -> torch.device:
