@@ -289,7 +289,7 @@ class Accumulator:
             sums = self.moments().values()
             return list(sums) if basis is None else [each.project(basis) for each in sums]
         result = []
-        for _, rows in self._by_segment():
+        for _, rows in self._by_segment(self.held):
             if basis is not None:
                 rows = Rows(rows.features.double() @ basis, rows.target)
             result.append(self._zeros(rows.features.shape[1]).accumulate(rows))
@@ -302,7 +302,7 @@ class Accumulator:
 
     def _prefixes(self) -> Iterator[Rows | Moments]:
         if self._has_few_rows:
-            parts = [rows for _, rows in self._by_segment()]
+            parts = [rows for _, rows in self._by_segment(self.held)]
             yield from (self._cat(parts[: number + 1]) for number in range(len(parts)))
         elif len(self.segments) == 1:
             yield from self.moments().values()
@@ -310,10 +310,10 @@ class Accumulator:
             total = self._zeros()
             yield from (total.add_(sums) for sums in self.moments().values())
 
-    def _by_segment(self) -> Iterator[tuple[int, Rows]]:
-        """Yield the held rows of each segment that has some, in ascending order."""
+    def _by_segment(self, held: Sequence[Held]) -> Iterator[tuple[int, Rows]]:
+        """Yield the rows of each segment that has some, in ascending order."""
         for segment in sorted(self.segments):
-            rows = self._cat([held.of(segment) for held in self.held])
+            rows = self._cat([each.of(segment) for each in held])
             if len(rows.target):
                 yield segment, rows
 
@@ -337,9 +337,14 @@ class Accumulator:
     @torch.no_grad()
     def _fold(self) -> None:
         """Sum all held rows, and keep those of the random subset. Waits for no device."""
-        for held in self.held:
-            self.subset.add(held.rows, held.index)
-        for segment, rows in self._by_segment():
-            sums = self.sums[segment] if segment in self.sums else self._zeros()
-            self.sums[segment] = sums.accumulate(rows)
-        self.held = []
+        held, self.held = self.held, []
+        while held:  # a few batches at a time, so that no copy of all rows is made
+            some, number = [], 0
+            while held and number < _BATCH * len(self.segments):
+                some.append(held.pop(0))
+                number += len(some[-1].index)
+            for each in some:
+                self.subset.add(each.rows, each.index)
+            for segment, rows in self._by_segment(some):
+                sums = self.sums[segment] if segment in self.sums else self._zeros()
+                self.sums[segment] = sums.accumulate(rows)
