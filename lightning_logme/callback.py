@@ -17,11 +17,12 @@ from lightning_logme.features.pooling import Pooling
 from lightning_logme.features.selection import AUTO, Selection, attach_by_tree
 from lightning_logme.scores.curve import CurvePoint
 from lightning_logme.scores.evidence import Evidence
+from lightning_logme.scores.scoring import Scoring
 from lightning_logme.tracking.history import History, Row, is_key
 from lightning_logme.tracking.probe import Probe
 from lightning_logme.tracking.probes import Every, Probes
 from lightning_logme.tracking.strategy import is_sharded, why_out_of_step
-from lightning_logme.tracking.validation import Scoring, Validation
+from lightning_logme.tracking.validation import Validation
 from lightning_logme.utilities.checks import Task, check_flags, check_options, check_task, names
 from lightning_logme.utilities.compat import (
     AnyCallback,

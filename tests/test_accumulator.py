@@ -13,10 +13,11 @@ from streamed import rows_of
 
 from lightning_logme.features.labels import Target
 from lightning_logme.functional import evidence, logme
-from lightning_logme.scores.accumulator import Accumulator, mixed
+from lightning_logme.scores.accumulator import Accumulator
 from lightning_logme.scores.jackknife import jackknife
 from lightning_logme.scores.moments import Moments, Rows
 from lightning_logme.scores.reduction import reduced
+from lightning_logme.scores.subset import mixed
 from lightning_logme.utilities.distributed import Failure, together
 
 

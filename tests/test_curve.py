@@ -13,7 +13,8 @@ from lightning_logme import LogMECallback, Probe, read_history
 from lightning_logme.features.labels import Labels, Target
 from lightning_logme.features.sampling import Samples
 from lightning_logme.functional import evidence
-from lightning_logme.tracking.validation import Pass, Scoring
+from lightning_logme.scores.scoring import Scoring
+from lightning_logme.tracking.validation import Pass
 
 
 def test_of_the_validation_set_is_that_of_its_first_samples(tmp_path):

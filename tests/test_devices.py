@@ -9,11 +9,13 @@ from streamed import rows_of
 from lightning_logme.features.extractor import Extractor, Source
 from lightning_logme.features.labels import Labels, Target
 from lightning_logme.scores import reduction
-from lightning_logme.scores.accumulator import Accumulator, Subset
+from lightning_logme.scores.accumulator import Accumulator
 from lightning_logme.scores.moments import Moments
 from lightning_logme.scores.reduction import reduced
+from lightning_logme.scores.scoring import Scoring
+from lightning_logme.scores.subset import Subset
 from lightning_logme.tracking import validation
-from lightning_logme.tracking.validation import Pass, Scoring
+from lightning_logme.tracking.validation import Pass
 
 OTHER = torch.device("meta")
 

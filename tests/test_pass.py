@@ -9,7 +9,8 @@ from spawned import spawn
 
 from lightning_logme.features.labels import Labels, Target
 from lightning_logme.functional import evidence
-from lightning_logme.tracking.validation import Pass, Scoring
+from lightning_logme.scores.scoring import Scoring
+from lightning_logme.tracking.validation import Pass
 
 CPU = torch.device("cpu")
 

@@ -20,7 +20,8 @@ from torch.utils.data import (
 )
 
 from lightning_logme import rank_backbones
-from lightning_logme.features.sampling import BLOCKS, Samples
+from lightning_logme.features.drawing import BLOCKS
+from lightning_logme.features.sampling import Samples
 from lightning_logme.functional import logme
 
 

@@ -13,7 +13,8 @@ from lightning_logme.features.labels import Labels, Target
 from lightning_logme.functional import evidence, logme
 from lightning_logme.scores.accumulator import Accumulator
 from lightning_logme.scores.moments import Moments
-from lightning_logme.tracking.validation import Pass, Scoring
+from lightning_logme.scores.scoring import Scoring
+from lightning_logme.tracking.validation import Pass
 
 PATHS = pytest.mark.parametrize("path", [evidence, streamed], ids=["rows", "moments"])
 

@@ -8,34 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    DistributedSampler,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    Subset,
-    TensorDataset,
-)
 
+from lightning_logme.features.drawing import BLOCKS, labels_at_hand, sample_indices, stratified_order, with_batches
 from lightning_logme.features.isolation import seed_generators
-from lightning_logme.features.labels import (
-    LABEL_KEYS,
-    Target,
-    TargetSpec,
-    conform_target,
-    find_target,
-)
+from lightning_logme.features.labels import Target, TargetSpec, conform_target, find_target
 from lightning_logme.features.outputs import decide_num_outputs
-from lightning_logme.scores.accumulator import mixed
+from lightning_logme.scores.subset import mixed
 from lightning_logme.utilities.checks import EXCLUSIVE, Task
 
 # Samples of the first round. Fewer say little, and every round costs evidence and, with factories, loading.
 _FIRST_ROUND = 256
 _PER_CLASS = 4
-# Random parts of the samples, for the jackknife.
-BLOCKS = 8
 # Samples whose features show later whether the candidate and the samples are still the same.
 FIRST_SAMPLES = 16
 SAME_SAMPLES = "dataloader must give the same samples in the same order every time it is iterated over."
@@ -91,7 +74,7 @@ class Samples:
         self.number: int | None = None
         self._loader = loader
         self._repeatable = repeatable
-        indices = _indices(loader)
+        indices = sample_indices(loader)
         if indices is None:
             _check_stream(loader)
         else:
@@ -108,11 +91,11 @@ class Samples:
         self.number = len(indices)
         if self.number == 0:
             raise ValueError("dataloader has no samples.")
-        labels = _labels(loader.dataset, self.target)
+        labels = labels_at_hand(loader.dataset, self.target)
         if labels is not None:
             labels = conform_target(labels[indices], self.task).cpu()
         strata = labels if labels is not None and self.task in EXCLUSIVE and labels.ndim == 1 else None
-        order, block = _stratified(self.number, strata, torch.Generator().manual_seed(self.seed))
+        order, block = stratified_order(self.number, strata, torch.Generator().manual_seed(self.seed))
         self.labels = None if labels is None else labels[order]
         self._order = indices[order]
         self._block = block
@@ -147,9 +130,9 @@ class Samples:
             )
         return outputs
 
-    def rounds(self, num_outputs: int) -> Iterator[int]:
+    def rounds(self, num_outputs: int | None) -> Iterator[int]:
         """Yield the number of samples read by the end of each round: about twice as many each time, until all are."""
-        stop = max(_FIRST_ROUND, _PER_CLASS * num_outputs if self.task in EXCLUSIVE else 0)
+        stop = max(_FIRST_ROUND, _PER_CLASS * (num_outputs or 0) if self.task in EXCLUSIVE else 0)
         while self.number is None or stop * 1.5 < self.number:  # no round for a few last samples
             yield stop
             stop *= 2
@@ -170,7 +153,7 @@ class Samples:
     def _drawn(self, start: int, stop: int, rank: int, world: int) -> Iterator[Portion]:
         size = self._loader.batch_size or getattr(self._loader.batch_sampler, "batch_size", None) or 32
         parts = [slice(first, min(first + size, stop)) for first in range(start, stop, size)][rank::world]
-        loader = _with_batches(self._loader, [self._order[part].tolist() for part in parts], self.seed)
+        loader = with_batches(self._loader, [self._order[part].tolist() for part in parts], self.seed)
         for part, batch in zip(parts, loader, strict=True):
             target, block = self._read(batch), self._block[part]
             if len(target) != len(block):
@@ -207,60 +190,6 @@ class Samples:
         return {**options, "target": target, "batch": batch}
 
 
-def _indices(loader: Any) -> Tensor | None:
-    """Return the samples that a loader of a map-style data set draws, each once; None for a stream."""
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-        return None
-    if loader.batch_sampler is None or type(loader).__iter__ is not DataLoader.__iter__:
-        return None  # the data set, or the loader, makes batches of its own
-    if type(loader.batch_sampler) is not BatchSampler:
-        return _each_once(index for batch in loader.batch_sampler for index in batch)
-    sampler: Any = loader.batch_sampler.sampler
-    everything = type(sampler) is SequentialSampler or isinstance(sampler, DistributedSampler)
-    everything = everything or (type(sampler) is RandomSampler and sampler.num_samples == len(sampler.data_source))
-    if everything:
-        return torch.arange(len(loader.dataset))  # type: ignore[arg-type]
-    return _each_once(sampler) if hasattr(sampler, "__len__") else None  # or it may never end
-
-
-def _each_once(indices: Iterable[Any]) -> Tensor | None:
-    generator = getattr(indices, "generator", None)  # may be that of the training's loader, too
-    state = generator.get_state() if isinstance(generator, torch.Generator) else None
-    try:
-        return torch.tensor(sorted({int(index) for index in indices}))
-    except (TypeError, ValueError):
-        return None  # keys of another kind
-    finally:
-        if generator is not None and state is not None:
-            generator.set_state(state)
-
-
-def _labels(dataset: Any, target: TargetSpec) -> Tensor | None:
-    """Return the labels of a data set that has them at hand, so that no sample needs to be loaded; else None."""
-    if isinstance(dataset, Subset):
-        labels = _labels(dataset.dataset, target)
-        return None if labels is None else labels[torch.as_tensor(dataset.indices)]
-    if isinstance(dataset, TensorDataset):
-        index = 1 if target is None else target
-        at_hand = isinstance(index, int) and -len(dataset.tensors) <= index < len(dataset.tensors)
-        return dataset.tensors[index] if at_hand else None  # type: ignore[index]
-    for name in LABEL_KEYS if target is None else (target,):
-        if not isinstance(name, str):
-            continue
-        column = getattr(dataset, name, None)
-        if column is None and name in (getattr(dataset, "column_names", None) or ()):
-            column = dataset[name]
-        if column is None:
-            continue
-        try:
-            labels = torch.as_tensor(column)
-        except (TypeError, ValueError, RuntimeError):
-            continue
-        if labels.ndim and len(labels) == len(dataset):
-            return labels
-    return None
-
-
 def _digest(target: Tensor, start: int) -> int:
     labels = target.double().reshape(len(target), -1).contiguous().view(torch.int64)
     place = torch.arange(start, start + len(labels))
@@ -287,46 +216,3 @@ def _check_stream(loader: Any) -> None:
             "dataloader is an iterator that can be read only once, and every candidate reads it anew; pass a "
             "DataLoader, or a list of batches."
         )
-
-
-def _stratified(number: int, strata: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw a random order in which every beginning has the classes in proportion, and the block of each place.
-
-    Each class is spread evenly over the order and over the blocks, and random within itself.
-
-    Returns:
-        The order (N,), and the block (N,) of each place in it.
-    """
-    shuffled = torch.randperm(number, generator=generator)
-    if strata is None:
-        return shuffled, torch.arange(number) % BLOCKS
-    by_class = shuffled[strata[shuffled].argsort(stable=True)]
-    _, counts = strata.unique(return_counts=True)
-    size = counts.repeat_interleave(counts)
-    first = (counts.cumsum(0) - counts).repeat_interleave(counts)
-    member = torch.arange(number) - first  # 0, 1, … within the class
-    # All classes start at once, in random turn: with random offsets, rare classes could be missing at the beginning.
-    turn = torch.rand(len(counts), generator=generator).repeat_interleave(counts)
-    place = (member.double() / size + turn * 1e-9).argsort(stable=True)
-    return by_class[place], (torch.arange(number) % BLOCKS)[place]
-
-
-def _with_batches(loader: DataLoader[Any], batches: list[list[int]], seed: int) -> DataLoader[Any]:
-    """Return the same loader with batches of these samples."""
-    workers: dict[str, Any] = {}
-    if loader.num_workers:
-        workers = {
-            "prefetch_factor": loader.prefetch_factor,
-            "multiprocessing_context": loader.multiprocessing_context,
-            "timeout": loader.timeout,
-            "worker_init_fn": loader.worker_init_fn,
-        }
-    return DataLoader(
-        loader.dataset,
-        batch_sampler=batches,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        generator=torch.Generator().manual_seed(seed),  # or it would draw from the user's
-        **workers,
-    )

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-import torch
-
 from lightning_logme.features.isolation import seed_generators
 from lightning_logme.features.labels import Target
 from lightning_logme.features.sampling import FIRST_SAMPLES, Samples
 from lightning_logme.ranking.candidate import Backbone, naming
 from lightning_logme.ranking.resume import First, Score
-from lightning_logme.scores.accumulator import Accumulator
+from lightning_logme.scores.accumulator import Accumulator, accumulate
 from lightning_logme.scores.evidence import Evidence
 from lightning_logme.scores.jackknife import jackknife
+from lightning_logme.scores.scoring import Scoring
 from lightning_logme.utilities.compat import Fabric
 
 _CONSTANT = 1e-10  # of the features' mean square: a smaller variance is rounding
@@ -25,24 +24,18 @@ class Rules:
     """What is the same for all candidates.
 
     Attributes:
-        num_outputs: K.
-        ignore_index: label of samples that do not count.
-        fit_intercept: centre features and targets first.
-        normalize: scale the features of each sample to length 1.
+        scoring: of their features; the number of outputs is known.
         race: whether candidates are dropped early.
         seed: of random weights.
     """
 
-    num_outputs: int
-    ignore_index: int | None
-    fit_intercept: bool
-    normalize: bool
+    scoring: Scoring
     race: bool
     seed: int
 
-    def target(self, labels: torch.Tensor, samples: Samples) -> Target:
+    def target(self, labels: Tensor) -> Target:
         """Return the checked labels of a batch."""
-        return Target.checked(labels, samples.task, self.num_outputs, self.ignore_index)
+        return Target.checked(labels, self.scoring.task, self.scoring.num_outputs, self.scoring.ignore_index)
 
 
 @dataclass
@@ -87,15 +80,12 @@ def collect(
         if portion.start < start:
             part.skipped += portion.digest()
             continue
-        number, target = len(portion.target), rules.target(portion.target, samples)
+        number, target = len(portion.target), rules.target(portion.target)
         block, index = target.spread(portion.block), target.index(range(portion.start, portion.start + number))
         for source, features in backbone.rows(portion.batch, target, fabric).items():
             with naming(source):
-                rows = target.rows(features, normalize=rules.normalize)
-                if source not in part.accumulators:
-                    width, device = rows.features.shape[1], rows.features.device
-                    part.accumulators[source] = Accumulator(samples.task, width, rules.num_outputs, device)
-                part.accumulators[source].add(rows, block, index)
+                rows = target.rows(features, normalize=rules.scoring.normalize)
+                accumulate(part.accumulators, source, rows, rules.scoring, block, index)
         part.seen += number
         part.labels += portion.digest()
         count(number)
@@ -105,7 +95,7 @@ def collect(
 def first_samples(backbone: Backbone, samples: Samples, rules: Rules, fabric: Fabric) -> First:
     """Return the labels and the features of the first samples, by which a network and a data set are recognised."""
     labels = samples.first.target[:FIRST_SAMPLES]
-    target = rules.target(samples.first.target, samples).first(len(labels))
+    target = rules.target(samples.first.target).first(len(labels))
     seed_generators(rules.seed)  # the network may draw random numbers when it runs
     rows = backbone.rows(samples.first.batch, target, fabric)
     return First(labels, {source: target.rows(features).features.float().cpu() for source, features in rows.items()})

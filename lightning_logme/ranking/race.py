@@ -91,7 +91,7 @@ class Race:
 
     def _rounds(self) -> Iterable[tuple[int, int]]:
         """Return the number of each round, and of the samples that have been read at its end."""
-        return enumerate(self.samples.rounds(self._rules.num_outputs))
+        return enumerate(self.samples.rounds(self._rules.scoring.num_outputs))
 
     def _run_by_rounds(self) -> None:
         for index, stop in self._rounds():
@@ -224,7 +224,7 @@ class Race:
             for source, reason in mismatches.items():
                 raise ValueError(f"{in_words(source, backbone.heads)}: {reason}")
             scores, evidence = {}, {}
-            for source, one, whole in score(part.accumulators, before.accumulators, self._rules.fit_intercept):
+            for source, one, whole in score(part.accumulators, before.accumulators, self._rules.scoring.fit_intercept):
                 scores[source], evidence[source] = one, whole
         return scores, evidence
 

@@ -26,6 +26,8 @@ from lightning_logme.ranking.report import Report
 from lightning_logme.ranking.result import Ranking
 from lightning_logme.ranking.resume import Store
 from lightning_logme.ranking.standing import standing
+from lightning_logme.scores.scoring import Scoring
+from lightning_logme.scores.subset import SAMPLE_SIZE
 from lightning_logme.utilities.checks import Task, check_flags, check_options, check_task, integer, positive_or_none
 from lightning_logme.utilities.compat import AnyLogger, Fabric, Logger
 
@@ -168,7 +170,8 @@ def rank_backbones(
             samples.check_number(samples.number)
         num_outputs = samples.num_outputs(num_classes, ignore_index)
     fabric = Fabric(accelerator=accelerator, devices=devices, strategy=strategy, precision=precision)
-    rules = Rules(num_outputs, ignore_index, fit_intercept, normalize, race and len(entries) > 1, seed)
+    scoring = Scoring(task, num_outputs, ignore_index, fit_intercept, normalize, sample_size=SAMPLE_SIZE)
+    rules = Rules(scoring, race and len(entries) > 1, seed)
     return pickle.loads(fabric.launch(partial(_run, entries, samples, rules, resume_from, list(several), progress)))
 
 
@@ -184,9 +187,10 @@ def _run(
     """Do what every process does. The ranking is pickled, as it may come from a process that ends."""
     store = None
     if resume_from is not None:
-        options = {**samples.fingerprint(), **vars(rules), "precision": fabric.strategy.precision.precision}
-        # A candidate has the same results in a race and without one.
-        store = Store(resume_from, {**options, "race": None, "rounds": next(samples.rounds(rules.num_outputs))})
+        # Not whether there is a race: a candidate has the same results in a race and without one.
+        options = {**samples.fingerprint(), **vars(rules.scoring), "seed": rules.seed}
+        options["precision"] = fabric.strategy.precision.precision
+        store = Store(resume_from, {**options, "rounds": next(samples.rounds(rules.scoring.num_outputs))})
     first = fabric.is_global_zero
     report = Report(progress and first, loggers if first else [])
     race = Race(fabric, candidates, samples, rules, store, report)

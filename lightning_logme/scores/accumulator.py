@@ -3,88 +3,24 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from lightning_logme.scores.curve import CurvePoint
 from lightning_logme.scores.evidence import Evidence, maximise_moments, maximise_rows
-from lightning_logme.scores.moments import Moments, Rows, moments_device, moved
+from lightning_logme.scores.moments import Moments, Rows, moments_device
+from lightning_logme.scores.scoring import Scoring
 from lightning_logme.scores.spectrum import Spectrum
+from lightning_logme.scores.subset import SAMPLE_SIZE, Part, Subset
 from lightning_logme.utilities.checks import Task
 
-Part = tuple[Rows, Tensor]  # with the index of each row in the whole data set
+Key = TypeVar("Key")
 
-SAMPLE_SIZE = 2048
 _BATCH = 256  # rows of a segment that are worth reading and writing its Gram matrix once more
-
-
-def mixed(numbers: Tensor) -> Tensor:
-    """Hash int64 numbers to int64 numbers that look random: SplitMix64's finaliser (Steele et al. 2014)."""
-    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
-        numbers = (numbers ^ (numbers >> shift)) * factor
-    return numbers ^ (numbers >> 31)
-
-
-class Subset:
-    """At most ``size`` samples: those whose indices have the smallest hashes.
-
-    Args:
-        size: of the subset, in samples.
-
-    Attributes:
-        buffer: room for ``size`` rows, of which the first ``len(index)`` are in use; None before the first.
-        index: of each row in the whole data set, int64 on the CPU.
-    """
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.buffer: Rows | None = None
-        self.index = torch.empty(0, dtype=torch.int64)
-
-    @torch.no_grad()
-    def add(self, rows: Rows, index: Tensor) -> None:
-        """Copy those of the rows that belong to the subset, in place of rows that no longer do."""
-        if self.size == 0:
-            return
-        own, hashes, bound = mixed(self.index), mixed(index), torch.iinfo(torch.int64).max
-        if len(own) + len(hashes) > self.size:
-            bound = int(torch.cat([own, hashes]).kthvalue(self.size).values)
-        slots = torch.cat([(own > bound).nonzero()[:, 0], torch.arange(len(own), self.size)])
-        new = (hashes <= bound).nonzero()[: len(slots), 0]
-        slots = slots[: len(new)]
-        if not len(new):
-            return
-        self.buffer = self._room_for(rows)
-        device = self.buffer.features.device
-        at = slots if device.type == "cpu" else moved(slots, device)
-        for mine, value in zip(vars(self.buffer).values(), vars(rows[new]).values(), strict=True):
-            mine[at] = value.to(device, mine.dtype)
-        grown = min(self.size, len(own) + len(hashes)) - len(own)
-        self.index = torch.cat([self.index, index.new_zeros(grown)])
-        self.index[slots] = index[new]
-
-    def part(self) -> list[Part]:
-        """Return the rows and their indices, in no particular order, as a list of one; empty if there are none."""
-        return [] if self.buffer is None else [(self.buffer[: len(self.index)], self.index)]
-
-    def by_hash(self) -> list[Part]:
-        """Return copies of the rows and their indices, in the order of their hashes, as :meth:`part` does."""
-        order = mixed(self.index).argsort(stable=True)
-        return [(rows[order], index[order]) for rows, index in self.part()]
-
-    def _room_for(self, rows: Rows) -> Rows:
-        """Return a buffer of a precision that holds the rows as well, and that may be written to."""
-        if self.buffer is None:
-            return Rows(*(value.new_zeros(self.size, *value.shape[1:]) for value in vars(rows).values()))
-        outside, found = not torch.is_inference_mode_enabled(), []
-        for mine, value in zip(vars(self.buffer).values(), vars(rows).values(), strict=True):
-            if mine.dtype != value.dtype:
-                mine = mine.to(torch.promote_types(mine.dtype, value.dtype))
-            found.append(mine.clone() if outside and mine.is_inference() else mine)
-        return Rows(*found)
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +62,7 @@ class Accumulator:
         segments: that have rows.
         held: rows that are not summed yet.
         sums: the moments of each segment that has been folded.
-        subset: those of the folded rows that belong to the random subset.
+        subset: those of the folded rows that belong to the random subset; None if ``sample_size`` is 0.
 
     Example:
         >>> import torch
@@ -157,7 +93,7 @@ class Accumulator:
         self.num_samples = 0
         self.held: list[Held] = []
         self.sums: dict[int, Moments] = {}
-        self.subset = Subset(sample_size)
+        self.subset = Subset(sample_size) if sample_size else None
         self.segments: set[int] = set()
 
     @torch.no_grad()
@@ -199,8 +135,7 @@ class Accumulator:
             raise ValueError(f"features or targets of lengths {others} cannot be added to those of {mine}.")
         other.to(self.device)
         self.held += other.held
-        for rows, index in other.subset.part():
-            self.subset.add(rows, index)
+        self.choose(other.chosen())
         for segment, sums in other.sums.items():
             present = self.sums.get(segment)
             self.sums[segment] = sums if present is None else present.writable().add_(sums)
@@ -213,16 +148,17 @@ class Accumulator:
         self.device = moments_device(torch.device(device))
         self.held = [replace(held, rows=held.rows.to(self.device)) for held in self.held]
         self.sums = {segment: sums.to(self.device) for segment, sums in self.sums.items()}
-        if self.subset.buffer is not None:
+        if self.subset is not None and self.subset.buffer is not None:
             self.subset.buffer = self.subset.buffer.to(self.device)
         return self
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors that are held."""
-        rows = [held.rows for held in self.held] + [self.subset.buffer or self._cat([])]
-        sums = (tensor for sums in self.sums.values() for tensor in vars(sums).values())
-        return sum(tensor.nbytes for tensor in [*sums, *(tensor for each in rows for tensor in vars(each).values())])
+        groups: list[Rows | Moments] = [*(held.rows for held in self.held), *self.sums.values()]
+        if self.subset is not None and self.subset.buffer is not None:
+            groups.append(self.subset.buffer)
+        return sum(tensor.nbytes for group in groups for tensor in vars(group).values())
 
     @property
     def is_finite(self) -> bool:
@@ -236,13 +172,23 @@ class Accumulator:
         self._fold()
         return {segment: self.sums[segment] for segment in sorted(self.sums)}
 
+    def choose(self, parts: Iterable[Part]) -> None:
+        """Copy what belongs to the random subset from rows that are not held any longer."""
+        if self.subset is not None:
+            for rows, index in parts:
+                self.subset.add(rows, index)
+
+    def chosen(self) -> list[Part]:
+        """Return what the random subset has of the folded rows, as a list of one; empty if there are none."""
+        return [] if self.subset is None else self.subset.part()
+
     def sample(self) -> Part:
         """Return the random subset: the samples whose indices have the smallest hashes, and their indices, by hash.
 
         It does not depend on batches, their order, or the number of processes.
         """
         chosen = Subset(self.sample_size)
-        for rows, index in [*self.subset.part(), *((held.rows, held.index) for held in self.held)]:
+        for rows, index in [*self.chosen(), *((held.rows, held.index) for held in self.held)]:
             chosen.add(rows, index)
         rows, index = next(iter(chosen.by_hash()), (self._cat([]), chosen.index))
         return rows.to(self.device), index
@@ -343,8 +289,32 @@ class Accumulator:
             while held and number < _BATCH * len(self.segments):
                 some.append(held.pop(0))
                 number += len(some[-1].index)
-            for each in some:
-                self.subset.add(each.rows, each.index)
+            self.choose((each.rows, each.index) for each in some)
             for segment, rows in self._by_segment(some):
                 sums = self.sums[segment] if segment in self.sums else self._zeros()
                 self.sums[segment] = sums.accumulate(rows)
+
+
+def accumulate(
+    accumulators: MutableMapping[Key, Accumulator],
+    key: Key,
+    rows: Rows,
+    scoring: Scoring,
+    segment: int | Tensor,
+    index: Tensor,
+) -> None:
+    """Add rows to the accumulator of their source, which is created with the first.
+
+    Args:
+        accumulators: by source.
+        key: of the source.
+        rows: of a batch.
+        scoring: of the task. Its ``num_outputs`` is known.
+        segment: as in :meth:`Accumulator.add`.
+        index: as in :meth:`Accumulator.add`.
+    """
+    if key not in accumulators:
+        assert scoring.num_outputs is not None
+        width, device = rows.features.shape[1], rows.features.device
+        accumulators[key] = Accumulator(scoring.task, width, scoring.num_outputs, device, scoring.sample_size)
+    accumulators[key].add(rows, segment, index)

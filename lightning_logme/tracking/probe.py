@@ -15,7 +15,8 @@ from lightning_logme.features.hooks import NotCalledError
 from lightning_logme.features.isolation import same_generators, undisturbed
 from lightning_logme.features.labels import Labels, Target, TargetSpec, check_target, find_mask
 from lightning_logme.features.sampling import Portion, Samples
-from lightning_logme.tracking.validation import Pass, Scoring
+from lightning_logme.scores.scoring import Scoring
+from lightning_logme.tracking.validation import Pass
 from lightning_logme.utilities.checks import Task, check_options, check_task, positive_or_none
 from lightning_logme.utilities.compat import LightningModule, Trainer, prepared_batch
 from lightning_logme.utilities.distributed import reason_of, release

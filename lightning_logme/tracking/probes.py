@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from lightning_logme.features.extractor import HEAD, LAYER_MEAN, Extractor
+from lightning_logme.scores.scoring import Scoring
 from lightning_logme.tracking.history import History, is_key
 from lightning_logme.tracking.probe import PreparedProbe, Probe
 from lightning_logme.tracking.strategy import is_sharded
-from lightning_logme.tracking.validation import Scoring
 from lightning_logme.utilities.compat import Callback, LightningModule, Trainer, is_one_of, rank_zero_warn
 from lightning_logme.utilities.distributed import first_reason, gathered, together
 

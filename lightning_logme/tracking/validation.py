@@ -6,7 +6,7 @@ import inspect
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -18,37 +18,16 @@ from lightning_logme.features.hooks import NotCalledError
 from lightning_logme.features.labels import Labels, TargetSpec, read_labels
 from lightning_logme.features.outputs import decide_num_outputs
 from lightning_logme.features.padding import rows_without_padding
-from lightning_logme.scores.accumulator import Accumulator
+from lightning_logme.scores.accumulator import Accumulator, accumulate
 from lightning_logme.scores.curve import CurvePoint, segments
 from lightning_logme.scores.evidence import Evidence
 from lightning_logme.scores.reduction import reduced
+from lightning_logme.scores.scoring import Scoring
 from lightning_logme.tracking.messages import Messages
-from lightning_logme.utilities.checks import Task
 from lightning_logme.utilities.compat import LightningModule, Trainer, rank_zero_warn, validation_loaders
 from lightning_logme.utilities.distributed import Failure, first_reason, gathered, reason_of, release
 
 Key = tuple[str, int]  # source of features, index of the loader
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """How the features of a task are scored.
-
-    Attributes:
-        task: of the labels.
-        num_outputs: K; None reads it off the first labels.
-        ignore_index: label of samples that do not count.
-        fit_intercept: centre features and targets first.
-        normalize: scale the features of each sample to length 1.
-        curve: follow the score from few samples to all.
-    """
-
-    task: Task = "multiclass"
-    num_outputs: int | None = None
-    ignore_index: int | None = None
-    fit_intercept: bool = False
-    normalize: bool = False
-    curve: bool = False
 
 
 class Result(NamedTuple):
@@ -108,17 +87,14 @@ class Pass:
         target = labels.target
         num_outputs = self.num_outputs(loader) or decide_num_outputs(self.scoring.task, values=target.values) or 1
         self._columns[loader] = num_outputs
+        scoring = replace(self.scoring, num_outputs=num_outputs)
         errors: Errors = {}
         segment = self._segment(len(target.values), places, loader, num_outputs) if self.scoring.curve else 0
         index = target.index(places)
         for source, features in rows.items():
-            key = source, loader
             try:
-                kept = target.rows(features, normalize=self.scoring.normalize)
-                if key not in self.accumulators:
-                    width, device = kept.features.shape[1], kept.features.device
-                    self.accumulators[key] = Accumulator(self.scoring.task, width, num_outputs, device, sample_size=0)
-                self.accumulators[key].add(kept, segment, index)
+                kept = target.rows(features, normalize=scoring.normalize)
+                accumulate(self.accumulators, (source, loader), kept, scoring, segment, index)
             except Exception as error:
                 errors[source] = error
         return errors

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_logme.features.sampling import _stratified
+from lightning_logme.features.drawing import stratified_order
 from lightning_logme.scores.accumulator import Accumulator
 from lightning_logme.scores.jackknife import ERROR_RATE, jackknife, quantile_to_drop, standard_error, trailing
 from lightning_logme.scores.moments import Rows
@@ -85,7 +85,7 @@ def candidates(
     generator = torch.Generator().manual_seed(seed)
     rows = max(256, 4 * classes) * 2 ** (_ROUNDS - 1)
     labels = torch.randint(classes, (rows,), generator=generator)
-    order, blocks = _stratified(rows, labels, generator)
+    order, blocks = stratified_order(rows, labels, generator)
     labels = labels[order]
     means = torch.randn(classes, width, generator=generator)
     means[:, : 256 if where == "tail" else 0] = 0
