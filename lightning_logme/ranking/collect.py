@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from lightning_logme.features.isolation import seed_generators
 from lightning_logme.features.labels import Target
 from lightning_logme.features.sampling import FIRST_SAMPLES, Samples
