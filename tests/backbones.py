@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_logme import Ranking, rank_backbones
 
@@ -21,6 +21,22 @@ def target_set(n: int = 600, seed: int = 0, classes: int = CLASSES) -> TensorDat
     return TensorDataset(means[labels] + torch.randn(n, WIDTH, generator=generator), labels)
 
 
+def tokens(n=300, length=5, ignored=0.3):
+    """Sequences of the rows of a target set; some of their labels do not count."""
+    x, y = target_set(n * length).tensors
+    generator = torch.Generator().manual_seed(7)
+    y = torch.where(torch.rand(len(y), generator=generator) < ignored, -100, y)
+    return TensorDataset(x.unflatten(0, (n, length)), y.unflatten(0, (n, length)))
+
+
+class Stream(IterableDataset):
+    def __init__(self, data, order=None):
+        self.data, self.order = data, range(len(data)) if order is None else order
+
+    def __iter__(self):
+        return (self.data[index] for index in self.order)
+
+
 def target_loader(n: int = 600, batch_size: int = 50, **options) -> DataLoader:
     return DataLoader(target_set(n), batch_size=batch_size, **options)
 
@@ -35,6 +51,39 @@ class Columns(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x[:, self.first : self.last] * self.scale
+
+
+class Counted(Columns):
+    """Counts the samples it is shown."""
+
+    seen = 0
+
+    def forward(self, x):
+        Counted.seen += len(x)
+        return super().forward(x)
+
+
+class Net(nn.Module):
+    """Two hidden layers and a head; takes vectors, or tokens."""
+
+    def __init__(self, first=0, last=WIDTH, width=12, seed=0):
+        super().__init__()
+        self.columns = Columns(first, last)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.low = nn.Linear(last - first, width)
+            self.high = nn.Sequential(nn.Tanh(), nn.Linear(width, width))
+            self.head = nn.Linear(width, 3)
+
+    def forward(self, x):
+        return self.head(self.high(self.low(x[..., self.columns.first : self.columns.last])).relu())
+
+    @torch.no_grad()
+    def features(self, x):
+        """The features of every row, by an ordinary call of every layer."""
+        low = self.low(x[..., self.columns.first : self.columns.last])
+        high = self.high(low)
+        return {"": high.relu(), "/low": low, "/high": high, "/layer_mean": (low + high) / 2}
 
 
 def good_to_bad() -> dict[str, nn.Module]:

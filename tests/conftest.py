@@ -4,9 +4,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parent / "site"))
-# Python finds sitecustomize.py there when a test launches a process.
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (sys.path[-1], os.environ.get("PYTHONPATH"))))
+# Helper modules for the tests, and for the processes that tests launch. Python finds sitecustomize.py there.
+sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parent / "site")]
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, (str(Path(__file__).parent), *sys.path[-2:], os.environ.get("PYTHONPATH")))
+)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
 

@@ -1,7 +1,6 @@
 """``python -m lightning_logme rank``, with a configuration as users write it."""
 
 import csv
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -134,7 +133,6 @@ def test_as_a_module(config):
         capture_output=True,
         text=True,
         cwd=Path(__file__).parent,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(Path(__file__).parents[1]), os.environ["PYTHONPATH"]))},
     )
     assert done.returncode == 0, done.stderr
     assert "1  good" in done.stdout

@@ -3,16 +3,11 @@
 import csv
 
 import pytest
+from boards import events
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from models import Classifier, loader, trainer
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_logme import LogMECallback
-
-
-def events(path) -> EventAccumulator:
-    accumulator = EventAccumulator(str(path), size_guidance={"images": 0, "histograms": 0, "scalars": 0})
-    return accumulator.Reload()
 
 
 def fit(tmp_path, logger, **options):

@@ -1,4 +1,7 @@
-"""Runs that are interrupted or killed, and go on. `python tests/test_interruptions.py WHERE OUT` is one of them."""
+"""Runs that are interrupted or killed, and resumed.
+
+`python tests/integration/test_interruptions.py WHERE OUT` is one such run.
+"""
 
 import copy
 import os

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-LAUNCHED = Path(__file__).with_name("launched.py")
+LAUNCHED = Path(__file__).parents[1] / "launched.py"
 PATIENCE = 120  # seconds; a run that hangs would wait for half an hour, which is gloo's
 
 

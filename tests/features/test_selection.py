@@ -4,10 +4,10 @@ import re
 
 import pytest
 import torch
+from boards import events
 from lightning.pytorch.loggers import TensorBoardLogger
 from models import CLASSES, Classifier, VisionTransformer, images, loader, mlp, trainer, vectors
 from oracles import problem
-from test_loggers import events
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 

@@ -10,11 +10,11 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from boards import events
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from models import CLASSES, Classifier, ConvNet, hooks, images, loader, mlp, penultimate, trainer, vectors
 from oracles import problem
-from test_loggers import events
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy

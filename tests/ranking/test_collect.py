@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-from backbones import CLASSES, QUIET, WIDTH, Columns, rank, target_loader, target_set
-from test_ranking_samples import Stream
+from backbones import CLASSES, QUIET, Columns, Net, Stream, rank, target_loader, target_set, tokens
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -15,42 +14,11 @@ from lightning_logme.functional import evidence, logme
 OPTIONS = {**QUIET, "race": False}
 
 
-class Net(nn.Module):
-    """Two hidden layers and a head; takes vectors, or tokens."""
-
-    def __init__(self, first=0, last=WIDTH, width=12, seed=0):
-        super().__init__()
-        self.columns = Columns(first, last)
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            self.low = nn.Linear(last - first, width)
-            self.high = nn.Sequential(nn.Tanh(), nn.Linear(width, width))
-            self.head = nn.Linear(width, 3)
-
-    def forward(self, x):
-        return self.head(self.high(self.low(x[..., self.columns.first : self.columns.last])).relu())
-
-    @torch.no_grad()
-    def features(self, x):
-        """The features of every row, by an ordinary call of every layer."""
-        low = self.low(x[..., self.columns.first : self.columns.last])
-        high = self.high(low)
-        return {"": high.relu(), "/low": low, "/high": high, "/layer_mean": (low + high) / 2}
-
-
 class NotANumber(nn.Module):
     """Puts out NaN where nobody looks later."""
 
     def forward(self, x):
         return torch.cat([x, torch.full_like(x[:, :1], math.nan)], 1)
-
-
-def tokens(n=300, length=5, ignored=0.3):
-    """Sequences of the rows of a target set; some of their labels do not count."""
-    x, y = target_set(n * length).tensors
-    generator = torch.Generator().manual_seed(7)
-    y = torch.where(torch.rand(len(y), generator=generator) < ignored, -100, y)
-    return TensorDataset(x.unflatten(0, (n, length)), y.unflatten(0, (n, length)))
 
 
 def expected(net, data, ignore_index=-100, **options):

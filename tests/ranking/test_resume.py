@@ -10,22 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from backbones import QUIET, WIDTH, Columns, good_to_bad, target_loader, target_set
-from test_ranking_samples import Stream
+from backbones import QUIET, WIDTH, Columns, Counted, Stream, good_to_bad, target_loader, target_set
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_logme import rank_backbones
-
-
-class Counted(Columns):
-    """Counts the samples it is shown."""
-
-    seen = 0
-
-    def forward(self, x):
-        Counted.seen += len(x)
-        return super().forward(x)
 
 
 @pytest.fixture
@@ -87,9 +76,9 @@ def test_an_interrupted_ranking_keeps_the_candidates_that_are_through(candidates
 def test_a_killed_process_is_resumed(candidates, tmp_path):
     script = f"""
 import sys, time
-sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[1])!r}]
+sys.path.insert(0, {str(Path(__file__).parent)!r})
 import torch
-from test_ranking_resume import Counted, rank
+from test_resume import Counted, rank
 class Slow(Counted):
     def forward(self, x):
         if Counted.seen > 2000:

@@ -8,15 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from backbones import QUIET, Columns, target_set
-from test_ranking_layers import Net, tokens
-from test_ranking_samples import Stream
+from backbones import QUIET, Columns, Net, Stream, target_set, tokens
 from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_logme import rank_backbones
-
-TESTS = Path(__file__).parent
 
 
 def fails_in_one_process(features):
@@ -81,10 +77,10 @@ def one_and_two(tmp_path_factory):
     script = folder / "script.py"
     script.write_text(
         "import sys\n"
-        f"sys.path[:0] = [{str(TESTS)!r}, {str(TESTS.parent)!r}]\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "import json, os, torch\n"
         "torch.set_num_threads(1)\n"
-        "from test_ranking_distributed import run\n"
+        "from test_race import run\n"
         f"results = run({str(folder / 'moments')!r}, devices=2, strategy='ddp')\n"
         f"json.dump(results, open({str(folder)!r} + '/' + os.environ.get('LOCAL_RANK', '0') + '.json', 'w'))\n"
     )
@@ -150,8 +146,6 @@ def test_processes_that_end_give_their_result_back(tmp_path, strategy):
     """As in a notebook: in a process of its own, for a fork would inherit this one's threads."""
     script = tmp_path / "script.py"
     script.write_text(
-        "import sys\n"
-        f"sys.path[:0] = [{str(TESTS)!r}, {str(TESTS.parent)!r}]\n"
         "from backbones import QUIET, Columns, target_loader\n"
         "from lightning_logme import rank_backbones\n"
         "if __name__ == '__main__':\n"

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from backbones import QUIET, Columns, good_to_bad, target_loader, target_set
+from backbones import QUIET, Columns, Stream, good_to_bad, target_loader, target_set
 from torch import nn
 from torch.utils.data import (
     BatchSampler,
@@ -37,14 +37,6 @@ def seen(samples, start=0, stop=None, rank=0, world=1):
 
 def identities(labels):
     return TensorDataset(torch.arange(len(labels)), labels)
-
-
-class Stream(IterableDataset):
-    def __init__(self, data, order=None):
-        self.data, self.order = data, range(len(data)) if order is None else order
-
-    def __iter__(self):
-        return (self.data[index] for index in self.order)
 
 
 class Reusing:
