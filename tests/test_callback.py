@@ -426,8 +426,8 @@ class TestErrors:
             (LogMECallback(layers=["body"]), None, "layers: Untouched has no module named 'body'"),
             (LogMECallback(), nn.ModuleDict({"a": mlp(), "b": mlp()}), r"several layers .* 'model.a.2' \(32 → 4\)"),
             (LogMECallback(), nn.Conv2d(3, 4, 3), "no torch.nn.Linear"),
-            (LogMECallback(), mlp(16, 1), "num_classes: .* 'model.2' puts out 1; .*task='binary'"),
-            (LogMECallback("model.1"), None, "num_classes: .* 'model.1' does not tell; give LogMECallback"),
+            (LogMECallback(), mlp(16, 1), "num_classes: .* number of outputs of 'model.2' is 1; .*task='binary'"),
+            (LogMECallback("model.1"), None, "num_classes: .* outputs of 'model.1' is not known; give LogMECallback"),
         ],
     )
     @pytest.mark.parametrize("verb", ["fit", "validate"])

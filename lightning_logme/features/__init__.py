@@ -1,1 +1,1 @@
-"""From a module and a batch to features: one vector for each label."""
+"""Turn a module and a batch into features: one vector for each label."""

@@ -18,13 +18,13 @@ def call(module: nn.Module, batch: Any, target: TargetSpec = None) -> Any:
     """Run a module on the inputs of a batch, and return its output.
 
     Args:
-        module: called as ``module(inputs)``, with the first item of (inputs, labels), or, for mappings, as
-            ``module(**inputs)`` with what its ``forward`` accepts.
-        batch: as a loader makes it.
-        target: key of the labels. They are not passed on, nor is anything with one of their usual names.
+        module: gets a tuple or list of inputs as positional arguments, a mapping as keyword arguments (only those that
+            ``forward`` accepts), and other inputs as one argument.
+        batch: (inputs, labels) or a mapping, as a loader yields it.
+        target: the key of the labels in a mapping. It is not passed to the module, nor are the usual names of labels.
 
     Raises:
-        ValueError: a mapping has nothing that ``forward`` takes.
+        ValueError: ``forward`` accepts no key of the mapping.
     """
     inputs = inputs_of(batch)
     if not isinstance(inputs, Mapping):
@@ -39,14 +39,14 @@ def call(module: nn.Module, batch: Any, target: TargetSpec = None) -> Any:
         return module(*named.values())
     if not accepted:
         raise ValueError(
-            f"the batch has {', '.join(map(repr, named))}, and {type(module).__name__}.forward takes "
-            f"{', '.join(map(repr, parameters))}; give forward=callable(model, batch)."
+            f"forward: the batch has the keys {', '.join(map(repr, named))}, but {type(module).__name__}.forward "
+            f"accepts only {', '.join(map(repr, parameters))}; give forward=callable(model, batch)."
         )
     return module(**accepted)
 
 
 def copied(batch: Any) -> Any:
-    """Return a copy of a batch: a module may write to its inputs."""
+    """Return a copy of a batch, because a module may write to its inputs."""
     if isinstance(batch, Tensor):
         return batch.clone()
     if type(batch) in (tuple, list):

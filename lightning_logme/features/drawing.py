@@ -1,4 +1,4 @@
-"""How samples are drawn from the loader of a map-style data set: indices, labels, order, blocks and batches."""
+"""Draw samples from the loader of a map-style data set: indices, labels, order, blocks and batches."""
 
 from __future__ import annotations
 
@@ -20,47 +20,50 @@ from torch.utils.data import (
 
 from lightning_logme.features.labels import LABEL_KEYS, TargetSpec
 
-# Random parts of the samples, for the jackknife.
+# The number of random blocks into which the jackknife divides the samples.
 BLOCKS = 8
 
 
 def sample_indices(loader: Any) -> Tensor | None:
-    """Return the samples that a loader of a map-style data set draws, each once; None for a stream."""
+    """Return the indices that a loader draws, each once; None if they cannot be known, as for a stream."""
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return None
     if loader.batch_sampler is None or type(loader).__iter__ is not DataLoader.__iter__:
-        return None  # the data set, or the loader, makes batches of its own
+        return None  # The data set or the loader itself makes the batches.
     if type(loader.batch_sampler) is not BatchSampler:
         return _each_once(index for batch in loader.batch_sampler for index in batch)
     sampler: Any = loader.batch_sampler.sampler
-    everything = type(sampler) is SequentialSampler or isinstance(sampler, DistributedSampler)
-    everything = everything or (type(sampler) is RandomSampler and sampler.num_samples == len(sampler.data_source))
-    if everything:
+    draws_all = type(sampler) is SequentialSampler or isinstance(sampler, DistributedSampler)
+    draws_all = draws_all or (type(sampler) is RandomSampler and sampler.num_samples == len(sampler.data_source))
+    if draws_all:
         return torch.arange(len(loader.dataset))  # type: ignore[arg-type]
-    return _each_once(sampler) if hasattr(sampler, "__len__") else None  # or it may never end
+    # A sampler without a length may never end.
+    return _each_once(sampler) if hasattr(sampler, "__len__") else None
 
 
 def _each_once(indices: Iterable[Any]) -> Tensor | None:
-    generator = getattr(indices, "generator", None)  # may be that of the training's loader, too
+    """Return the sorted distinct indices, or None if they are not integers."""
+    # Iterating draws from the generator, which the training loader may share.
+    generator = getattr(indices, "generator", None)
     state = generator.get_state() if isinstance(generator, torch.Generator) else None
     try:
         return torch.tensor(sorted({int(index) for index in indices}))
     except (TypeError, ValueError):
-        return None  # keys of another kind
+        return None
     finally:
         if generator is not None and state is not None:
             generator.set_state(state)
 
 
 def labels_at_hand(dataset: Any, target: TargetSpec) -> Tensor | None:
-    """Return the labels of a data set that has them at hand, so that no sample needs to be loaded; else None."""
+    """Return the labels of a data set if they can be read without loading the samples, else None."""
     if isinstance(dataset, Subset):
         labels = labels_at_hand(dataset.dataset, target)
         return None if labels is None else labels[torch.as_tensor(dataset.indices)]
     if isinstance(dataset, TensorDataset):
         index = 1 if target is None else target
-        at_hand = isinstance(index, int) and -len(dataset.tensors) <= index < len(dataset.tensors)
-        return dataset.tensors[index] if at_hand else None  # type: ignore[index]
+        is_index = isinstance(index, int) and -len(dataset.tensors) <= index < len(dataset.tensors)
+        return dataset.tensors[index] if is_index else None  # type: ignore[index]
     for name in LABEL_KEYS if target is None else (target,):
         if not isinstance(name, str):
             continue
@@ -79,12 +82,18 @@ def labels_at_hand(dataset: Any, target: TargetSpec) -> Tensor | None:
 
 
 def stratified_order(number: int, strata: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw a random order in which every beginning has the classes in proportion, and the block of each place.
+    """Return a random order of the samples, and the block of each position in it.
 
-    Each class is spread evenly over the order and over the blocks, and random within itself.
+    Each class is spread evenly over the order and over the blocks, so that the first n samples have the classes in
+    proportion for any n. Within a class the order is random.
+
+    Args:
+        number: the number of samples, N.
+        strata: (N,) the class of each sample; None for a random order without strata.
+        generator: the source of randomness.
 
     Returns:
-        The order (N,), and the block (N,) of each place in it.
+        The order (N,), and the block (N,) of each position.
     """
     shuffled = torch.randperm(number, generator=generator)
     if strata is None:
@@ -94,14 +103,14 @@ def stratified_order(number: int, strata: Tensor | None, generator: torch.Genera
     size = counts.repeat_interleave(counts)
     first = (counts.cumsum(0) - counts).repeat_interleave(counts)
     member = torch.arange(number) - first  # 0, 1, … within the class
-    # All classes start at once, in random turn: with random offsets, rare classes could be missing at the beginning.
-    turn = torch.rand(len(counts), generator=generator).repeat_interleave(counts)
-    place = (member.double() / size + turn * 1e-9).argsort(stable=True)
-    return by_class[place], (torch.arange(number) % BLOCKS)[place]
+    # Each class starts at 0, and chance breaks ties. With random offsets, rare classes could miss the first samples.
+    tie_break = torch.rand(len(counts), generator=generator).repeat_interleave(counts)
+    spread = (member.double() / size + tie_break * 1e-9).argsort(stable=True)
+    return by_class[spread], (torch.arange(number) % BLOCKS)[spread]
 
 
 def with_batches(loader: DataLoader[Any], batches: list[list[int]], seed: int) -> DataLoader[Any]:
-    """Return the same loader with batches of these samples."""
+    """Return a loader like this one that yields these batches of sample indices."""
     workers: dict[str, Any] = {}
     if loader.num_workers:
         workers = {
@@ -116,6 +125,6 @@ def with_batches(loader: DataLoader[Any], batches: list[list[int]], seed: int) -
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
-        generator=torch.Generator().manual_seed(seed),  # or it would draw from the user's
+        generator=torch.Generator().manual_seed(seed),  # else it draws from the user's generator
         **workers,
     )

@@ -1,4 +1,4 @@
-"""From a module and a batch to features, by source: one vector for each label."""
+"""Extract the features of a batch from a network, by source: one vector for each label."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from lightning_logme.features.pooling import Pooler, Pooling
 from lightning_logme.utilities.compat import compiled_modules
 
 Features = Callable[[Any, Any], Any]
-Errors = dict[str | None, Exception]  # by source; None stands for all of them
+Errors = dict[str | None, Exception]  # by source; the key None stands for all sources
 
-HEAD = ""  # the source that is the head's input; every other source is the name of a layer
+HEAD = ""  # the name of the source that is the input of the head; other sources have the name of their layer
 LAYER_MEAN = "layer_mean"
-HEAD_KEY = "head"  # what a mapping of poolings calls the head's input
+HEAD_KEY = "head"  # the key of the input of the head in a mapping of poolings
 
 
 class Source:
-    """One origin of features: the input of one or several heads, the output of a layer, or a callable.
+    """A source of features: the inputs of one or several heads, the output of a layer, or a callable.
 
     Args:
         name: :data:`HEAD`, or the name of a layer.
-        captures: the features of several are concatenated.
-        features: callable(module, batch), in place of captures.
-        pooling: of what the callable returns.
-        guess: the name of the head, where it was found and not named by the user.
-        outputs: number of outputs of the head, where it is known.
+        captures: give the features. Those of several captures are concatenated.
+        features: a callable(module, batch) that returns the features. It replaces the captures.
+        pooling: the pooling of the features that the callable returns.
+        guess: the name of the head if it was found automatically; None if the user named it.
+        outputs: the number of outputs of the head, if known.
     """
 
     def __init__(
@@ -61,14 +61,16 @@ class Source:
 
         Raises:
             NotCalledError: a module was not called.
-            ValueError: a module was called several times, or the shapes do not fit.
+            ValueError: a module was called several times, or a shape is wrong.
         """
         if self.features is not None:
             begin = len(trace.calls)
             tensor = first_tensor(self.features(module, batch))
             if tensor is None:
-                raise ValueError("features=callable(module, batch) returned no tensor; it must return (N, D) features.")
-            # On the device of the run, as a layer's would be: a collective takes no other.
+                raise ValueError(
+                    "features=callable(module, batch) returned no tensor; it must return features of shape (N, D)."
+                )
+            # Collective operations need the features on the device of the run, where those of layers are.
             tensor = tensor.detach().to(getattr(module, "device", tensor.device))
             rows = self.poolers[0].rows(tensor, labels, (trace.calls[begin:], trace.calls[:begin]))
             return owned(rows, tensor)
@@ -78,7 +80,7 @@ class Source:
                 raise capture.error
             captured, is_pooled = capture.seen[0] if len(capture.seen) == 1 else (None, False)
             if captured is None:
-                self._raise(capture.why_not_one())
+                self._raise(capture.call_error())
             parts.append(captured if is_pooled else owned(capture.pooled(captured, labels), captured))
         return parts[0] if len(parts) == 1 else _concatenated(parts)
 
@@ -86,26 +88,26 @@ class Source:
         if self.guess is None or not isinstance(error, NotCalledError):
             raise error
         raise NotCalledError(
-            f"'{self.guess}' was taken for the classifier head, but it was not called for this batch; name the head "
-            "with head=, or write head=None for what the module's forward returns, or give "
-            "features=callable(module, batch). Probe(forward=callable(module, batch)) says how a probe runs the "
-            "module. If the model was compiled and run before, its hooks are not seen: call "
-            'torch.compiler.set_stance("force_eager") or compile it anew.'
+            f"head: '{self.guess}' was taken for the classifier head, but it was not called for this batch; name the "
+            "head with head=, or use head=None for the output of the module, or give features=callable(module, batch). "
+            "To change how a probe calls the module, give Probe(forward=callable(module, batch)). If the model was "
+            "compiled and run before the hooks were attached, they do not run: call "
+            'torch.compiler.set_stance("force_eager") or compile it again.'
         )
 
 
 class Extractor:
-    """Gives the features of one network by source while it runs.
+    """An extractor of the features of a network, which captures them by source while the network runs.
 
     Args:
         module: the network.
-        sources: in the order in which they are logged.
-        window: of the captures.
+        sources: the sources, in the order in which they are logged.
+        window: the state that the captures share.
         layer_mean: whether the mean of the layers is a source as well.
-        num_outputs: K, where the head or the user says it.
+        num_outputs: the number of outputs, K, if known from the head or the user.
 
     Attributes:
-        sources: by name.
+        sources: the sources by name.
     """
 
     def __init__(
@@ -125,78 +127,80 @@ class Extractor:
 
     @property
     def captures(self) -> list[Capture]:
+        """The captures of all sources."""
         return [capture for source in self.sources.values() for capture in source.captures]
 
     @property
     def head(self) -> Source | None:
-        """The source that is the head's input, if there is one."""
+        """The source that is the input of the head, or None."""
         return self.sources.get(HEAD)
 
     @property
     def names(self) -> list[str]:
-        """Names of all sources: the head, the layers in their order, their mean."""
+        """The names of all sources: the head, the layers in their order, and their mean."""
         return [*self.sources, *([LAYER_MEAN] if self.layer_mean else [])]
 
     @property
     def layers(self) -> list[str]:
+        """The names of the sources that are layers."""
         return [name for name in self.sources if name != HEAD]
 
     @property
     def is_head_guessed(self) -> bool:
-        """Whether there is a head that was found and not named by the user."""
+        """Whether the head was found automatically, and not named by the user."""
         return self.head is not None and self.head.guess is not None
 
     def give(self, output: Any) -> None:
-        """Give the output of the network to the capture that waits for it, if there is one."""
+        """Pass the output of the network to the captures that have no module of their own."""
         for capture in self.captures:
             if capture.module is None:
                 capture.receive(output)
 
     def replace_head(self, part: nn.Module, name: str) -> Capture:
-        """Take the input of a module for the feature of the head from now on; return its capture."""
+        """Use the input of a module as the features of the head from now on, and return its capture."""
         pooler = self.sources[HEAD].poolers[0]
         capture = Capture(part, "input", f"the head '{name}'", self._window, pooler.pooling, pooler.key)
         self.sources[HEAD] = Source(HEAD, [capture])
         return capture
 
     def drop_guess(self) -> None:
-        """Leave out a head that was guessed, where there are layers to be scored in its place."""
+        """Remove a head that was found automatically, if there are layers to score instead."""
         if self.is_head_guessed and self.layers:
             for capture in self.sources.pop(HEAD).captures:
                 capture.remove()
 
     @property
     def is_compiled(self) -> bool:
-        """Whether ``torch.compile`` compiles one of the modules that are captured from."""
+        """Whether one of the captured modules is compiled by ``torch.compile``."""
         compiled = compiled_modules(self.module)
         return any(capture.module in compiled for capture in self.captures)
 
     @property
     def poolings(self) -> list[str]:
-        """How the tokens and maps of the last batch were pooled, in words."""
+        """Descriptions of how the tokens and maps of the last batch were pooled."""
         poolers = (pooler for source in self.sources.values() for pooler in source.poolers)
         return [pooler.description for pooler in poolers if pooler.description is not None]
 
     def start(self, labels: Labels | None) -> None:
-        """Capture for a batch with these labels; None where they are not known yet."""
+        """Start to capture a batch with these labels; None if they are not known yet."""
         self._forget()
         self._window.is_open, self._window.labels = True, labels
         for capture in self.captures:
             if capture.handle is not None and capture.handle.id not in (capture.handle.hooks_dict_ref() or ()):
-                capture.attach()  # torch.jit.script took the hook away
+                capture.attach()  # torch.jit.script removed the hook
         if not all(pooler.settled for source in self.sources.values() for pooler in source.poolers):
             self._window.trace.open(capture.module for capture in self.captures if capture.module is not None)
 
     @property
     def called(self) -> bool:
-        """Whether a module was called since the start, or a callable gives features."""
+        """Whether a captured module was called since :meth:`start`, or a callable gives features."""
         return any(
             source.features is not None or any(capture.seen or capture.error for capture in source.captures)
             for source in self.sources.values()
         )
 
     def stop(self) -> None:
-        """Capture no more, and forget."""
+        """Stop capturing, and drop what was captured."""
         self._forget()
         self._window.is_open, self._window.labels = False, None
         if self._window.trace.is_open:
@@ -207,21 +211,21 @@ class Extractor:
             capture.seen, capture.error = [], None
 
     def remove(self) -> None:
-        """Leave the network as it was."""
+        """Remove all hooks from the network."""
         self.stop()
         for capture in self.captures:
             capture.remove()
 
     def rows(self, batch: Any, labels: Labels) -> tuple[dict[str, Tensor], Errors]:
-        """Return by source one vector for each label of the last batch, and the errors of the sources that failed.
+        """Return one vector for each label of the last batch, by source, and the errors of the sources that failed.
 
         Args:
-            batch: that the network has just run on.
-            labels: of it.
+            batch: the batch that the network has just run on.
+            labels: the labels of this batch.
         """
         rows: dict[str, Tensor] = {}
         errors: Errors = {}
-        # Hooks first: features=callable may call the same modules again.
+        # Read the captures first, because features=callable may call the same modules again.
         for name, source in sorted(self.sources.items(), key=lambda item: not item[1].captures):
             try:
                 rows[name] = source.rows(self.module, batch, labels, self._window.trace)
@@ -240,13 +244,13 @@ class Extractor:
     def run(
         self, batch: Any, labels: Labels, forward: Callable[[Any, Any], Any], precision: AbstractContextManager[Any]
     ) -> tuple[dict[str, Tensor], Errors]:
-        """Run the network on a batch, and return what :meth:`rows` does.
+        """Run the network on a batch, and return the same as :meth:`rows`.
 
         Args:
-            batch: on the device.
-            labels: of it.
-            forward: runs the network; not called where no module is captured from.
-            precision: autocast of the run.
+            batch: the batch, on the device of the network.
+            labels: the labels of this batch.
+            forward: runs the network. It is not called if no module is captured.
+            precision: the autocast context of the run.
         """
         self.start(labels)
         try:
@@ -259,7 +263,7 @@ class Extractor:
 
 
 def _concatenated(parts: Sequence[Tensor]) -> Tensor:
-    """Return the features of several heads as one."""
+    """Return the features of several heads, concatenated."""
     dtype = parts[0].dtype
     for part in parts:
         dtype = torch.promote_types(dtype, part.dtype)
@@ -271,7 +275,7 @@ def _mean(rows: Mapping[str, Tensor]) -> Tensor:
     shapes = {tuple(tensor.shape) for tensor in rows.values()}
     if len(shapes) > 1:
         listed = ", ".join(f"'{layer}' {tuple(tensor.shape)}" for layer, tensor in rows.items())
-        raise ValueError(f"layer_mean needs layers of one length, got {listed}; name layers that have it.")
+        raise ValueError(f"layer_mean needs layers of one length, got {listed}; name layers of equal length.")
     tensors = list(rows.values())
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
     return torch.stack([tensor.to(dtype) for tensor in tensors]).mean(0)

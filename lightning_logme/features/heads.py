@@ -1,4 +1,4 @@
-"""Find the classifier head of a network by its module tree."""
+"""Find the classifier head of a network in its module tree."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from torchmetrics import Metric
 
 _SURE_WORDS = frozenset(("head", "heads", "classifier", "classification", "score", "logits"))
 _HEAD_WORDS = _SURE_WORDS | {"fc", "regressor", "predictor"}
-_LAYER_WORDS = frozenset(("output", "out"))  # Only layers count: transformers have whole networks of these names.
+_LAYER_WORDS = frozenset(("output", "out"))  # for layers only: transformers have whole networks with these names
 _INNER_WORDS = frozenset(("embed", "embedding", "embeddings", "proj", "projection", "projector", "merger", "pooler"))
 _INNER_WORDS |= {"key", "pos", "position", "query", "reference", "value"}
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _GLOBAL_POOLINGS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
-_LINKS = (nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Sigmoid, nn.LogSigmoid)  # from logits to predictions
+_PREDICTIONS = (nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Sigmoid, nn.LogSigmoid)  # turn logits into predictions
 
 
 def find_head(root: nn.Module, num_outputs: int | None = None) -> str:
-    """Find the layer that makes a module's output, by the module tree alone.
+    """Find the layer that makes the output of a module, from the module tree alone.
 
     The head is a linear layer or a 1 × 1 convolution, also inside an adapter such as LoRA. Nothing is run, so the
-    weights may lie on the meta device. A model of timm names its head itself. In any other module, names ("head",
-    "classifier", "fc", …), the order of a `torch.nn.Sequential` and the sizes of the layers decide. Repeated blocks
-    and layers whose output another layer takes hold no head.
+    weights may be on the meta device. A timm model names its head. In any other module, names ("head", "classifier",
+    "fc", …), the order of a `torch.nn.Sequential` and the sizes of the layers decide. Repeated blocks cannot contain
+    the head, and a layer whose output goes to another layer cannot be the head.
 
     Args:
         root: The network, for example a LightningModule.
@@ -55,8 +55,8 @@ def find_head(root: nn.Module, num_outputs: int | None = None) -> str:
     if not candidates:
         raise ValueError(
             f"head: {model} has no torch.nn.Linear or 1 × 1 convolution that can make its output; give head=None to "
-            "score its output, layers=['…'] to score the output of modules, features=callable(module, batch), or the "
-            "name of its head."
+            "score its output, layers=['…'] to score the outputs of its modules, features=callable(module, batch), or "
+            "the name of its head."
         )
     listed = ", ".join(f"'{c.path.name}' ({c.inputs} → {c.outputs})" for c in candidates)
     names = [candidate.path.name for candidate in candidates]
@@ -67,10 +67,10 @@ def find_head(root: nn.Module, num_outputs: int | None = None) -> str:
 
 
 def get_module(root: nn.Module, name: str, argument: str) -> nn.Module:
-    """Return the submodule of that dotted name.
+    """Return the submodule with a dotted name.
 
     Raises:
-        ValueError: It does not exist. The message names ``argument`` and the closest names that do.
+        ValueError: There is no such submodule. The message starts with ``argument`` and suggests similar names.
     """
     try:
         if name:
@@ -79,7 +79,7 @@ def get_module(root: nn.Module, name: str, argument: str) -> nn.Module:
         pass
     names = [known for known, _ in root.named_modules() if known]
     if not names:
-        raise ValueError(f"{argument}: {type(root).__name__} has no module named {name!r}, nor any other inside it.")
+        raise ValueError(f"{argument}: {type(root).__name__} has no module named {name!r}: it contains no modules.")
     close = difflib.get_close_matches(name, names, n=5, cutoff=0.4) or names[-5:]
     raise ValueError(
         f"{argument}: {type(root).__name__} has no module named {name!r}; did you mean one of "
@@ -88,12 +88,12 @@ def get_module(root: nn.Module, name: str, argument: str) -> nn.Module:
 
 
 class _Path(NamedTuple):
-    """How a module is reached from the root.
+    """The way from the root to a module.
 
     Attributes:
-        name: Its dotted name.
-        likeness: How much that name says "head"; 2 for the very word.
-        last: Whether no other weights can come after its output.
+        name: The dotted name of the module.
+        likeness: How clearly this name says "head": 2, 1 or 0, see `_likeness`.
+        last: Whether no other weights can come after the output of the module.
     """
 
     name: str = ""
@@ -109,12 +109,12 @@ class _Candidate(NamedTuple):
     """A layer that may be the head.
 
     Attributes:
-        path: How it is reached.
+        path: The way from the root to the layer.
         module: The layer, or the adapter around it.
-        inputs: The number of its inputs.
-        outputs: The number of its outputs.
-        is_taken: Whether a layer elsewhere takes as many inputs as this one gives outputs.
-        is_fed: Whether a layer elsewhere gives as many outputs as this one takes inputs.
+        inputs: The number of inputs.
+        outputs: The number of outputs.
+        is_taken: Whether a layer elsewhere could take the output: it has as many inputs.
+        is_fed: Whether a layer elsewhere could give the input: it has as many outputs.
     """
 
     path: _Path
@@ -130,7 +130,7 @@ class _Candidate(NamedTuple):
 
 
 class _Branch(NamedTuple):
-    """A child of a module, and the candidates in it."""
+    """A child of a module, with the candidates inside it."""
 
     name: str
     module: nn.Module
@@ -139,24 +139,24 @@ class _Branch(NamedTuple):
     candidates: list[_Candidate]
 
     @property
-    def rank(self) -> tuple[int, bool]:
+    def priority(self) -> tuple[int, bool]:
         return self.likeness, self.is_layer
 
     @property
     def is_idle(self) -> bool:
-        """Whether it is a network without a head."""
+        """Whether the branch is a network without a head."""
         return not self.candidates and len(_layers(self.module.modules())) > 1
 
     @property
     def had_head(self) -> bool:
-        """Whether it stands where the head was, so that no other branch holds the head."""
+        """Whether the head is or was in this branch, judged by its name. Then no other branch contains the head."""
         if _has_linear(self.module):
             return self.likeness == 2
         return self.likeness > 0 and any(isinstance(child, nn.Identity) for child in self.module.modules())
 
 
 class _Search:
-    """The search for the candidates of a network."""
+    """The search for the layers of a network that may be its head."""
 
     def __init__(self, root: nn.Module, num_outputs: int | None) -> None:
         self._root = root
@@ -168,13 +168,13 @@ class _Search:
         return list(self._ends(self._root, _Path(), ()))
 
     def _ends(self, module: nn.Module, path: _Path, siblings: Sequence[nn.Module]) -> Iterator[_Candidate]:
-        """Yield the layers that may make a module's output."""
+        """Yield the layers that may make the output of a module."""
         if isinstance(module, (Metric, nn.MultiheadAttention)):
-            return  # A metric's network is not part of the model. An attention never calls its `out_proj`.
+            return  # A network in a metric is not part of the model, and attention never calls its `out_proj`.
         linear = _linear(module)
         if linear is not None:
             inputs, outputs = _sizes(linear)
-            # Siblings are compared as a chain.
+            # Siblings do not count here, because `_ends_of_chain` compares them in their order.
             is_taken = self._inputs[outputs] > _inputs({linear, *siblings})[outputs]
             candidate = _Candidate(path, module, inputs, outputs, is_taken, inputs in self._outputs)
             if _may_be_last(candidate, isinstance(linear, nn.Linear)):
@@ -192,7 +192,7 @@ class _Search:
             yield from self._ends_of_branches(module, path)
 
     def _ends_of_adapter(self, module: Any, path: _Path) -> Iterator[_Candidate]:
-        """PEFT keeps a frozen original beside trained copies, and calls one of them."""
+        """Yield the candidates in the module that a PEFT wrapper calls: one of its trained copies, or the original."""
         copies = getattr(module, "modules_to_save", None)
         if not isinstance(copies, nn.ModuleDict):
             return
@@ -202,35 +202,38 @@ class _Search:
         yield from self._ends(module.get_submodule(name), path.child(name, path.likeness), ())
 
     def _ends_of_sequence(self, module: nn.Sequential, path: _Path) -> Iterator[_Candidate]:
+        """Yield the candidates in the last module of a sequence that has a linear layer."""
         children = list(module.named_children())
         siblings = _layers(child for _, child in children)
         pooled = False
         for name, child in reversed(children):
             if _has_linear(child):
-                # Blocks of one kind are hidden layers, unless plain sequences are all there is.
+                # Blocks of one kind are hidden layers. Plain sequences may hold the head if nothing comes after them.
                 is_block = _are_blocks(module, type(child)) and not (path.last and isinstance(child, nn.Sequential))
                 if _linear(child) is not None or not is_block:
                     below = path.child(name, max(path.likeness, _likeness(name, child)))
                     yield from self._ends(child, below, siblings)
                 return
-            # SqueezeNet's classifier pools relu(convolution).
+            # The classifier of SqueezeNet is a convolution, a ReLU and a pooling.
             if not _keeps_logits(child) and not (pooled and path.likeness == 2 and isinstance(child, nn.ReLU)):
                 return
             pooled = pooled or isinstance(child, _GLOBAL_POOLINGS)
 
     def _fits(self, candidate: _Candidate) -> bool:
+        """Return whether a candidate has the known number of outputs, and no other layer could take them."""
         return candidate.outputs == self._num_outputs and not candidate.is_taken
 
     def _ends_of_branches(self, module: nn.Module, path: _Path) -> Iterator[_Candidate]:
+        """Yield the candidates in the most likely children of a module."""
         branches = [branch for branch in self._branches(module, path) if branch.candidates or branch.had_head]
         if not branches:
             return
-        # A known number of outputs says more than a name, unless another layer takes as many inputs.
+        # A fitting number of outputs counts more than a name.
         fitting = [branch for branch in branches if any(map(self._fits, branch.candidates))]
         branches = fitting or branches
-        best = max(branch.rank for branch in branches)
-        found = [candidate for branch in branches if branch.rank == best for candidate in branch.candidates]
-        if best[0] == 2:  # "head" and "head_dist" of equal sizes are two heads.
+        best = max(branch.priority for branch in branches)
+        found = [candidate for branch in branches if branch.priority == best for candidate in branch.candidates]
+        if best[0] == 2:  # "head" and "head_dist" with equal sizes are two heads.
             sizes = {candidate[2:4] for candidate in found}
             found += [
                 twin for branch in branches if branch.likeness == 1 for twin in branch.candidates if twin[2:4] in sizes
@@ -239,11 +242,11 @@ class _Search:
         yield from found
 
     def _branches(self, module: nn.Module, path: _Path) -> list[_Branch]:
-        """Return the children of a module that is no sequence, without the candidates that are hidden layers."""
+        """Return the children of a module that is not a sequence, without candidates that are hidden layers."""
         children = dict(module.named_children())
         has_tensors = any(True for _ in (*module.parameters(False), *module.buffers(False)))
         if path.likeness == 2 and has_tensors and all(_likeness(*child) < 2 for child in children.items()):
-            return []  # This head computes more than its layers do.
+            return []  # A head with tensors of its own computes more than its layers do.
         siblings = _layers(children.values())
         ends = _ends_of_chain(children)
         beside_blocks = any(isinstance(child, nn.ModuleList) and _are_blocks(child) for child in children.values())
@@ -256,7 +259,7 @@ class _Search:
             if branch.is_layer:
                 is_inner = name not in ends
             elif isinstance(module, nn.ModuleList):
-                is_inner = path.likeness < 2  # a block of an encoder
+                is_inner = path.likeness < 2  # It is a block of an encoder.
             else:
                 is_inner = beside_blocks and branch.likeness < 2 and not isinstance(child, nn.Sequential)
             if is_inner or (branch.likeness == 0 and not is_last and _words(name) & _INNER_WORDS):
@@ -265,23 +268,23 @@ class _Search:
             inherited = path.likeness if is_alone or branch.likeness or isinstance(module, nn.ModuleList) else 0
             below = path.child(name, max(branch.likeness, inherited), is_last)
             branch.candidates.extend(self._ends(child, below, siblings))
-        return _in_last_place(branches)
+        return _without_inner_layers(branches)
 
 
 def _may_be_last(candidate: _Candidate, is_linear: bool) -> bool:
-    """Whether a layer may make the output of the module, by its path and the sizes of all layers."""
+    """Return whether a layer may make the output of the network, judged by its path and the sizes of all layers."""
     path = candidate.path
     if path.last:
         return True
     if not is_linear:
-        return path.likeness == 2  # Convolutions of this size are in all parts of networks.
+        return path.likeness == 2  # 1 × 1 convolutions occur everywhere in networks.
     if not candidate.is_taken:
         return True
     word = path.name.rstrip("0123456789.").rpartition(".")[2]
     return path.likeness == 2 and (candidate.inputs != candidate.outputs or word in _SURE_WORDS)
 
 
-def _in_last_place(branches: list[_Branch]) -> list[_Branch]:
+def _without_inner_layers(branches: list[_Branch]) -> list[_Branch]:
     """Drop the candidates whose output a later network may take, unless their name says "head"."""
     idle = [index for index, branch in enumerate(branches) if branch.is_idle]
     kept = []
@@ -291,7 +294,7 @@ def _in_last_place(branches: list[_Branch]) -> list[_Branch]:
         if branch.is_layer:
             is_inner = is_inner and not is_first
         elif idle and branch.likeness < 2:
-            # An encoder feeds its head. ESM's `contact_head` takes attention maps, and gives no output of its own.
+            # The head takes the output of an encoder. ESM's `contact_head` does not: it takes attention maps.
             is_inner = (
                 is_inner
                 or any(map(_are_blocks, branch.module.modules()))
@@ -303,7 +306,7 @@ def _in_last_place(branches: list[_Branch]) -> list[_Branch]:
 
 
 def _linear(module: nn.Module) -> nn.Module | None:
-    """Return the linear layer or 1 × 1 convolution that a module is, also inside an adapter."""
+    """Return a module that is a linear layer or 1 × 1 convolution, or the one inside an adapter, else None."""
     while hasattr(type(module), "adapter_layer_names"):
         base = dict(module.named_children()).get("base_layer")
         if base is None:
@@ -327,7 +330,7 @@ def _sizes(linear: Any) -> tuple[int, int]:
 
 
 def _inputs(modules: Iterable[nn.Module]) -> Counter[int]:
-    """Count the layers that take vectors, by the size of the vectors."""
+    """Count the layers that take vectors, by the length of the vectors."""
     counts: Counter[int] = Counter()
     for module in modules:
         if isinstance(module, nn.Linear):
@@ -342,7 +345,7 @@ def _inputs(modules: Iterable[nn.Module]) -> Counter[int]:
 
 
 def _outputs(modules: Iterable[nn.Module]) -> Iterator[int]:
-    """Yield the sizes of the vectors that layers give."""
+    """Yield the lengths of the vectors that layers give."""
     for module in modules:
         if isinstance(module, nn.Linear):
             yield module.out_features
@@ -355,7 +358,6 @@ def _outputs(modules: Iterable[nn.Module]) -> Iterator[int]:
 
 
 def _has_linear(module: nn.Module) -> bool:
-    # Metrics may hold whole networks (FID, BERTScore) that are not part of the model.
     return not isinstance(module, Metric) and any(_linear(child) is not None for child in module.modules())
 
 
@@ -364,7 +366,7 @@ def _has_weights(module: nn.Module) -> bool:
 
 
 def _are_blocks(module: nn.Module, kind: type | None = None) -> bool:
-    """Whether a module is a list of networks or a sequence of networks of one kind, as the blocks of an encoder."""
+    """Return whether a module is a list of networks, or a sequence of networks of one kind, as in an encoder."""
     networks = [child for child in module.children() if _linear(child) is None and any(True for _ in child.children())]
     if isinstance(module, nn.ModuleList):
         return bool(networks)
@@ -373,17 +375,17 @@ def _are_blocks(module: nn.Module, kind: type | None = None) -> bool:
 
 
 def _kind(module: nn.Module) -> tuple[type, ...]:
-    """Return what blocks of one kind have in common. Plain sequences are of one kind where all their modules are."""
+    """Return the kind of a block: its class, or the classes of all its modules if it is a plain sequence."""
     return tuple(map(type, module.modules())) if isinstance(module, nn.Sequential) else (type(module),)
 
 
 def _keeps_logits(module: nn.Module) -> bool:
-    """Whether logits are still logits or predictions after this module, which has no linear layer."""
+    """Return whether a module without a linear layer turns logits into logits or predictions."""
     if _has_weights(module):
         return False
     hidden = ("activation", "batchnorm", "instancenorm", "normalization")
     return all(
-        isinstance(child, _LINKS) or type(child).__module__.rpartition(".")[2] not in hidden
+        isinstance(child, _PREDICTIONS) or type(child).__module__.rpartition(".")[2] not in hidden
         for child in module.modules()
     )
 
@@ -398,7 +400,7 @@ def _classifiers(module: Any) -> list[str] | None:
 
 
 def _resolve(module: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """Follow a dotted name as far as it leads: a user may have replaced `head`, so that `head.fc` is gone."""
+    """Follow a dotted name as far as possible. If the user has replaced `head`, `head.fc` no longer exists."""
     found = []
     for word in name.split("."):
         child = dict(module.named_children()).get(word)
@@ -414,14 +416,14 @@ def _words(name: str) -> set[str]:
 
 
 def _likeness(name: str, module: nn.Module) -> int:
-    """Return how much a name says "head": 2 for the very word, 1 for a name that has the word."""
+    """Return how clearly a name says "head": 2 if it is such a word, 1 if it contains one, else 0."""
     is_layer = _linear(module) is not None or isinstance(module, nn.Identity)
     words = _HEAD_WORDS | _LAYER_WORDS if is_layer else _HEAD_WORDS
     return 2 if name.lower().strip("_") in words else 1 if words & _words(name) else 0
 
 
 def _without_frozen_copies(candidates: list[_Candidate]) -> list[_Candidate]:
-    """Drop what is frozen beside a trained layer with as many outputs: a teacher, a copy, a layer out of use."""
+    """Drop frozen layers if a trained layer has as many outputs: they are a teacher, a copy, or unused."""
     trained = {candidate.outputs for candidate in candidates if candidate.trained}
     return [candidate for candidate in candidates if candidate.trained or candidate.outputs not in trained]
 
@@ -438,10 +440,11 @@ def _ends_of_chain(children: Mapping[str, nn.Module]) -> set[str]:
 
 
 def _feeds(layer: _Candidate, later: _Candidate) -> bool:
+    """Return whether a later layer may take the output of a layer."""
     if layer.outputs != later.inputs:
         return False
     if later.inputs != later.outputs:
         return True
-    # A square layer fits behind any other one and beside any square one. Only numbers in the names give an order.
+    # A square layer could follow any layer with as many outputs. Only numbers in the names show that it does.
     numbered = re.sub(r"\d+", "", layer.path.name) == re.sub(r"\d+", "", later.path.name)
     return numbered and layer.inputs != layer.outputs

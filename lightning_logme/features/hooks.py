@@ -1,4 +1,4 @@
-"""Hooks on a network: they capture what modules take or give, pooled at once, and record which layers run."""
+"""Hooks on a network: they capture the inputs or outputs of modules, pool them at once, and record which layers run."""
 
 from __future__ import annotations
 
@@ -16,61 +16,65 @@ from lightning_logme.features.labels import Labels
 from lightning_logme.features.pooling import FIRST, LAST, Call, Calls, Pooler, Pooling
 from lightning_logme.utilities.compat import CONVOLUTIONAL, compiled_modules, hooks_of
 
-# Attributes that give the number of channels that a layer puts out.
+# Attributes of layers that hold their number of output channels.
 _WIDTHS = ("out_channels", "out_features", "num_features", "num_channels", "embedding_dim", "normalized_shape")
 _BEFORE_SCRIPT = "__prepare_scriptable__"
 
 
 class NotCalledError(ValueError):
-    """A module was not called for a batch."""
+    """Raised if a module was not called for a batch."""
 
 
 class CallTrace:
-    """Records which layers run, and when the watched modules begin, while it is open.
+    """A recorder of the layers that run in a network, and of the point at which each watched module starts.
 
-    Hooks are there only while it is open. Modules compiled by ``torch.compile`` are left alone, as hooks that come and
-    go would be compiled in: their layers count in the order in which they are registered.
+    The network has hooks only while the recorder is open. Modules compiled by ``torch.compile`` get no hooks, because
+    these would be compiled in. Their layers count in the order of registration.
 
     Args:
         root: the network.
+
+    Attributes:
+        is_open: whether calls are recorded.
+        calls: the recorded calls, in order.
     """
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
         self.is_open = False
         self.calls: list[Call] = []
-        self._begins: dict[nn.Module, int] = {}
+        self._starts: dict[nn.Module, int] = {}  # number of calls before the last start of each watched module
         self._handles: list[RemovableHandle] = []
 
     def open(self, watched: Iterable[nn.Module]) -> None:
-        """Forget what was recorded, and record."""
+        """Drop the recorded calls, and start to record."""
         self.close()
-        self.calls, self._begins, self.is_open = [], {}, True
-        compiled = compiled_modules(self.root)  # or scripted
-        # Prepended, so that a capture that follows finds the layer recorded.
+        self.calls, self._starts, self.is_open = [], {}, True
+        compiled = compiled_modules(self.root)
+        # The hooks come first, so that a capture on the same layer finds its call recorded.
         for module in self.root.modules():
             if module not in compiled and layer_width(module) is not None:
                 self._handles.append(module.register_forward_hook(self._on_layer, prepend=True))
         for module in watched:
             if module not in compiled:
-                self._handles.append(module.register_forward_pre_hook(self._on_begin, prepend=True))
+                self._handles.append(module.register_forward_pre_hook(self._on_start, prepend=True))
 
     def close(self) -> None:
-        """Remove the hooks; what was recorded stays."""
+        """Remove the hooks, and keep the recorded calls."""
         for handle in self._handles:
             handle.remove()
         self._handles, self.is_open = [], False
 
     def around(self, module: nn.Module) -> Calls:
-        """Return the calls since a watched module began, and those before."""
-        if module in self._begins:
-            begin = self._begins[module]
-            return self.calls[begin:], self.calls[:begin]
+        """Return the calls since a watched module started, and the calls before."""
+        if module in self._starts:
+            start = self._starts[module]
+            return self.calls[start:], self.calls[:start]
         before = itertools.takewhile(lambda part: part is not module, self.root.modules())
         return _registered(module.modules()), _registered(before)
 
-    def _on_begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._begins[module] = len(self.calls)
+    def _on_start(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._starts[module] = len(self.calls)
 
     def _on_layer(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         width = layer_width(module)
@@ -78,19 +82,19 @@ class CallTrace:
             self.calls.append(Call(width, tuple(output.shape), isinstance(module, CONVOLUTIONAL)))
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy of the user's module takes this along: idle, without what was recorded.
+        # A copy of the user's module contains a copy of this object, which must be idle and empty.
         return vars(CallTrace(nn.Module()))
 
 
 @dataclass(eq=False)
 class Window:
-    """The state that the captures of one network share: whether they are open, and for which labels.
+    """The state that the captures of one network share: whether they capture, and the labels of the batch.
 
     Attributes:
-        trace: of the calls in the network.
-        is_open: whether what passes is captured. A plain flag: hooks that come and go are not seen by code that
-            torch.compile has compiled before.
-        labels: of the batch, None where they are not known yet.
+        trace: the recorder of the calls in the network.
+        is_open: whether the hooks capture. It is a flag, because code that torch.compile has compiled does not run
+            hooks that are attached later.
+        labels: the labels of the batch; None if they are not known yet.
     """
 
     trace: CallTrace
@@ -99,24 +103,24 @@ class Window:
 
 
 class Capture:
-    """Captures the input, or the output, of a module while its window is open, and pools it at once.
+    """A hook that captures the input or output of a module while its window is open, and pools it at once.
 
-    Inside compiled code, and where the labels are not known yet, the tensor is copied, and pooled later. A class and
-    not a closure, so that the user's module can still be pickled and copied.
+    Inside compiled code, and if the labels are not known yet, it copies the tensor and pools it later. It is a class
+    and not a closure, so that the user's module can still be pickled and copied.
 
     Args:
-        module: to capture from; None for values that are given to :meth:`receive`.
+        module: the module to capture from; None if values are passed to :meth:`receive` instead.
         side: "input" or "output".
-        name: what messages call it.
-        window: of the network.
+        name: the name of the features in messages.
+        window: the state that all captures of the network share.
         pooling: see :func:`~lightning_logme.features.pooling.pool`.
-        key: what a mapping of poolings calls it.
-        remedy: what to do where the module is not called.
+        key: the key of the features in a mapping of poolings.
+        remedy: what messages advise if the module is not called.
 
     Attributes:
         seen: for each call since the window was opened, the tensor, and whether it is pooled.
-        error: of a call.
-        handle: of the hook.
+        error: the exception that the last failed call raised.
+        handle: the handle of the hook.
     """
 
     def __init__(
@@ -145,7 +149,7 @@ class Capture:
         self.attach()
 
     def attach(self) -> None:
-        """Attach the hook, also in place of one that ``torch.jit.script`` took away."""
+        """Attach the hook, and replace the previous one, which ``torch.jit.script`` may have removed."""
         if self.module is None:
             return
         if self.handle is not None:
@@ -154,12 +158,12 @@ class Capture:
             self.handle = self.module.register_forward_pre_hook(self._on_input, with_kwargs=True)
         else:
             self.handle = self.module.register_forward_hook(self._on_output)
-        # torch.jit.script calls this before it compiles the module, and all of its hooks.
+        # torch.jit.script compiles the hooks of a module as well, but calls this method first.
         vars(self.module)[_BEFORE_SCRIPT] = partial(_without_captures, self.module)
 
     @property
     def is_open(self) -> bool:
-        """Whether what passes the module is captured."""
+        """Whether the hook captures."""
         return self._window.is_open
 
     def _on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -184,28 +188,28 @@ class Capture:
                     self._calls = self._around()
                 rows = tensor if labels is None else self.pooled(tensor, labels).detach()
                 self.seen.append((owned(rows, tensor), labels is not None))
-        except Exception as error:  # which must not end the user's forward pass
+        except Exception as error:  # It must not interrupt the user's forward pass.
             self.error = error
 
     def pooled(self, tensor: Tensor, labels: Labels) -> Tensor:
-        """Return one vector for each label."""
+        """Return one vector for each label, pooled from a captured tensor."""
         return self.pooler.rows(tensor, labels, self._around() if self._calls is None else self._calls)
 
     def _around(self) -> Calls:
-        """Return the calls inside the module and before it."""
+        """Return the calls inside the module, if its output is captured, and the calls before it."""
         trace = self._window.trace
         if self.module is None:
             return [], list(trace.calls)
         inside, before = trace.around(self.module)
         return ([] if self.side == "input" else inside), before
 
-    def why_not_one(self) -> ValueError:
-        """Return the error for a module that was not called once, or that was called without a tensor."""
+    def call_error(self) -> ValueError:
+        """Return the error of a module that was called never, several times, or without a tensor."""
         if len(self.seen) == 0:
             return NotCalledError(
                 f"{self.name} was not called for this batch; {self.remedy}. If the model was compiled and run before "
-                'the hooks were attached, call torch.compiler.set_stance("force_eager") or compile it anew, so that '
-                "they are seen."
+                'the hooks were attached, they do not run: call torch.compiler.set_stance("force_eager") or compile it '
+                "again."
             )
         if len(self.seen) > 1:
             return ValueError(
@@ -215,7 +219,7 @@ class Capture:
         return ValueError(f"{self.name} was called without a tensor; name a module that takes and returns tensors.")
 
     def remove(self) -> None:
-        """Leave the module as it was."""
+        """Remove the hook from the module."""
         self.seen, self.error = [], None
         if self.module is not None and self.handle is not None:
             self.handle.remove()
@@ -223,13 +227,13 @@ class Capture:
                 vars(self.module).pop(_BEFORE_SCRIPT, None)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy of the user's module takes this along: idle, without the features.
+        # A copy of the user's module contains a copy of this object, which must be idle and hold no features.
         idle = dict.fromkeys(("module", "pooler", "error", "handle", "_calls"))
         return {**vars(self), **idle, "seen": [], "_window": Window(CallTrace(nn.Module()))}
 
 
 def _without_captures(module: nn.Module) -> nn.Module:
-    """Return the module without its captures, for torch.jit.script; the next batch attaches them again."""
+    """Return the module without its captures, for torch.jit.script. The next batch attaches them again."""
     for hooks, key in hooks_of(module, Capture):
         del hooks[key]
     prepare = getattr(type(module), _BEFORE_SCRIPT, None)
@@ -237,7 +241,7 @@ def _without_captures(module: nn.Module) -> nn.Module:
 
 
 def first_tensor(value: Any) -> Tensor | None:
-    """Return the first tensor in nested tuples, lists and mappings; a last hidden state or logits go first."""
+    """Return the first tensor in nested tuples, lists and mappings. Last hidden states and logits come first."""
     if isinstance(value, Tensor):
         return value
     if isinstance(value, Mapping):
@@ -251,25 +255,25 @@ def first_tensor(value: Any) -> Tensor | None:
 
 
 def owned(rows: Tensor, tensor: Tensor) -> Tensor:
-    """Return rows that were made from a tensor, copied where they share its memory or keep more memory than their own.
+    """Return rows made from a tensor, copied if they share its memory or are a view of a larger tensor.
 
-    A later layer may work in place, and a view would keep all that it is a view of.
+    A later layer may overwrite shared memory, and a view keeps all of the memory of its base.
     """
     if any(type(each) is not Tensor or each.layout != torch.strided for each in (rows, tensor)):
-        return rows.clone()  # their storage may not be one that can be looked at
+        return rows.clone()  # Other kinds of tensors may have no storage to compare.
     storage = rows.untyped_storage()
     is_shared = storage.data_ptr() == tensor.untyped_storage().data_ptr()
     return rows.clone() if is_shared or storage.nbytes() > rows.nbytes else rows
 
 
 def _registered(modules: Iterable[nn.Module]) -> list[Call]:
-    """Return the layers among modules as if each was called once, in this order."""
+    """Return the calls of the layers among modules, as if each was called once in this order."""
     widths = ((module, layer_width(module)) for module in modules)
     return [Call(width, None, isinstance(module, CONVOLUTIONAL)) for module, width in widths if width]
 
 
 def layer_width(module: nn.Module) -> int | None:
-    """Return the number of channels that a layer with parameters of its own puts out; None for other modules."""
+    """Return the number of output channels of a layer with parameters of its own; None for other modules."""
     if next(module.parameters(recurse=False), None) is None:
         return None
     if any(next(child.parameters(), None) is not None for child in module.children()):

@@ -1,4 +1,4 @@
-"""Forward passes beside a run, which leave no trace in it."""
+"""Isolate forward passes from a run, so that they leave no trace in it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from lightning_logme.utilities.compat import isolate_rng, kept_buffers
 
 @contextmanager
 def same_generators() -> Iterator[None]:
-    """Put the global random generators back as they were, also after an exception."""
+    """Restore the global random generators on exit, also after an exception."""
     isolated = isolate_rng()
     isolated.__enter__()
     try:
         yield
     finally:
-        isolated.__exit__(None, None, None)  # which forgets them if it receives an exception
+        isolated.__exit__(None, None, None)  # It would restore nothing if it received an exception.
 
 
 def seed_generators(seed: int) -> None:
@@ -35,11 +35,12 @@ def seed_generators(seed: int) -> None:
 
 @contextmanager
 def undisturbed(module: nn.Module, datamodule: object = None) -> Iterator[None]:
-    """Set a module to eval mode and without gradients; afterwards everything is as it was.
+    """Set a module to eval mode without gradients, and restore its state on exit.
 
-    That is the attributes of its parts (modes, counters, caches, the states of metrics), its buffers, the global random
-    generators, and those of torch among its attributes. The attributes of the data module, whose hooks prepare batches,
-    are put back as well. What the module logs meanwhile is dropped. What it adds to its own lists and dicts stays.
+    Restored are the attributes of the module and its submodules (modes, counters, caches, metric states), its buffers,
+    the global random generators, and the torch generators among its attributes. The attributes of the data module are
+    restored as well, because its hooks prepare batches. Values that the module logs meanwhile are dropped. Items that
+    it adds to its own lists and dicts stay.
     """
     scripted = {part: part.training for part in module.modules() if isinstance(part, torch.jit.ScriptModule)}
     parts = [part for part in module.modules() if part not in scripted]
@@ -48,10 +49,10 @@ def undisturbed(module: nn.Module, datamodule: object = None) -> Iterator[None]:
     generators = [(value, value.get_state()) for value in attributes if isinstance(value, torch.Generator)]
     try:
         for part in parts:
-            if isinstance(part, Metric):  # which may write to its states: to copies of them
+            if isinstance(part, Metric):  # A metric may write to its states, so it gets copies of them.
                 for name, state in part.metric_state.items():
                     setattr(part, name, state.clone() if isinstance(state, Tensor) else list(state))
-        vars(module)["log"] = _drop  # a forward that logs would log these batches as the user's
+        vars(module)["log"] = _drop  # Else a forward that logs would mix these batches into the user's metrics.
         with kept_buffers(module), same_generators(), torch.no_grad():
             module.eval()
             yield
@@ -61,7 +62,7 @@ def undisturbed(module: nn.Module, datamodule: object = None) -> Iterator[None]:
             vars(owner).update(held)
         for generator, state in generators:
             generator.set_state(state)
-        for part, training in scripted.items():  # whose attributes are not in Python
+        for part, training in scripted.items():  # Their attributes are not in vars(part).
             part.train(training)
 
 

@@ -14,7 +14,7 @@ from lightning_logme.utilities.checks import EXCLUSIVE, Task
 
 TargetSpec = int | str | Callable[[Any], Tensor] | None
 
-_MOST_TOKENS = 2**20  # of a sample
+_MOST_TOKENS = 2**20  # the largest number of tokens in a sample
 LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 
 
@@ -24,9 +24,9 @@ class Target:
 
     Attributes:
         values: (m,) int64 class labels, or (m, K) numbers, of the kept samples only.
-        kept: (m,) int64 index of the kept samples; None where all are kept. Labels of tokens count in flat order.
-        shape: of the labels as given.
-        task: the labels' task.
+        kept: (m,) int64 indices of the kept samples, with tokens in flat order; None if all are kept.
+        shape: the shape of the labels as given.
+        task: the task of the labels.
     """
 
     values: Tensor
@@ -38,18 +38,18 @@ class Target:
     def checked(
         cls, target: Tensor, task: Task, num_outputs: int | None = None, ignore_index: int | None = None
     ) -> Target:
-        """Check the labels of a batch. Waits for the device once, and again only if a sample is ignored.
+        """Check the labels of a batch. This waits for the device once, and again only if a sample is ignored.
 
         Args:
             target: (N,) integers for "binary" and "multiclass", or (N, T) for the classes of tokens; (N, L) of 0 and 1
                 for "multilabel"; (N,) or (N, M) numbers for "regression".
             task: one of the four tasks.
-            num_outputs: K; None leaves class labels unbounded above and accepts any number of columns.
-            ignore_index: samples with this label (multilabel: with any such entry) are not kept.
+            num_outputs: K; None accepts class labels of any size and any number of columns.
+            ignore_index: samples with this label are not kept, for "multilabel" those with any such entry.
 
         Raises:
-            TypeError: ``target`` is not a tensor. A sparse one is made dense.
-            ValueError: a shape, dtype or label does not fit; the message names it.
+            TypeError: ``target`` is not a tensor. A sparse tensor is made dense.
+            ValueError: a shape, dtype or label is wrong. The message names it.
         """
         target = _dense("target", target).detach()
         check = _checked_labels if task in EXCLUSIVE else _checked_columns
@@ -58,36 +58,36 @@ class Target:
         return cls(values if kept is None else values[kept], kept, target.shape, task)
 
     def first(self, number: int) -> Target:
-        """Return the target of the first samples alone, as where the rest are padding."""
+        """Return the labels of the first samples only, for a batch that ends with padding."""
         stop = number * (self.shape[1:].numel() if self.task in EXCLUSIVE else 1)
         kept = torch.arange(stop, device=self.values.device) if self.kept is None else self.kept[self.kept < stop]
         return replace(self, values=self.values[: len(kept)], kept=kept)
 
     def spread(self, values: Tensor) -> Tensor:
-        """Return for each label that is kept the value of its sample, given values (N,) on the CPU."""
+        """Return one value for each kept label, given one for each sample: (N,) on the CPU."""
         if self.task in EXCLUSIVE and len(self.shape) == 2:
             values = values.repeat_interleave(self.shape[1])
         return values if self.kept is None else values[self.kept.cpu()]
 
-    def index(self, places: range) -> Tensor:
-        """Return the index in the whole data set of each label that is kept, given the places of the samples (N,)."""
-        index = self.spread(torch.arange(places.start, places.stop, places.step))
+    def index(self, positions: range) -> Tensor:
+        """Return the index of each kept label in the whole data set, given the positions of the N samples there."""
+        index = self.spread(torch.arange(positions.start, positions.stop, positions.step))
         if not (self.task in EXCLUSIVE and len(self.shape) == 2):
             return index
         tokens = torch.arange(self.shape[1]).repeat(self.shape[0])
         return index * _MOST_TOKENS + (tokens if self.kept is None else tokens[self.kept.cpu()])
 
     def rows(self, features: Tensor, num_features: int | None = None, normalize: bool = False) -> Rows:
-        """Check one source of features against the labels, and return the kept rows. Does not wait for the device.
+        """Check one source of features, and return its kept rows. This does not wait for the device.
 
         Args:
-            features: (N, D) floating point; (N, T, D) where the labels are (N, T).
+            features: (N, D) floating point; (N, T, D) if the labels are (N, T).
             num_features: D; None accepts any.
             normalize: scale the features of each sample to length 1.
 
         Raises:
-            TypeError: ``features`` is not a tensor. A sparse one is made dense.
-            ValueError: a shape or dtype does not fit; the message names it.
+            TypeError: ``features`` is not a tensor. A sparse tensor is made dense.
+            ValueError: a shape or dtype is wrong. The message names it.
         """
         features = _dense("features", features).detach()
         if not features.is_floating_point():
@@ -119,11 +119,11 @@ class Target:
 
 
 class Labels(NamedTuple):
-    """The labels of a batch, checked once for all sources of features.
+    """The labels and the attention mask of a batch.
 
     Attributes:
-        target: of the samples that count.
-        mask: (N, T) attention mask, non-zero where a token counts; None if there is none.
+        target: the checked labels.
+        mask: (N, T) attention mask, non-zero for tokens that count; None if the batch has no mask.
     """
 
     target: Target
@@ -136,15 +136,15 @@ def read_labels(
     """Return the labels and the mask of a batch.
 
     Raises:
-        ValueError: there are no labels, or they do not fit the task.
+        ValueError: the labels are missing, or do not fit the task.
     """
-    # A copy, because validation_step may write to them: -100 is often replaced before tokens are decoded.
+    # Copied, because validation_step may write to the labels: -100 is often replaced before tokens are decoded.
     found = conform_target(find_target(batch, target), task).clone()
     return Labels(Target.checked(found, task, num_outputs, ignore_index), find_mask(batch))
 
 
 def check_target(target: Any) -> None:
-    """Raise ``ValueError`` unless ``target`` can say where labels are."""
+    """Raise ``ValueError`` unless ``target`` is a key, an index, a callable or None."""
     if target is not None and (isinstance(target, bool) or not (isinstance(target, (int, str)) or callable(target))):
         raise ValueError(f"target must be a key, an index, a callable(batch) -> Tensor, or None, got {target!r}.")
 
@@ -153,36 +153,35 @@ def find_target(batch: Any, target: TargetSpec = None) -> Tensor:
     """Return the labels of a batch.
 
     Args:
-        batch: as the loader made it: (inputs, labels, …), a mapping, or an object with attributes.
-        target: a key, an index, or a callable(batch); None takes the second item of a tuple or list, or what has one
-            of the usual names (labels, label, targets, target, y).
+        batch: (inputs, labels, …), a mapping, or an object with attributes, as the loader yields it.
+        target: a key, an index, or a callable(batch). None takes the second item of a tuple or list, or the entry with
+            one of the usual names (labels, label, targets, target, y).
 
     Raises:
-        ValueError: there are no labels where they were looked for, or they are no tensor; the message shows what to
-            pass.
+        ValueError: the labels are missing, or are not a tensor. The message says what to pass.
     """
     try:
         labels = _look_up(batch, target)
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(
             f"target={target!r} does not lead to labels in a batch that is {_describe(batch)} ({type(error).__name__}: "
-            f"{error})."
+            f"{error}); give the key or the index of the labels, or a callable(batch) -> Tensor."
         ) from error
     if labels is None:
         raise ValueError(
-            f"no labels found in a batch that is {_describe(batch)}; say where they are: target= takes a key, an "
-            "index, or a callable(batch) -> Tensor."
+            f"no labels found in a batch that is {_describe(batch)}; give target=, the key or the index of the labels, "
+            "or a callable(batch) -> Tensor."
         )
     if not isinstance(labels, Tensor):
         raise ValueError(
             f"the labels (target={target!r}) must be a torch.Tensor, got {type(labels).__name__} from a batch that is "
-            f"{_describe(batch)}; target=callable can convert them."
+            f"{_describe(batch)}; convert them with target=callable(batch)."
         )
     return labels
 
 
 def describe_target(batch: Any, target: TargetSpec = None) -> tuple[str, str | None]:
-    """Return where :func:`find_target` finds labels in such a batch, and what else could be labels, None if nothing."""
+    """Return where :func:`find_target` finds the labels of a batch, and which other items could be labels, or None."""
     if target is not None:
         return f"target={target!r}", None
     if isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields"):
@@ -195,9 +194,9 @@ def describe_target(batch: Any, target: TargetSpec = None) -> tuple[str, str | N
 
 
 def conform_target(target: Tensor, task: Task) -> Tensor:
-    """Bring labels to the metric's form where only the form differs.
+    """Return labels in the form that the metric takes, if only the form differs.
 
-    That is (N, 1) to (N,) for classes, a squeezed batch of one, and the 0.0 and 1.0 of a binary loss to integers.
+    Class labels (N, 1) become (N,), a scalar becomes (1,), and the 0.0 and 1.0 of a binary loss become integers.
     """
     if target.ndim == 0:  # a squeezed batch of one
         target = target[None]
@@ -209,7 +208,7 @@ def conform_target(target: Tensor, task: Task) -> Tensor:
 
 
 def find_mask(batch: Any) -> Tensor | None:
-    """Return the attention mask of a Hugging Face batch, or of the inputs in (inputs, labels)."""
+    """Return the attention mask of a Hugging Face batch, or of the inputs in (inputs, labels), or None."""
     inputs = inputs_of(batch)
     mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
     return mask if isinstance(mask, Tensor) else None
@@ -257,7 +256,7 @@ def _dense(name: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}.")
     if value.is_nested:
-        raise ValueError(f"{name} must be one block of numbers, got a nested tensor; pool each sample to one vector.")
+        raise ValueError(f"{name} must be a plain tensor, got a nested tensor; pool each sample to one vector.")
     if value.is_meta:
         raise ValueError(f"{name} must hold data, got a tensor of shape {tuple(value.shape)} on the meta device.")
     return value if value.layout == torch.strided else value.to_dense()
@@ -265,19 +264,19 @@ def _dense(name: str, value: Any) -> Tensor:
 
 def _not_one_label(shape: Sequence[int], task: Task) -> str:
     return (
-        f"target must have shape (N,) for task={task!r}, got {tuple(shape)}: one label a sample; several labels or "
-        "numbers a sample are task='multilabel' and task='regression'."
+        f"target must have shape (N,) for task={task!r}, got {tuple(shape)}; give one label per sample, or "
+        "use task='multilabel' for several labels and task='regression' for numbers."
     )
 
 
 def _checked_labels(
     target: Tensor, task: Task, num_classes: int | None, ignore_index: int | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the labels as a flat int64 tensor, and which to keep; None keeps all."""
-    numbers = target.is_floating_point() or target.is_complex()
-    if target.ndim not in (1, 2) or (target.ndim == 2 and numbers):
+    """Return the labels as a flat int64 tensor, and which of them to keep, None for all."""
+    is_inexact = target.is_floating_point() or target.is_complex()
+    if target.ndim not in (1, 2) or (target.ndim == 2 and is_inexact):
         raise ValueError(_not_one_label(target.shape, task))
-    if numbers:
+    if is_inexact:
         raise ValueError(
             f"target must hold integer class labels for task={task!r}, got {target.dtype}; convert with "
             "target.long(), or use task='regression' for numbers."
@@ -286,14 +285,14 @@ def _checked_labels(
     if not len(labels):
         return labels, None
     keep = labels != ignore_index if ignore_index is not None else torch.ones_like(labels, dtype=torch.bool)
-    # One wait for the device instead of a device-side assert.
+    # All checks wait for the device once. Without them a wrong label would be a device-side assert.
     low, high, all_kept = torch.stack([*torch.where(keep, labels, 0).aminmax(), keep.all().long()]).tolist()
     if low < 0 or (num_classes is not None and high >= num_classes):
         expected = "at least 0" if num_classes is None else f"in 0…{num_classes - 1} ({num_classes} classes)"
         raise ValueError(
             f"target holds labels from {low} to {high}, but for task={task!r} labels must be {expected}; "
-            "are these the labels? Give the right num_classes, or leave such rows out (with "
-            f"ignore_index={low if low < 0 else high}, where that is an argument)."
+            "check that these are the labels, give the right num_classes, or leave such rows out (with "
+            f"ignore_index={low if low < 0 else high}, if that is an argument)."
         )
     return labels, None if all_kept else keep
 
@@ -301,13 +300,13 @@ def _checked_labels(
 def _checked_columns(
     target: Tensor, task: Task, num_outputs: int | None, ignore_index: int | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the target as (N, K), and which samples to keep; None keeps all."""
+    """Return the target as (N, K), and which samples to keep, None for all."""
     if task == "regression" and target.ndim == 1:
         target = target[:, None]
     columns = {"multilabel": "L", "regression": "M"}[task] if num_outputs is None else str(num_outputs)
     if target.ndim != 2 or (num_outputs is not None and target.shape[1] != num_outputs) or target.shape[1] == 0:
         also = "(N,) or " if task == "regression" and num_outputs in (None, 1) else ""
-        given = "" if num_outputs is None else f"; {num_outputs} is the num_classes, num_labels or num_outputs given"
+        given = "" if num_outputs is None else f"; {num_outputs} was given as num_classes, num_labels or num_outputs"
         raise ValueError(
             f"target must have shape {also}(N, {columns}) for task={task!r}, got {tuple(target.shape)}{given}."
         )
@@ -318,11 +317,11 @@ def _checked_columns(
     keep = (
         (target != ignore_index).all(1) if ignore_index is not None else torch.ones_like(target[:, 0], dtype=torch.bool)
     )
-    met = torch.where(keep[:, None], target, 0)
-    valid, all_kept = torch.stack([((met == 0) | (met == 1)).all(), keep.all()]).tolist()
+    counted = torch.where(keep[:, None], target, 0)
+    valid, all_kept = torch.stack([((counted == 0) | (counted == 1)).all(), keep.all()]).tolist()
     if not valid:
         raise ValueError(
-            f"target must hold only 0 and 1 for task={task!r}, got values from {met.min().item()} to "
-            f"{met.max().item()}."
+            f"target must hold only 0 and 1 for task={task!r}, got values from {counted.min().item()} to "
+            f"{counted.max().item()}."
         )
     return target, None if all_kept else keep

@@ -1,27 +1,27 @@
-"""Which layer makes the output of a module, found by running one batch."""
+"""Find the layer that makes the output of a module by running one batch."""
 
 from __future__ import annotations
 
 import math
 from collections import deque
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_logme.features.hooks import Capture
 
-_SAMPLES = 2  # whose numbers are compared: all of a batch would keep the activations of the whole network
-_INPUTS = 4  # of the last layers that ran are kept: a head is nearly always one of them
+_SAMPLES = 2  # compared per batch: a whole batch would keep the activations of the whole network
+_INPUTS = 4  # inputs that are kept, of the last linear layers that ran: the head is nearly always one of them
 
 
 class OutputLayer:
-    """Finds the linear layer, or 1 × 1 convolution, whose output is a module's output, while one batch runs.
+    """A search for the linear layer or 1 × 1 convolution that makes the output of a module, while one batch runs.
 
-    It counts as the output where the numbers are the same, also in another shape or for one token of several. If it is
-    the last layer with parameters to run, it also counts where the output is its average over positions (after a ReLU
-    too), a multiple of it, or its softmax, log-softmax or sigmoid.
+    A layer makes the output if both hold the same numbers, also in another shape, or if the output is one token of the
+    output of the layer. The last layer with parameters that runs also makes the output if this is the average of the
+    output of the layer over positions (also after a ReLU), a multiple of it, or its softmax, log-softmax or sigmoid.
 
     Args:
         module: the network. Its layers have hooks inside the ``with`` block.
@@ -30,9 +30,9 @@ class OutputLayer:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._names = {part: name for name, part in module.named_modules() if _is_linear(part) and _takes_hooks(part)}
-        self._calls: list[tuple[str, tuple[int, ...], Tensor]] = []
+        self._calls: list[_Output] = []
         self._inputs: deque[tuple[str, Tensor]] = deque(maxlen=_INPUTS)
-        self._last: nn.Module | None = None  # of the layers with parameters, the last that ran
+        self._last: nn.Module | None = None  # the last layer with parameters that ran
         self._handles: list[Any] = []
 
     def __enter__(self) -> OutputLayer:
@@ -54,48 +54,65 @@ class OutputLayer:
 
     def _on_output(self, part: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if isinstance(output, Tensor) and output.ndim and not output.is_nested:
-            few = output.detach()[:_SAMPLES].float().clone()
-            self._calls.append((self._names[part], tuple(output.shape), few))
+            self._calls.append(_Output(self._names[part], tuple(output.shape), _first_samples(output).clone()))
 
     def _on_layer(self, part: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._last = part
 
     @property
     def is_blind(self) -> bool:
-        """Whether the hooks have seen nothing of a network that has layers: it may be compiled, or scripted."""
+        """Whether no hook ran although the network has layers: it may be compiled or scripted."""
         parts = self._module.modules()
         return self._last is None and any(next(part.parameters(recurse=False), None) is not None for part in parts)
 
     def find(self, output: Tensor) -> str | None:
-        """Return the dotted name of the layer, or None if no layer makes the output, as in an encoder without a head.
+        """Return the dotted name of the layer that makes the output, or None, as in an encoder without a head.
 
         Raises:
             ValueError: the output is the mean of several heads.
         """
         if output.is_nested or output.ndim < 2:
             return None
-        shape, numbers = tuple(output.shape), output.detach()[:_SAMPLES].float()
-        for name, made, seen in reversed(self._calls):  # an adapter's wrapper comes after the layer in it
-            if name and any(torch.equal(same, numbers) for same in _same(made, seen, shape, numbers)):
-                return name
+        wanted = _Output("", tuple(output.shape), _first_samples(output))
+        for call in reversed(self._calls):  # The wrapper of an adapter returns after the layer inside it.
+            if call.name and any(torch.equal(values, wanted.values) for values in _rearranged(call, wanted)):
+                return call.name
         last = None if self._last is None else self._names.get(self._last)
-        for name, made, seen in self._calls:
-            if name and name == last and any(_are_close(one, numbers) for one in _maps(made, seen, shape, numbers)):
-                return name
-        heads = _several(self._module, self._calls, shape, numbers)
+        for call in self._calls:
+            is_last = bool(call.name) and call.name == last
+            if is_last and any(_are_close(values, wanted.values) for values in _transformed(call, wanted)):
+                return call.name
+        heads = _several_heads(self._module, self._calls, wanted)
         if heads:
             raise ValueError(
                 f"head: the output of {type(self._module).__name__} is made by several heads, "
-                f"{', '.join(map(repr, heads))}; name one of them, or all to score their inputs together: "
-                f"head={heads!r}."
+                f"{', '.join(map(repr, heads))}; name one of them, or score their inputs together with head={heads!r}."
             )
         return None
 
     def replay(self, name: str, capture: Capture) -> None:
-        """Give a capture the inputs of a layer in the batch, as far as they are at hand."""
-        for layer, seen in self._inputs:
+        """Pass the recorded inputs of a layer to a capture."""
+        for layer, value in self._inputs:
             if layer == name:
-                capture.receive(seen)
+                capture.receive(value)
+
+
+class _Output(NamedTuple):
+    """The output of a layer, or of the whole module.
+
+    Attributes:
+        name: the dotted name of the layer.
+        shape: the shape of the output.
+        values: the first samples of the output.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    values: Tensor
+
+
+def _first_samples(output: Tensor) -> Tensor:
+    return output.detach()[:_SAMPLES].float()
 
 
 def _takes_hooks(module: nn.Module) -> bool:
@@ -103,55 +120,48 @@ def _takes_hooks(module: nn.Module) -> bool:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Whether it maps features linearly to outputs: adapters around a linear layer do, too."""
+    """Return whether a module maps features linearly to outputs, as an adapter around a linear layer does too."""
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return module.groups == 1 and all(size == 1 for size in module.kernel_size)
     widths = (getattr(module, name, None) for name in ("in_features", "out_features"))
     return all(isinstance(width, int) for width in widths)
 
 
-def _same(made: tuple[int, ...], seen: Tensor, shape: tuple[int, ...], numbers: Tensor) -> Iterator[Tensor]:
-    """The output if it were the output of a layer, in another shape, or one of its tokens.
-
-    Args:
-        made: shape of the layer's output.
-        seen: its first samples.
-        shape: of the module's output.
-        numbers: its first samples.
-    """
-    if seen.numel() >= numbers.numel() and math.prod(made) == math.prod(shape):
-        yield seen.flatten()[: numbers.numel()].view_as(numbers)
-    if seen.ndim == 3 and made[::2] == shape:
-        distance = (seen - numbers[:, None]).square().sum(2)
-        yield seen[torch.arange(len(seen), device=seen.device), distance.argmin(1)]
+def _rearranged(call: _Output, wanted: _Output) -> Iterator[Tensor]:
+    """Yield the output of a layer in the shape of the output of the module, and the most similar of its tokens."""
+    values = call.values
+    if values.numel() >= wanted.values.numel() and math.prod(call.shape) == math.prod(wanted.shape):
+        yield values.flatten()[: wanted.values.numel()].view_as(wanted.values)
+    if values.ndim == 3 and call.shape[::2] == wanted.shape:
+        distance = (values - wanted.values[:, None]).square().sum(2)
+        yield values[torch.arange(len(values), device=values.device), distance.argmin(1)]
 
 
-def _maps(made: tuple[int, ...], seen: Tensor, shape: tuple[int, ...], numbers: Tensor) -> Iterator[Tensor]:
-    """The output if it were made of the output of a layer by a map without parameters."""
-    if made == shape:
-        dim = -1 if numbers.ndim == 2 else 1
-        yield from (seen.softmax(dim), seen.log_softmax(dim), seen.sigmoid())
-        square = seen.square().sum()
-        if square > 0 and numbers.numel() > _SAMPLES:  # one number is a multiple of any other
-            yield seen * ((seen * numbers).sum() / square)
-    if seen.ndim > 2 == numbers.ndim and made[0] == shape[0]:
+def _transformed(call: _Output, wanted: _Output) -> Iterator[Tensor]:
+    """Yield what functions without parameters make of the output of a layer, in the shape of the module's output."""
+    values = call.values
+    if call.shape == wanted.shape:
+        dim = -1 if wanted.values.ndim == 2 else 1
+        yield from (values.softmax(dim), values.log_softmax(dim), values.sigmoid())
+        square = values.square().sum()
+        if square > 0 and wanted.values.numel() > _SAMPLES:  # A single number is a multiple of any other.
+            yield values * ((values * wanted.values).sum() / square)
+    if values.ndim > 2 == wanted.values.ndim and call.shape[0] == wanted.shape[0]:
         for axis in (1, -1):
-            if made[axis] == shape[1]:
-                maps = seen.movedim(axis, 1).flatten(2)
+            if call.shape[axis] == wanted.shape[1]:
+                maps = values.movedim(axis, 1).flatten(2)
                 yield from (maps.mean(2), maps.relu().mean(2))
 
 
-def _several(
-    module: nn.Module, calls: list[tuple[str, tuple[int, ...], Tensor]], shape: tuple[int, ...], numbers: Tensor
-) -> list[str]:
-    """The heads whose mean is the output, or which timm's convention names."""
-    alike = [(name, seen) for name, made, seen in calls if made == shape]
-    total = torch.zeros_like(numbers)
-    for number, (_, seen) in enumerate(reversed(alike), 1):
-        total += seen
-        if number > 1 and _are_close(total / number, numbers):
-            return [name for name, _ in alike[-number:]]
-    called = {name for name, _, _ in calls}
+def _several_heads(module: nn.Module, calls: list[_Output], wanted: _Output) -> list[str]:
+    """Return the heads whose mean is the output, or several heads that a timm model names, or an empty list."""
+    same_shape = [call for call in calls if call.shape == wanted.shape]
+    total = torch.zeros_like(wanted.values)
+    for number, call in enumerate(reversed(same_shape), 1):
+        total += call.values
+        if number > 1 and _are_close(total / number, wanted.values):
+            return [call.name for call in same_shape[-number:]]
+    called = {call.name for call in calls}
     for prefix, part in module.named_modules():
         config = getattr(part, "default_cfg", None)
         named = config.get("classifier") if isinstance(config, dict) else None
@@ -163,4 +173,5 @@ def _several(
 
 
 def _are_close(left: Tensor, right: Tensor) -> bool:
-    return left.shape == right.shape and torch.allclose(left, right, rtol=1e-2, atol=1e-6)  # of half precision, too
+    # The tolerance allows for half precision.
+    return left.shape == right.shape and torch.allclose(left, right, rtol=1e-2, atol=1e-6)

@@ -1,4 +1,4 @@
-"""The number of outputs, K: two for binary labels, else classes, labels of a sample, or columns of numbers."""
+"""The number of outputs, K: two for binary labels, else the number of classes, of labels per sample, or of columns."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from torch import Tensor, nn
 
 from lightning_logme.utilities.checks import Task, positive_or_none
 
-# Beyond which labels are taken for something else, unless there are samples for them.
+# Larger labels are hardly numbers of classes, unless there are enough samples for so many classes.
 _MOST_CLASSES = 1_000_000
 
 
 def decide_num_outputs(
     task: Task, num_classes: int | None = None, *, head_outputs: int | None = None, values: Tensor | None = None
 ) -> int | None:
-    """Return K, or None where it is not known yet.
+    """Return K, or None if it is not known yet.
 
     Args:
-        task: of the labels.
-        num_classes: K of "multiclass" and "multilabel", where the user gave it.
-        head_outputs: number of outputs of the classifier head, which decides "multiclass" from 2 on.
-        values: checked labels that count: all of them for "multiclass", any of them for the columns of other tasks.
+        task: the task of the labels.
+        num_classes: K of "multiclass" and "multilabel", if the user gave it.
+        head_outputs: the number of outputs of the classifier head. From 2 on it is K for "multiclass".
+        values: checked labels: all labels for "multiclass", any of them for other tasks.
 
     Raises:
-        ValueError: ``num_classes`` has no meaning for the task, or the labels are no numbers of classes.
+        ValueError: ``num_classes`` has no meaning for the task, or the labels are not numbers of classes.
     """
     num_classes = positive_or_none("num_classes", num_classes)
     if task == "binary":
@@ -31,7 +31,8 @@ def decide_num_outputs(
         return 2
     if task == "regression" and num_classes is not None:
         raise ValueError(
-            f"num_classes={num_classes} has no meaning for task='regression'; the target's columns are the outputs."
+            f"num_classes={num_classes} has no meaning for task='regression', where each column of the target is an "
+            "output; leave it out."
         )
     if num_classes is not None:
         return num_classes
@@ -42,12 +43,12 @@ def decide_num_outputs(
     number = int(values.max()) + 1
     if number > max(_MOST_CLASSES, 10 * len(values)):
         raise ValueError(
-            f"target holds labels up to {number - 1} in {len(values)} samples, which without num_classes would make as "
-            "many classes; number the classes that there are from 0, or give num_classes."
+            f"target holds labels up to {number - 1} in only {len(values)} samples; number the classes 0, 1, 2, …, or "
+            "give num_classes."
         )
     return number
 
 
 def num_outputs_of(head: nn.Module | None) -> int | None:
-    """Return the number of outputs of a head, where it says it."""
+    """Return the number of outputs of a head, or None if it has no attribute for it."""
     return getattr(head, "out_features", getattr(head, "out_channels", None))

@@ -1,4 +1,4 @@
-"""From tokens and maps to one vector a sample, and which of their axes holds the channels."""
+"""Pool tokens and maps to one vector per sample, and find the axis that holds their channels."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ FIRST, LAST = 1, -1  # the axes that may hold the channels
 
 
 class MaskError(ValueError):
-    """An attention mask does not fit the tokens."""
+    """Raised if an attention mask does not fit the tokens."""
 
 
 class Call(NamedTuple):
     """One call of a layer.
 
     Attributes:
-        width: number of channels that the layer puts out.
-        shape: of its output; None if it was not seen.
-        convolutional: whether it is a convolution or a batch norm.
+        width: the number of output channels of the layer.
+        shape: the shape of the output; None if it is not known.
+        convolutional: whether the layer is a convolution or a batch norm.
     """
 
     width: int
@@ -40,17 +40,17 @@ Calls = tuple[Sequence[Call], Sequence[Call]]  # inside a module, and before it
 
 
 class Pooler:
-    """Turns what a module takes or gives into one vector for each label of a batch.
+    """The pooling of one source of features to one vector for each label of a batch.
 
     Args:
         pooling: see :func:`pool`.
-        name: what messages call the tensor.
-        key: what a mapping of poolings calls it.
-        axis: that holds the channels, where the kind of the module shows it.
+        name: the name of the features in messages.
+        key: the key of the features in a mapping of poolings.
+        axis: the axis of the channels, if the class of the module determines it.
 
     Attributes:
-        settled: whether a batch has shown where the channels are.
-        description: how tokens or maps of the last batch were pooled.
+        settled: whether a batch was pooled, so that the axis of the channels is known.
+        description: how the tokens or maps of the last batch were pooled; None without tokens or maps.
     """
 
     def __init__(self, pooling: Pooling, name: str, key: str, axis: int | None = None) -> None:
@@ -60,18 +60,18 @@ class Pooler:
         self.description: str | None = None
         self.key = key
         self._axis_of_module = axis
-        self._axes: dict[int, int] = {}  # by number of dimensions
+        self._axes: dict[int, int] = {}  # the axis of the channels, by number of dimensions
 
     def rows(self, tensor: Tensor, labels: Labels, calls: Calls) -> Tensor:
-        """Return (N, D), or (N, T, D) for labels (N, T).
+        """Return the features pooled to (N, D), or (N, T, D) for labels (N, T).
 
         Args:
-            tensor: of a batch.
-            labels: of the same batch.
-            calls: layers that ran inside the module that made the tensor, and before it.
+            tensor: the features of a batch.
+            labels: the labels of the same batch.
+            calls: the calls of layers inside the module that made the features, and before it.
 
         Raises:
-            ValueError: the shapes do not fit, or nothing shows which axis holds the channels.
+            ValueError: the shapes do not fit, or the axis of the channels is not known.
         """
         shape, (number, *tokens) = tuple(tensor.shape) if not tensor.is_nested else (), labels.target.shape
         by_token = bool(tokens) and labels.target.task in EXCLUSIVE
@@ -79,17 +79,17 @@ class Pooler:
         if tensor.is_nested:
             tensor = pool_nested(tensor, self.pooling)
             shape = tuple(tensor.shape)
-        if tensor.ndim == 1 and number == 1:  # a squeezed batch of one
+        if tensor.ndim == 1 and number == 1:  # It is a squeezed batch of one sample.
             tensor = tensor[None]
         if by_token and tensor.ndim == 2 and len(tensor) == number * tokens[0]:
-            tensor = tensor.unflatten(0, (number, tokens[0]))  # a head that takes all tokens in one row
+            tensor = tensor.unflatten(0, (number, tokens[0]))  # The head takes the tokens of all samples in a row.
         if not (by_token and tensor.ndim == 3 and tensor.shape[:2] == labels.target.shape):
             tensor = self._pooled(tensor, labels.mask, calls)
         if len(tensor) != number:
             raise ValueError(
                 f"{self.name} gave {len(tensor)} features for {number} labels, shapes {shape} and "
-                f"{tuple(labels.target.shape)}; name a module that gives one feature a label, or let pooling=callable "
-                "make it one."
+                f"{tuple(labels.target.shape)}; name a module that gives one feature per label, or pool to one with "
+                "pooling=callable."
             )
         self.settled = True
         return tensor
@@ -102,7 +102,7 @@ class Pooler:
             pooled = pool(tensor, self.pooling, mask, axis)
         except MaskError as error:
             raise ValueError(
-                f"{self.name}: {error}; say how to pool them, as in "
+                f"{self.name}: {error}; choose how to pool them, as in "
                 f"pooling={{{self.key!r}: lambda tokens: tokens.mean(1)}}."
             ) from error
         except ValueError as error:
@@ -118,7 +118,7 @@ class Pooler:
             if axis is None:
                 raise ValueError(
                     f"pooling: {self.name} has shape {tuple(tensor.shape)}, and no layer shows whether its channels "
-                    f"are on the second axis ({tensor.shape[1]}) or on the last ({tensor.shape[-1]}); write "
+                    f"are on the second axis ({tensor.shape[1]}) or on the last ({tensor.shape[-1]}); give "
                     f"pooling={{{self.key!r}: 'channels_first'}} or 'channels_last'."
                 )
             self._axes[tensor.ndim] = axis
@@ -138,21 +138,21 @@ def check_poolings(pooling: Any) -> None:
 def pool(
     features: Tensor, pooling: Pooling = "auto", mask: Tensor | None = None, channel_axis: int | None = None
 ) -> Tensor:
-    """Reduce a batch of features to one vector a sample.
+    """Pool a batch of features to one vector per sample.
 
     Args:
         features: (N, D), tokens (N, T, D), or a map of any number of dimensions: (N, C, H, W), (N, H, W, C), (N, C, T).
-        pooling: "auto" and "mean" average over tokens or positions; so do "channels_first" and "channels_last", which
-            say where the channels are; "cls" takes the first token and "last" the last one that are not masked; a
-            callable gets ``features`` as they are.
-        mask: (N, T), non-zero where a token counts. Maps of more than three dimensions have no tokens.
-        channel_axis: 1 or -1, see :func:`find_channel_axis`; None takes the last axis of three, the second of more.
+        pooling: "auto" and "mean" average over tokens or positions. "channels_first" and "channels_last" do the same
+            and name the axis of the channels. "cls" takes the first token that is not masked, and "last" the last. A
+            callable gets ``features`` unchanged.
+        mask: (N, T) attention mask, non-zero for tokens that count. Only features of three dimensions use it.
+        channel_axis: 1 or -1, see :func:`find_channel_axis`. None takes the last axis of three, the second of more.
 
     Returns:
-        (N, D), averages of half precision in float32.
+        (N, D). Averages of half precision are in float32.
 
     Raises:
-        ValueError: the shape or the mask does not fit, or a callable does not return (N, D).
+        ValueError: the shape or the mask does not fit, or the callable does not return (N, D).
     """
     if callable(pooling):
         pooled = pooling(features)
@@ -180,14 +180,14 @@ def pool(
 
 
 def pool_nested(tokens: Tensor, pooling: Pooling) -> Tensor:
-    """Reduce a nested tensor, as torch's encoder makes of masked tokens, to (N, D): it holds no padding."""
+    """Pool a nested tensor, the output of torch's encoder for masked tokens, to (N, D). It holds no padding."""
     if callable(pooling):
         return pool(tokens, pooling)
     return torch.cat([pool(one[None], pooling) for one in tokens.unbind()])
 
 
 def _pool_tokens(tokens: Tensor, pooling: Pooling, mask: Tensor | None) -> Tensor:
-    """Reduce tokens (N, T, D) under a mask (N, T)."""
+    """Pool tokens (N, T, D) under a mask (N, T) to (N, D)."""
     if mask is not None and mask.shape != tokens.shape[:2]:
         raise MaskError(
             f"pooling: the batch's attention_mask has shape {tuple(mask.shape)}, but there are {tokens.shape[1]} "
@@ -196,18 +196,18 @@ def _pool_tokens(tokens: Tensor, pooling: Pooling, mask: Tensor | None) -> Tenso
     if pooling in ("cls", "last"):
         if mask is None:
             return tokens[:, 0 if pooling == "cls" else -1]
-        places = torch.arange(tokens.shape[1], device=mask.device)
+        positions = torch.arange(tokens.shape[1], device=mask.device)
         counted = mask != 0
-        if pooling == "cls":  # under left padding the first token is not at 0
-            place = torch.where(counted, places, len(places) - 1).amin(1)
+        if pooling == "cls":  # With left padding, the first token is not at position 0.
+            chosen = torch.where(counted, positions, len(positions) - 1).amin(1)
         else:
-            place = torch.where(counted, places, 0).amax(1)
-        return tokens[torch.arange(len(tokens), device=tokens.device), place.to(tokens.device)]
+            chosen = torch.where(counted, positions, 0).amax(1)
+        return tokens[torch.arange(len(tokens), device=tokens.device), chosen.to(tokens.device)]
     dtype = _average_dtype(tokens)
     if mask is None:
         return tokens.mean(1, dtype=dtype)
     weight = (mask != 0).to(tokens.device, dtype)[:, :, None]
-    # Padding may hold anything, NaN too: selected, not multiplied away.
+    # Padding may hold NaN, which a product with zero would keep.
     total = torch.where(weight > 0, tokens.to(dtype), 0.0).sum(1)
     return total / weight.sum(1).clamp(min=1)
 
@@ -217,14 +217,14 @@ def _average_dtype(features: Tensor) -> torch.dtype:
 
 
 def _given_axis(pooling: Pooling) -> int | None:
-    """Return the axis that ``pooling`` itself names: the first and last token are those of (N, T, D)."""
+    """Return the axis of the channels that ``pooling`` implies, or None. "cls" and "last" need tokens (N, T, D)."""
     if callable(pooling):
         return None
     return {"channels_first": FIRST, "channels_last": LAST, "cls": LAST, "last": LAST}.get(pooling)
 
 
 def describe_pooling(shape: Sequence[int], pooling: Pooling, channel_axis: int | None, mask: Tensor | None) -> str:
-    """Say in words what :func:`pool` did with a tensor of this shape."""
+    """Return a description of what :func:`pool` does with features of this shape."""
     if callable(pooling):
         return "pooled by the callable"
     under = "" if mask is None or len(shape) != 3 else " under attention_mask"
@@ -236,39 +236,41 @@ def describe_pooling(shape: Sequence[int], pooling: Pooling, channel_axis: int |
 
 
 def find_channel_axis(inside: Sequence[Call], before: Sequence[Call], shape: Sequence[int]) -> int | None:
-    """Return the axis of the channels, 1 or -1, of a tensor that a module put out; None if nothing decides it.
+    """Return the axis of the channels, 1 or -1, in the output of a module; None if nothing decides it.
 
-    The last layers that ran inside the module decide: first those whose width is the size of exactly one of the two
-    axes, then those whose own output has its width on exactly one of them. The kind of a layer is no guide, as there
-    are layer norms for channels first, and linear layers between permutations. A module without such layers, such as an
-    activation, keeps the layout of what ran before it. Where all sizes are equal, a network whose layers are all
-    convolutions has channels first.
+    The layers that ran inside the module decide, the last layer first: those whose width is the size of exactly one of
+    the two axes, or else those whose own output has their width on exactly one of the two axes. The kind of a layer
+    does not decide, because some layer norms expect channels first, and some linear layers stand between permutations.
+    A module without such layers, such as an activation, keeps the layout of the layers before it. If all sizes are
+    equal and all layers are convolutions, the channels are first.
 
     Args:
-        inside: calls of the layers inside the module, in order.
-        before: calls of the layers that ran before it.
-        shape: of the tensor, of three dimensions or more.
+        inside: the calls of the layers inside the module, in order.
+        before: the calls of the layers before it, in order.
+        shape: the shape of the output, with three dimensions or more.
     """
     by_size = (_axis_of(call.width, shape) for call in reversed(inside))
-    by_layout = (_axis_of(call.width, call.shape) for call in reversed(inside) if _are_alike(call.shape, shape))
-    by_origin = (
-        _axis_of(call.width, call.shape if _is_kept(call.shape, shape) else shape) for call in reversed(before)
+    by_layout = (_axis_of(call.width, call.shape) for call in reversed(inside) if _has_as_many_axes(call.shape, shape))
+    by_previous = (
+        _axis_of(call.width, call.shape if _may_have_same_layout(call.shape, shape) else shape)
+        for call in reversed(before)
     )
-    found = next((axis for axis in itertools.chain(by_size, by_layout, by_origin) if axis is not None), None)
+    found = next((axis for axis in itertools.chain(by_size, by_layout, by_previous) if axis is not None), None)
     convolutional = [call.convolutional for call in itertools.chain(inside, before)]
     return FIRST if found is None and convolutional and all(convolutional) else found
 
 
-def _are_alike(made: Sequence[int] | None, shape: Sequence[int]) -> TypeGuard[Sequence[int]]:
-    """Return whether the output of a layer is known, and has as many axes."""
+def _has_as_many_axes(made: Sequence[int] | None, shape: Sequence[int]) -> TypeGuard[Sequence[int]]:
+    """Return whether the shape that a layer made is known, and has as many axes."""
     return made is not None and len(made) == len(shape)
 
 
-def _is_kept(made: Sequence[int] | None, shape: Sequence[int]) -> TypeGuard[Sequence[int]]:
-    """Return whether a tensor can have the layout of what a layer made: other sizes, not its axes in another order."""
-    return _are_alike(made, shape) and sorted(made) != sorted(shape)
+def _may_have_same_layout(made: Sequence[int] | None, shape: Sequence[int]) -> TypeGuard[Sequence[int]]:
+    """Return whether a shape may have the layout that a layer made. If the sizes are the same, axes may be permuted."""
+    return _has_as_many_axes(made, shape) and sorted(made) != sorted(shape)
 
 
 def _axis_of(width: int, shape: Sequence[int]) -> int | None:
+    """Return the axis, first or last, that has this width; None if both or neither have it."""
     first, last = shape[FIRST] == width, shape[LAST] == width
     return None if first == last else FIRST if first else LAST

@@ -1,4 +1,4 @@
-"""Which samples are seen, in which order, and which block of the jackknife each belongs to."""
+"""The samples of a data set: their order, their rounds, and the block of the jackknife that each belongs to."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ from lightning_logme.features.outputs import decide_num_outputs
 from lightning_logme.scores.subset import mixed
 from lightning_logme.utilities.checks import EXCLUSIVE, Task
 
-# Samples of the first round. Fewer say little, and every round costs evidence and, with factories, loading.
+# Samples in the first round, and the least number of them per class. Fewer samples say little, and each round costs
+# the time of the evidence, and of loading a candidate if a factory makes it.
 _FIRST_ROUND = 256
 _PER_CLASS = 4
-# Samples whose features show later whether the candidate and the samples are still the same.
+# The features of these samples show later whether the candidate and the samples are still the same.
 FIRST_SAMPLES = 16
 SAME_SAMPLES = "dataloader must give the same samples in the same order every time it is iterated over."
 
 
 @dataclass(frozen=True, eq=False)
 class Portion:
-    """A batch of the samples, with its place among them.
+    """A batch of samples, and its position among all samples.
 
     Attributes:
-        batch: as the loader made it.
-        target: its labels, in the metric's form, on the CPU.
+        batch: the batch, as the loader yields it.
+        target: the labels, in the form that the metric takes, on the CPU.
         block: (n,) the block of each sample.
-        start: place of its first sample among all.
+        start: the position of the first sample among all samples.
     """
 
     batch: Any
@@ -41,7 +42,7 @@ class Portion:
     start: int
 
     def digest(self) -> int:
-        """Return a digest of the labels and their places. Digests of batches add up, in whichever process they are."""
+        """Return a digest of the labels and their positions. Digests of batches can be added, also across processes."""
         return _digest(self.target, self.start)
 
 
@@ -49,21 +50,21 @@ class Samples:
     """The samples of a target data set, in the same order and the same blocks for every candidate.
 
     Args:
-        loader: of a map-style data set, from which samples are drawn without replacement, stratified by class where
-            the labels can be read without loading the samples; or anything else that gives batches and can be
-            iterated over again and again, such as a loader of an iterable data set, which is taken as it comes.
-        task: of the targets.
-        target: where labels are in a batch.
-        seed: of the order.
+        loader: the loader of a map-style data set, or a stream: anything else that yields batches each time it is
+            iterated over. Samples of a map-style data set are drawn without replacement. They are stratified by class
+            if the labels can be read without loading the samples. A stream keeps its own order.
+        task: the task of the labels.
+        target: the place of the labels in a batch, see :func:`~lightning_logme.features.labels.find_target`.
+        seed: the seed of the order.
         repeatable: whether a stream must give the same samples every time.
 
     Attributes:
-        number: of samples; None for a stream, where only its end shows it.
-        labels: of all samples in their order, where they can be read without loading the samples.
-        first: the first batch, of a few samples where they are drawn.
+        number: the number of samples; None for a stream.
+        labels: the labels of all samples in their order; None if they cannot be read without loading the samples.
+        first: the first batch. It has few samples if these are drawn.
 
     Raises:
-        ValueError: the loader cannot be iterated over again and again, gives no batch, or one without labels.
+        ValueError: the loader can be read only once, yields no batch, or yields a batch without labels.
     """
 
     def __init__(self, loader: Any, task: Task, target: TargetSpec, seed: int, repeatable: bool = True) -> None:
@@ -84,10 +85,10 @@ class Samples:
             raise ValueError("dataloader gave no batch.")
         self.first = first
         if self.labels is not None and not _equal(self.labels[: len(self.first.target)], self.first.target):
-            self.labels = None  # batches have other labels than the data set has at hand, as with a target_transform
+            self.labels = None  # The loader changes the labels of the data set, as with a target_transform.
 
     def _draw(self, loader: Any, indices: Tensor) -> None:
-        """Draw the order and the blocks of the samples of a map-style data set."""
+        """Draw the order and the blocks of samples from a map-style data set."""
         self.number = len(indices)
         if self.number == 0:
             raise ValueError("dataloader has no samples.")
@@ -101,7 +102,7 @@ class Samples:
         self._block = block
 
     def check_number(self, number: int) -> None:
-        """Raise ``ValueError`` where there are fewer samples than blocks."""
+        """Raise ``ValueError`` if there are fewer than two samples for each block."""
         if number < 2 * BLOCKS:
             raise ValueError(
                 f"dataloader has {number} samples, and error bars need at least {2 * BLOCKS}: two for each of {BLOCKS} "
@@ -109,14 +110,14 @@ class Samples:
             )
 
     def num_outputs(self, num_classes: int | None, ignore_index: int | None = None) -> int:
-        """Return K, where the labels at hand, or those of the first batch, fit it.
+        """Return K, checked against the known labels or those of the first batch.
 
         Args:
-            num_classes: K of "multiclass" and "multilabel", if it was given; else it is counted.
-            ignore_index: label of samples that do not count.
+            num_classes: K of "multiclass" and "multilabel". None counts the classes.
+            ignore_index: the label of samples that do not count.
 
         Raises:
-            ValueError: the labels do not fit the task, or K cannot be known.
+            ValueError: the labels do not fit the task, or K is not known.
         """
         known = decide_num_outputs(self.task, num_classes)
         labels = self.first.target if self.labels is None else self.labels
@@ -125,26 +126,28 @@ class Samples:
         outputs = decide_num_outputs(self.task, num_classes, values=target.values if is_known else None)
         if outputs is None:
             raise ValueError(
-                "num_classes is needed for task='multiclass': pass the number of classes. It is counted only where the "
-                "data set has all labels at hand, as `targets`, `labels` or in a TensorDataset."
+                "num_classes is needed for task='multiclass': pass the number of classes. It is counted only if the "
+                "data set has all labels in its `targets` or `labels`, or is a TensorDataset."
             )
         return outputs
 
     def rounds(self, num_outputs: int | None) -> Iterator[int]:
-        """Yield the number of samples read by the end of each round: about twice as many each time, until all are."""
+        """Yield the number of samples read by the end of each round: it doubles until all samples are read."""
         stop = max(_FIRST_ROUND, _PER_CLASS * (num_outputs or 0) if self.task in EXCLUSIVE else 0)
-        while self.number is None or stop * 1.5 < self.number:  # no round for a few last samples
+        while (
+            self.number is None or stop * 1.5 < self.number
+        ):  # A last round with few new samples is not worth its time.
             yield stop
             stop *= 2
         yield self.number
 
     def portions(self, start: int, stop: int | None, rank: int = 0, world: int = 1) -> Iterator[Portion]:
-        """Yield this process's share of the samples from ``start`` to about ``stop``.
+        """Yield the batches of one process from the samples between ``start`` and about ``stop``.
 
-        Batches are the same however many processes there are, and dealt out in turn, so that features are too. A
-        stream is given from its beginning, until the first batch that reaches ``stop``.
+        The processes take turns at the same batches, so that features do not depend on the world size. A stream is
+        read from its beginning, until the first batch that reaches ``stop``.
         """
-        seed_generators(self.seed)  # what is shuffled has the same order every time
+        seed_generators(self.seed)  # A loader that shuffles has the same order every time.
         if self.number is None:
             yield from self._streamed(stop, rank, world)
         else:
@@ -168,7 +171,7 @@ class Samples:
         for index, batch in enumerate(self._loader):
             target = self._read(batch)
             first, position = position, position + len(target)
-            known: Portion | None = getattr(self, "first", None)  # not while it is read
+            known: Portion | None = getattr(self, "first", None)  # It does not exist yet while it is read.
             if index == 0 and self._repeatable and known is not None and not _equal(target, known.target):
                 raise ValueError(f"the first batch has other labels than when it was read before; {SAME_SAMPLES}")
             if index % world == rank:
@@ -177,14 +180,14 @@ class Samples:
                 return
 
     def _read(self, batch: Any) -> Tensor:
-        # A copy, because a loader may reuse the memory of its batches.
+        # Copied, because a loader may reuse the memory of its batches.
         return conform_target(find_target(batch, self.target), self.task).detach().to("cpu", copy=True)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return what identifies the data set, its order and the loader, as far as no sample has to be loaded."""
+        """Return values that identify the data set, the order and the loader, without loading samples."""
         labels = None if self.labels is None else _digest(self.labels, 0)
         target = getattr(self.target, "__qualname__", type(self.target)) if callable(self.target) else self.target
-        # A stream's rounds end with a batch.
+        # The rounds of a stream end with a batch, so they depend on its size.
         batch = len(self.first.target) if self.number is None else None
         options = {"task": self.task, "samples": self.number, "labels": labels, "seed": self.seed}
         return {**options, "target": target, "batch": batch}
@@ -192,13 +195,13 @@ class Samples:
 
 def _digest(target: Tensor, start: int) -> int:
     labels = target.double().reshape(len(target), -1).contiguous().view(torch.int64)
-    place = torch.arange(start, start + len(labels))
+    position = torch.arange(start, start + len(labels))
     column = torch.arange(labels.shape[1])
-    return int(mixed(mixed(labels + column) + place[:, None]).sum())
+    return int(mixed(mixed(labels + column) + position[:, None]).sum())
 
 
 def total(digests: Iterable[int]) -> int:
-    """Return the digest of several parts together. Digests wrap around as int64 does."""
+    """Return the digest of several batches together. Digests wrap around as int64 does."""
     return sum(digests) % 2**64
 
 
@@ -213,6 +216,6 @@ def _check_stream(loader: Any) -> None:
         )
     if iter(loader) is loader:
         raise ValueError(
-            "dataloader is an iterator that can be read only once, and every candidate reads it anew; pass a "
+            "dataloader is an iterator that can be read only once, but every candidate reads it from the start; pass a "
             "DataLoader, or a list of batches."
         )

@@ -1,4 +1,4 @@
-"""Which features of a network are wanted, and which of its modules give them."""
+"""Select the features of a network, and attach hooks to the modules that give them."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ AUTO = "auto"
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """Which features are wanted.
+    """The features that the user selects.
 
     Attributes:
-        head: dotted names of the modules whose input is the feature, :data:`AUTO`, or None for the output.
-        layers: dotted names of modules whose output is scored as well, or glob patterns of them.
-        layer_mean: whether the mean of the layers is wanted.
-        features: callable(module, batch), in place of ``head``.
-        pooling: of all sources, or by layer.
+        head: the dotted names of the modules whose inputs are the features, :data:`AUTO`, or None for the output.
+        layers: dotted names, or glob patterns, of modules whose outputs are scored as well.
+        layer_mean: whether the mean of the layers is scored as well.
+        features: a callable(module, batch) that returns the features. It replaces ``head``.
+        pooling: the pooling of all sources, or of each layer.
 
     Raises:
-        ValueError: an argument does not fit.
+        ValueError: an argument is wrong.
     """
 
     head: Head = AUTO
@@ -46,7 +46,7 @@ class Selection:
     pooling: Pooling | Mapping[str, Pooling] = "auto"
 
     def __post_init__(self) -> None:
-        """Check the arguments, and bring them to one form."""
+        """Check the arguments, and convert them to one form."""
         check_poolings(self.pooling)
         check_flags(layer_mean=self.layer_mean)
         object.__setattr__(self, "head", _checked_head(self.head))
@@ -55,13 +55,13 @@ class Selection:
             raise ValueError("layer_mean is the mean of layers: name them, as in layers=['encoder.layer.*'].")
         if self.features is not None and (self.head != AUTO or not callable(self.features)):
             raise ValueError(
-                f"features must be callable(module, batch), and takes the place of head; got features="
-                f"{self.features!r} and head={self.head!r}."
+                f"features must be a callable(module, batch), and replaces head; got features={self.features!r} and "
+                f"head={self.head!r}."
             )
 
     @property
     def named_heads(self) -> list[str] | None:
-        """The heads that the user has named, none for the output; None where they are to be found."""
+        """The heads that the user named, empty for the output of the network; None if the head must be found."""
         if self.head == AUTO:
             return None
         return [] if self.head is None else [self.head] if isinstance(self.head, str) else list(self.head)
@@ -77,26 +77,26 @@ def attach(
     num_outputs: int | None = None,
     key: str = HEAD_KEY,
 ) -> Extractor:
-    """Find the modules that give the features, and attach hooks to them.
+    """Find the modules that give the features, attach hooks to them, and return the extractor.
 
     Args:
         module: the network.
-        selection: of its features.
-        heads: dotted names of the modules whose inputs are the feature of the head; none for the output of the network,
-            None where there is no such feature, or ``selection.features`` gives it.
-        guess: the head, where it was not named by the user.
-        is_output_given: whether the output of the network is given to the capture, and not captured by a hook.
-        num_outputs: K, where it is known.
-        key: what a mapping of poolings calls the feature of the head.
+        selection: the features to extract.
+        heads: the dotted names of the modules whose inputs are the features of the head; empty for the output of the
+            network; None if the head is not scored, or ``selection.features`` is used.
+        guess: the name of the head if it was found automatically; None if the user named it.
+        is_output_given: whether the caller passes the output of the network to the capture. Else a hook captures it.
+        num_outputs: K, if known.
+        key: the key of the features of the head in a mapping of poolings.
 
     Raises:
-        ValueError: a module is not found, or takes no hooks.
+        ValueError: a module is not found, or cannot have hooks.
     """
     window = Window(CallTrace(module))
     layers = _matching(module, selection.layers)
     if selection.layer_mean and len(layers) < 2:
         raise ValueError(
-            f"layer_mean is the mean of several layers, and layers={tuple(selection.layers)!r} names {len(layers)}."
+            f"layer_mean is the mean of several layers, but layers={tuple(selection.layers)!r} names {len(layers)}."
         )
     parts = {name: get_module(module, name, "head") for name in heads or ()}
     found = {name: get_module(module, name, "layers") for name in layers}
@@ -104,9 +104,9 @@ def attach(
         for name, part in modules.items():
             if isinstance(part, torch.jit.ScriptModule):
                 raise ValueError(
-                    f"{kind} '{name}' is a module of TorchScript, which takes no hooks; name another module."
+                    f"{kind} '{name}' is a TorchScript module, which cannot have hooks; name another module."
                 )
-    poolings = _poolings(selection.pooling, layers)  # nothing raises once a module has a hook
+    poolings = _poolings(selection.pooling, layers)  # It may raise, so it comes before the first hook.
     sources = []
     if selection.features is not None:
         sources.append(Source(HEAD, features=selection.features, pooling=poolings[HEAD]))
@@ -130,23 +130,23 @@ def attach(
 def attach_by_tree(
     module: nn.Module, selection: Selection, task: Task, num_classes: int | None, is_scored: bool
 ) -> tuple[Extractor, str | None]:
-    """Attach hooks before the network has run: what is not named is found in the module tree.
+    """Attach hooks before the network has run. A head that is not named is found in the module tree.
 
     Args:
         module: the network.
-        selection: of its features.
-        task: of the head.
-        num_classes: K of "multiclass" and "multilabel"; None reads it off the head.
-        is_scored: whether the network's own validation set is scored. If not, K may stay unknown, and no head is
-            guessed beside layers.
+        selection: the features to extract.
+        task: the task of the head.
+        num_classes: K of "multiclass" and "multilabel". None takes the number of outputs of the head.
+        is_scored: whether the validation set of the network is scored. If not, K may stay unknown, and the head is
+            found only if there are no layers to score.
 
     Returns:
-        The extractor, and a text that says which module was taken for the head, None without a head.
+        The extractor, and a text that names the module used as the head; None without a head.
 
     Raises:
         ValueError: a module or the head is not found, or the number of classes is not known.
     """
-    guess, why_not, heads = None, "there is none", selection.named_heads
+    guess, why_not, heads = None, "there is no head", selection.named_heads
     if selection.features is not None:
         heads = None
     elif heads is None:
@@ -162,13 +162,11 @@ def attach_by_tree(
     num_outputs = decide_num_outputs(task, num_classes, head_outputs=outputs)
     if task == "multiclass" and num_outputs is None and is_scored:
         if modules:
-            why_not = (
-                f"'{next(iter(modules))}' puts out {outputs}" if outputs else f"'{next(iter(modules))}' does not tell"
-            )
+            why_not = f"the number of outputs of '{next(iter(modules))}' is {outputs or 'not known'}"
         raise ValueError(
-            f"num_classes: the number of classes is read off the head, but {why_not}; give "
-            "LogMECallback(num_classes=…), or task='binary' or task='regression' if that is what the network does, or "
-            "validation=False to score probes alone."
+            f"num_classes: the number of classes is taken from the head, but {why_not}; give "
+            "LogMECallback(num_classes=…), or task='binary' or task='regression' if that is the task, or "
+            "validation=False to score only probes."
         )
     extractor = attach(module, selection, heads, guess=guess, num_outputs=num_outputs)
     if heads is None:
@@ -180,12 +178,12 @@ def attach_by_tree(
     listed = " and ".join(f"'{name}' ({type(part).__name__})" for name, part in modules.items())
     text = f"the feature is the input of {listed}, D = {width}, K = {num_outputs or outputs or '?'}"
     if guess is not None and num_classes is not None and outputs not in (None, num_classes):
-        text += f"; its {outputs} outputs are not num_classes: if it is not the classifier, give head="
+        text += f"; it has {outputs} outputs, but num_classes={num_classes}: if it is not the classifier, give head="
     return extractor, text
 
 
 def _poolings(pooling: Pooling | Mapping[str, Pooling], layers: Sequence[str]) -> dict[str, Pooling]:
-    """Return the pooling of the head and of every layer."""
+    """Return the pooling of the head and of each layer, by source."""
     if not isinstance(pooling, Mapping):
         return dict.fromkeys([HEAD, *layers], pooling)
     found: dict[str, Pooling] = dict.fromkeys([HEAD, *layers], "auto")
@@ -195,13 +193,17 @@ def _poolings(pooling: Pooling | Mapping[str, Pooling], layers: Sequence[str]) -
             matches = [HEAD]
         if not matches:
             listed = ", ".join(map(repr, [HEAD_KEY, *layers]))
-            raise ValueError(f"pooling names {key!r}, which is not scored; use a layer or pattern of {listed}.")
+            raise ValueError(f"pooling names {key!r}, which is not scored; name one of {listed}, or a pattern of them.")
         found.update(dict.fromkeys(matches, value))
     return found
 
 
 def _checked_head(head: Any) -> Head:
-    """Return ``head`` with several names as a tuple."""
+    """Return ``head``, with several names as a tuple.
+
+    Raises:
+        ValueError: ``head`` is not a name, a list of names, or None.
+    """
     if head is None or (isinstance(head, str) and head):
         return head
     if isinstance(head, (list, tuple)) and head and all(isinstance(name, str) and name for name in head):
@@ -213,7 +215,7 @@ def _checked_head(head: Any) -> Head:
 
 
 def _matching(root: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """Return the names that patterns match, each once, in the order of the patterns and of the network."""
+    """Return the names that match patterns, each once, in the order of the patterns and then of the network."""
     known = [plain_name(name) for name, module in root.named_modules() if name and _is_called(module)]
     found: dict[str, None] = {}
     for pattern in patterns:
@@ -227,7 +229,7 @@ def _matching(root: nn.Module, patterns: Sequence[str]) -> list[str]:
             meant = {".".join([*end[: -len(parts)], pattern]) for end in ends if _matches(end[-len(parts) :], parts)}
             listed = ", ".join(map(repr, known[:8])) + (", …" if len(known) > 8 else "")
             raise ValueError(
-                f"layers: no module of {type(root).__name__} matches {pattern!r}, in which * stands for one part of a "
+                f"layers: no module of {type(root).__name__} matches {pattern!r}, in which * matches one part of a "
                 f"dotted name; {f'write {sorted(meant)[0]!r}' if meant else f'its modules are {listed}'}."
             )
         found.update(dict.fromkeys(matches))
@@ -235,7 +237,7 @@ def _matching(root: nn.Module, patterns: Sequence[str]) -> list[str]:
 
 
 def _is_called(module: nn.Module) -> bool:
-    """Return whether a module is a layer, and not a metric or a container without a forward."""
+    """Return whether a module has a forward and can have hooks, and is not a metric."""
     forward = getattr(type(module), "forward", None)
     return forward is not nn.Module.forward and not isinstance(module, (Metric, torch.jit.ScriptModule))
 

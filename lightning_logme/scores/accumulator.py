@@ -1,4 +1,4 @@
-"""Rows in, evidence out: by segment, block or whole, in one process or several."""
+"""Accumulate rows, and return their evidence: of segments, of blocks, or of all rows."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ from lightning_logme.utilities.checks import Task
 
 Key = TypeVar("Key")
 
-_BATCH = 256  # rows of a segment that are worth reading and writing its Gram matrix once more
+# Rows per segment that are summed at once: for fewer, reading and writing the Gram matrix takes most of the time.
+_ROWS_PER_FOLD = 256
 
 
 @dataclass(frozen=True, eq=False)
 class Held:
-    """Rows that are not summed yet.
+    """The rows of one batch that are not summed yet.
 
     Attributes:
-        rows: of one batch.
-        segment: of all rows, or of each.
-        index: (m,) int64 on the CPU, of each row in the whole data set.
+        rows: the rows.
+        segment: the segment of all rows, or of each row.
+        index: (m,) int64 on the CPU, the index of each row in the whole data set.
     """
 
     rows: Rows
@@ -45,24 +46,24 @@ class Held:
 
 
 class Accumulator:
-    """Rows of one source of features, and what they add up to.
+    """The rows of one source of features, and their sums.
 
-    Rows are held, in their own dtype, while they are fewer numbers than the Gram matrices they would be summed to. Then
-    they are folded into one :class:`Moments` per segment. A random subset of the samples stays.
+    Rows are held, in their own dtype, while they need less memory than the Gram matrices that they would be summed to.
+    Then they are summed to one :class:`Moments` per segment, and only a random subset of the rows is kept.
 
     Args:
-        task: of the targets.
-        num_features: D.
-        num_outputs: K.
-        device: of the sums and results, the CPU if None; where it has no float64 (MPS), the CPU.
-        sample_size: of the random subset, in samples.
+        task: the task of the targets.
+        num_features: the number of features, D.
+        num_outputs: the number of outputs, K.
+        device: the device of the sums and results. The CPU replaces None and devices without float64 (MPS).
+        sample_size: the number of samples in the random subset.
 
     Attributes:
-        num_samples: rows added so far.
-        segments: that have rows.
-        held: rows that are not summed yet.
-        sums: the moments of each segment that has been folded.
-        subset: those of the folded rows that belong to the random subset; None if ``sample_size`` is 0.
+        num_samples: the number of rows added so far.
+        segments: the segments that have rows.
+        held: the rows that are not summed yet.
+        sums: the moments of the summed rows, by segment.
+        subset: the summed rows that belong to the random subset; None if ``sample_size`` is 0.
 
     Example:
         >>> import torch
@@ -98,15 +99,16 @@ class Accumulator:
 
     @torch.no_grad()
     def add(self, rows: Rows, segment: int | Tensor = 0, index: Tensor | None = None) -> None:
-        """Add rows, and own them: they are not copied, so nobody may write to them later.
+        """Add rows without copying them. The caller must not write to them later.
 
         Args:
-            rows: of this task, with D features each.
-            segment: the segment of the curve, or block of the jackknife, of all rows or of each (int64, on the CPU).
-            index: (m,) int64 on the CPU, of each sample in the whole data set; None counts on from ``num_samples``.
+            rows: rows of this task, with D features each.
+            segment: the segment of a curve, or block of the jackknife, for all rows or for each (int64 on the CPU).
+            index: (m,) int64 on the CPU, the index of each sample in the whole data set; None continues from
+                ``num_samples``.
 
         Raises:
-            ValueError: the features are of another length.
+            ValueError: the number of features is not D.
         """
         if rows.features.shape[1] != self.num_features:
             raise ValueError(
@@ -118,21 +120,23 @@ class Accumulator:
             return
         if index is None:
             index = torch.arange(self.num_samples, self.num_samples + number)
-        met = segment.unique().tolist() if isinstance(segment, Tensor) else [segment]
-        self.segments.update(met)
-        self.held.append(Held(rows, segment if len(met) > 1 else met[0], index))
+        present = segment.unique().tolist() if isinstance(segment, Tensor) else [segment]
+        self.segments.update(present)
+        self.held.append(Held(rows, segment if len(present) > 1 else present[0], index))
         self.num_samples += number
         self._fold_if_cheaper()
 
     def merge_(self, other: Accumulator) -> None:
-        """Add everything that another accumulator of the same task and shape has, and own it.
+        """Add all rows and sums of another accumulator of the same task, which must not be used later.
 
         Raises:
-            ValueError: it has other numbers of features or outputs.
+            ValueError: the other accumulator has another number of features or outputs.
         """
-        mine, others = ((each.num_features, each.num_outputs) for each in (self, other))
-        if mine != others:
-            raise ValueError(f"features or targets of lengths {others} cannot be added to those of {mine}.")
+        own_shape, other_shape = ((each.num_features, each.num_outputs) for each in (self, other))
+        if own_shape != other_shape:
+            raise ValueError(
+                f"features and targets of lengths {other_shape} cannot be added to those of lengths {own_shape}."
+            )
         other.to(self.device)
         self.held += other.held
         self.choose(other.chosen())
@@ -144,7 +148,7 @@ class Accumulator:
         self._fold_if_cheaper()
 
     def to(self, device: torch.device | str) -> Accumulator:
-        """Move everything to another device, in place; return the accumulator."""
+        """Move all rows and sums to another device, in place, and return the accumulator."""
         self.device = moments_device(torch.device(device))
         self.held = [replace(held, rows=held.rows.to(self.device)) for held in self.held]
         self.sums = {segment: sums.to(self.device) for segment, sums in self.sums.items()}
@@ -154,7 +158,7 @@ class Accumulator:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors that are held."""
+        """The size of all rows and sums, in bytes."""
         groups: list[Rows | Moments] = [*(held.rows for held in self.held), *self.sums.values()]
         if self.subset is not None and self.subset.buffer is not None:
             groups.append(self.subset.buffer)
@@ -162,30 +166,30 @@ class Accumulator:
 
     @property
     def is_finite(self) -> bool:
-        """Whether no feature is NaN or Inf, or too large to square."""
+        """Whether all features and their squares are finite."""
         squares = [sums.gram.diagonal() for sums in self.sums.values()]
         squares += [held.rows.features.double().square().sum(0) for held in self.held]
         return all(bool(each.isfinite().all()) for each in squares)
 
     def moments(self) -> dict[int, Moments]:
-        """Fold what is held, and return the moments by segment, in ascending order. They are not copies."""
+        """Sum the held rows, and return the moments by segment, in ascending order. They are not copied."""
         self._fold()
         return {segment: self.sums[segment] for segment in sorted(self.sums)}
 
     def choose(self, parts: Iterable[Part]) -> None:
-        """Copy what belongs to the random subset from rows that are not held any longer."""
+        """Copy the rows that belong to the random subset, before they are summed."""
         if self.subset is not None:
             for rows, index in parts:
                 self.subset.add(rows, index)
 
     def chosen(self) -> list[Part]:
-        """Return what the random subset has of the folded rows, as a list of one; empty if there are none."""
+        """Return the summed rows in the random subset, as a list of one; the list is empty without such rows."""
         return [] if self.subset is None else self.subset.part()
 
     def sample(self) -> Part:
-        """Return the random subset: the samples whose indices have the smallest hashes, and their indices, by hash.
+        """Return the random subset, in the order of its hashes: the samples whose indices have the smallest hashes.
 
-        It does not depend on batches, their order, or the number of processes.
+        The subset does not depend on the batches, their order, or the world size.
         """
         chosen = Subset(self.sample_size)
         for rows, index in [*self.chosen(), *((held.rows, held.index) for held in self.held)]:
@@ -194,11 +198,11 @@ class Accumulator:
         return rows.to(self.device), index
 
     def evidence(self, fit_intercept: bool = False) -> Evidence:
-        """Return the evidence of everything: from rows where n < D and nothing was folded, else from moments."""
+        """Return the evidence of all rows: computed from rows if n < D and all of them are held, else from moments."""
         return self.decomposed(fit_intercept)[0]
 
     def decomposed(self, fit_intercept: bool = False) -> tuple[Evidence, Spectrum | None]:
-        """Return the evidence, and the spectrum of the features; None where the evidence is NaN for lack of one."""
+        """Return the evidence, and the spectrum of the features, or None if the evidence is NaN without a spectrum."""
         if self._has_few_rows:
             rows = self._cat([held.rows for held in self.held])
             return maximise_rows(rows, self.num_outputs, self.task, fit_intercept)
@@ -207,11 +211,11 @@ class Accumulator:
         return maximise_moments(total, self.task, fit_intercept)
 
     def curve(self, fit_intercept: bool = False, whole: Evidence | None = None) -> list[CurvePoint]:
-        """Return the scores of the segments up to each, in ascending order. Only the last warns.
+        """Return the score of the first segment, of the first two segments, …, and of all. Only the last warns.
 
         Args:
-            fit_intercept: as in :class:`Evidence`.
-            whole: the evidence of everything, where it is known: then the last point is not computed again.
+            fit_intercept: as in :meth:`Evidence.from_moments`.
+            whole: the evidence of all rows, if known. Then the last point is not computed again.
         """
         points: list[CurvePoint] = []
         for number, prefix in enumerate(self._prefixes(), 1):
@@ -221,7 +225,7 @@ class Accumulator:
             else:
                 with warnings.catch_warnings():
                     if not last:
-                        warnings.simplefilter("ignore")  # few samples may lack evidence
+                        warnings.simplefilter("ignore")  # A few samples may have no evidence.
                     if isinstance(prefix, Moments):
                         evidence = Evidence.from_moments(prefix, self.task, fit_intercept)
                     else:
@@ -230,7 +234,7 @@ class Accumulator:
         return points
 
     def projected(self, basis: Tensor | None) -> list[Moments]:
-        """Return the moments of each segment, of the features times a basis (D, R). Few rows stay held."""
+        """Return the moments of each segment for the features times a basis (D, R). If n < D, rows stay held."""
         if not self._has_few_rows:
             sums = self.moments().values()
             return list(sums) if basis is None else [each.project(basis) for each in sums]
@@ -243,10 +247,11 @@ class Accumulator:
 
     @property
     def _has_few_rows(self) -> bool:
-        """Whether all rows are held, and FFᵀ is smaller than the Gram matrix."""
+        """Whether all rows are held, and their number is below D, so that FFᵀ is smaller than the Gram matrix."""
         return not self.sums and self.num_samples < self.num_features
 
     def _prefixes(self) -> Iterator[Rows | Moments]:
+        """Yield the rows or moments of the first segment, of the first two segments, …, and of all."""
         if self._has_few_rows:
             parts = [rows for _, rows in self._by_segment(self.held)]
             yield from (self._cat(parts[: number + 1]) for number in range(len(parts)))
@@ -257,7 +262,7 @@ class Accumulator:
             yield from (total.add_(sums) for sums in self.moments().values())
 
     def _by_segment(self, held: Sequence[Held]) -> Iterator[tuple[int, Rows]]:
-        """Yield the rows of each segment that has some, in ascending order."""
+        """Yield the rows of each segment that occurs in the held rows, in ascending order."""
         for segment in sorted(self.segments):
             rows = self._cat([each.of(segment) for each in held])
             if len(rows.target):
@@ -275,18 +280,18 @@ class Accumulator:
         return Moments.zeros(num_features or self.num_features, self.num_outputs, self.device)
 
     def _fold_if_cheaper(self) -> None:
-        """Fold rows once they are more numbers than the Gram matrices, and later as soon as a product is worth it."""
-        most = min(self.num_features, _BATCH) if self.sums else self.num_features
-        if sum(len(held.index) for held in self.held) >= len(self.segments) * most:
+        """Sum the held rows once they need more memory than the Gram matrices, and from then on in larger products."""
+        limit = min(self.num_features, _ROWS_PER_FOLD) if self.sums else self.num_features
+        if sum(len(held.index) for held in self.held) >= len(self.segments) * limit:
             self._fold()
 
     @torch.no_grad()
     def _fold(self) -> None:
-        """Sum all held rows, and keep those of the random subset. Waits for no device."""
+        """Sum all held rows, and keep those in the random subset. This does not wait for the device."""
         held, self.held = self.held, []
-        while held:  # a few batches at a time, so that no copy of all rows is made
+        while held:  # A few batches at a time, so that there is never a copy of all rows.
             some, number = [], 0
-            while held and number < _BATCH * len(self.segments):
+            while held and number < _ROWS_PER_FOLD * len(self.segments):
                 some.append(held.pop(0))
                 number += len(some[-1].index)
             self.choose((each.rows, each.index) for each in some)
@@ -303,13 +308,13 @@ def accumulate(
     segment: int | Tensor,
     index: Tensor,
 ) -> None:
-    """Add rows to the accumulator of their source, which is created with the first.
+    """Add rows to the accumulator of their source. The first rows create it.
 
     Args:
-        accumulators: by source.
-        key: of the source.
-        rows: of a batch.
-        scoring: of the task. Its ``num_outputs`` is known.
+        accumulators: the accumulators by source.
+        key: the key of the source.
+        rows: the rows of a batch.
+        scoring: the options of the accumulator. ``num_outputs`` must be known.
         segment: as in :meth:`Accumulator.add`.
         index: as in :meth:`Accumulator.add`.
     """

@@ -1,4 +1,4 @@
-"""Evidence against the number of samples."""
+"""The curve of the score against the number of samples."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import Tensor
 
 from lightning_logme.utilities.checks import EXCLUSIVE, Task
 
-_FIRST_POINT = 32  # samples, or twice as many as there are classes
+_FIRST_POINT = 32  # samples of the first point, or twice the number of classes if that is more
 
 
 class CurvePoint(NamedTuple):
     """The score of the first n samples.
 
     Attributes:
-        num_samples: n.
-        logme: log of maximum evidence in nats per sample; NaN where there is none.
-        gain: nats per sample above the score of useless features.
+        num_samples: the number of samples, n.
+        logme: the logarithm of maximum evidence in nats per sample; NaN without evidence.
+        gain: the difference from the score of useless features, in nats per sample.
     """
 
     num_samples: int
@@ -27,12 +27,12 @@ class CurvePoint(NamedTuple):
 
 
 def segments(positions: Tensor, task: Task, num_outputs: int) -> Tensor:
-    """Return the segment of a curve for each sample: the i-th ends where the number of samples has doubled i times.
+    """Return the segment of a curve for each sample. The i-th segment ends after the number of samples doubled i times.
 
     Args:
-        positions: (n,) int64, of the samples among all.
-        task: of their labels.
-        num_outputs: K.
+        positions: (n,) int64, the positions of the samples among all samples.
+        task: the task of the labels.
+        num_outputs: the number of outputs, K.
     """
     first = max(_FIRST_POINT, 2 * num_outputs if task in EXCLUSIVE else 0)
     return torch.bucketize(positions, first * 2 ** torch.arange(40), right=True)

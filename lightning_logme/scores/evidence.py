@@ -1,4 +1,4 @@
-"""The log of maximum evidence: Bayesian linear regression with both precisions at their best values."""
+"""LogME, the logarithm of maximum evidence: Bayesian linear regression with both precisions at their best values."""
 
 from __future__ import annotations
 
@@ -16,34 +16,38 @@ from lightning_logme.scores.moments import Moments, Rows
 from lightning_logme.scores.spectrum import Spectrum
 from lightning_logme.utilities.checks import EXCLUSIVE, Task
 
-_COARSER = 10  # times the resolution: directions below it are next to rounding
-_LOST = 1e-3  # nats: a score that changes by more without those directions deserves a warning
+# Rounding may affect eigenvalues below this many times the resolution.
+_COARSER = 10
+# A warning is given if the score changes by more than this without those eigenvalues, in nats.
+_LOST = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """The maximised evidence of K outputs, and the Bayesian linear head that goes with it.
+    """The maximised evidence of K outputs, and the Bayesian linear head that belongs to it.
 
-    All tensors are float64. An output without evidence (a class that is absent, a target that is zero everywhere) has
-    NaN in ``per_output``, ``null``, ``alpha``, ``beta`` and ``effective_dim``, a zero ``weight``, and no part in the
-    means.
+    All tensors are float64. An output has no evidence if its class is absent or its target is zero everywhere. Then
+    ``per_output``, ``null``, ``alpha``, ``beta`` and ``effective_dim`` are NaN, ``weight`` is zero, and the means leave
+    the output out.
 
     Attributes:
         score: scalar, LogME: the mean of ``per_output`` in nats per sample. Comparable only for the same samples and
             labels.
-        per_output: (K,) maximised log evidence of each output, divided by the number of samples.
+        per_output: (K,) the maximised log evidence of each output, divided by the number of samples.
         null: (K,) the same for features that explain nothing.
-        gain: scalar, mean of ``per_output − null`` ≥ 0: nats per sample that the features explain. Zero means useless.
-        alpha: (K,) precision of the weights' prior; infinite where the gain is zero.
-        beta: (K,) precision of the noise; infinite where the features interpolate the target.
-        effective_dim: (K,) γ, the number of directions of feature space that are put to use.
-        weight: (K, D) posterior mean of the weights.
-        num_samples: n.
-        saturated: (K,) bool, True where the fit is perfect with fewer directions than samples: the evidence grows
-            without bound as the noise goes to zero, and the value is what the float64 resolution of the Gram matrix
-            admits. Look for leaked labels.
-        bias: (K,) posterior mean of the intercept; None without one.
-        spectrum: (R,) non-zero eigenvalues of the Gram matrix (centred where there is an intercept), descending.
+        gain: scalar, the mean of ``per_output − null`` ≥ 0: nats per sample that the features explain. Zero means
+            useless features.
+        alpha: (K,) the precision of the prior of the weights; infinite if the gain is zero.
+        beta: (K,) the precision of the noise; infinite if the features interpolate the target.
+        effective_dim: (K,) γ, the effective number of directions of feature space that the output uses.
+        weight: (K, D) the posterior mean of the weights.
+        num_samples: the number of samples, n.
+        saturated: (K,) bool, True if the fit is perfect with fewer directions than samples. Then the evidence grows
+            without bound as the noise goes to zero, and its value is set by the float64 resolution of the Gram matrix.
+            Check for leaked labels.
+        bias: (K,) the posterior mean of the intercept; None without an intercept.
+        spectrum: (R,) the non-zero eigenvalues of the Gram matrix, descending. With an intercept, the matrix is
+            centred.
     """
 
     score: Tensor
@@ -61,7 +65,7 @@ class Evidence:
 
     @classmethod
     def of(cls, rows: Rows, num_outputs: int, task: Task, fit_intercept: bool = False) -> Evidence:
-        """Maximise the evidence of rows, by the cheaper of the two ways: :meth:`from_rows` only where n < D."""
+        """Return the maximised evidence of rows: :meth:`from_rows` if n < D, else :meth:`from_moments`."""
         n, d = rows.features.shape
         if n < d:
             return cls.from_rows(rows, num_outputs, task, fit_intercept)
@@ -70,37 +74,37 @@ class Evidence:
 
     @classmethod
     def from_moments(cls, moments: Moments, task: Task, fit_intercept: bool = False) -> Evidence:
-        """Maximise the evidence given additive moments.
+        """Return the maximised evidence, computed from additive moments.
 
-        Never raises for lack of evidence: the result is NaN and one warning names the cause.
+        Without evidence, the result is NaN and one warning names the cause. No error is raised.
 
         Args:
             moments: the sums over all samples.
-            task: tells whether the outputs are classes that exclude each other.
-            fit_intercept: centre features and targets first; the evidence is then that of the n − 1 degrees of freedom
-                that are left, per degree of freedom.
+            task: the task, which decides whether at least two classes are needed.
+            fit_intercept: centre features and targets first. The evidence is then that of the remaining n − 1 degrees
+                of freedom, per degree of freedom.
         """
         return maximise_moments(moments, task, fit_intercept)[0]
 
     @classmethod
     def from_rows(cls, rows: Rows, num_outputs: int, task: Task, fit_intercept: bool = False) -> Evidence:
-        """Maximise the evidence given all samples: far cheaper than by their moments where n < D."""
+        """Return the maximised evidence, computed from all samples. If n < D, this is far cheaper than moments."""
         return maximise_rows(rows, num_outputs, task, fit_intercept)[0]
 
     def head(self, dtype: torch.dtype | None = None) -> torch.nn.Linear:
-        """The posterior mean as a linear layer, a warm start for a classifier.
+        """Return the posterior mean as a linear layer, a warm start for a classifier.
 
-        Its outputs estimate the targets (0/1 per class), not logits: the largest is the predicted class.
+        Its outputs estimate the targets (0/1 per class), not logits. The largest output is the predicted class.
 
         Args:
-            dtype: of its parameters; torch's default dtype if None.
+            dtype: the dtype of the parameters; None takes the default dtype of torch.
 
         Returns:
-            A ``torch.nn.Linear`` of D inputs and K outputs, with a bias where the intercept was fitted, on the device
+            A ``torch.nn.Linear`` with D inputs and K outputs, with a bias if the intercept was fitted, on the device
             of the evidence.
 
         Raises:
-            ValueError: there is no evidence (the score is NaN), so there is no posterior.
+            ValueError: the score is NaN, so there is no posterior.
 
         Example:
             >>> import torch
@@ -114,8 +118,8 @@ class Evidence:
         """
         if not torch.isfinite(self.weight).all():
             raise ValueError(
-                "the evidence is NaN, so there is no posterior to make a linear layer of; see the warning given with "
-                "it."
+                "the evidence is NaN, so there is no posterior to make a linear layer from; the warning that came with "
+                "the evidence names the cause."
             )
         outputs, inputs = self.weight.shape
         dtype = dtype or torch.get_default_dtype()
@@ -136,7 +140,7 @@ class Evidence:
 
 @torch.no_grad()
 def maximise_moments(moments: Moments, task: Task, fit_intercept: bool) -> tuple[Evidence, Spectrum | None]:
-    """Return the evidence given additive moments, and the spectrum; None where the evidence is NaN for lack of one."""
+    """Return the evidence of additive moments, and the spectrum, or None if the evidence is NaN without a spectrum."""
     n = int(moments.count)
     squares = moments.gram.diagonal(), moments.target_square
     cause = _cause_of_nan(n, *squares, task, fit_intercept)
@@ -145,7 +149,7 @@ def maximise_moments(moments: Moments, task: Task, fit_intercept: bool) -> tuple
 
 @torch.no_grad()
 def maximise_rows(rows: Rows, num_outputs: int, task: Task, fit_intercept: bool) -> tuple[Evidence, Spectrum | None]:
-    """Return the same as :func:`maximise_moments`, given all samples."""
+    """Return the same as :func:`maximise_moments`, computed from all samples."""
     rows = Rows(rows.features.double(), rows.target)
     squares = rows.features.square().sum(0), rows.dense_target(num_outputs).square().sum(0)
     cause = _cause_of_nan(len(rows), *squares, task, fit_intercept)
@@ -157,23 +161,28 @@ def maximise_rows(rows: Rows, num_outputs: int, task: Task, fit_intercept: bool)
 def _decompose_and_maximise(
     decompose: Callable[[], Spectrum], n: int, features: Tensor, square: Tensor, cause: str | None
 ) -> tuple[Evidence, Spectrum | None]:
-    """Return the evidence and the spectrum; NaN and None where there is a cause for it."""
+    """Return the evidence and the spectrum. If a cause is given or the decomposition fails, they are NaN and None."""
     if cause is None:
         try:
             spectrum = decompose()
-            return _maximise(spectrum, n), spectrum
+            return _evidence_of(spectrum, n), spectrum
         except torch.linalg.LinAlgError as error:
             cause = f"the eigenvalues of the Gram matrix could not be computed ({error})"
     return _undefined(cause, n, (len(square), len(features)), square.device), None
 
 
 def _cause_of_nan(n: int, features: Tensor, square: Tensor, task: Task, fit_intercept: bool) -> str | None:
-    """Return why there can be no evidence, or None, given the sums of squares of the features and of the targets.
+    """Return why the evidence is NaN, or None.
 
-    A NaN or Inf anywhere reaches these sums.
+    Args:
+        n: the number of samples.
+        features: (D,) the sums of the squared features, to which any NaN or Inf propagates.
+        square: (K,) the sums of the squared targets, likewise.
+        task: the task of the targets.
+        fit_intercept: whether an intercept is fitted.
     """
     if n == 0:
-        return "there are no samples (n = 0; is the loader empty, or every label ignore_index?)"
+        return "there are no samples (n = 0); check that the loader is not empty, and not every label is ignore_index"
     if not bool(torch.isfinite(features).all()):
         return "the features contain NaN or Inf, or numbers too large to square"
     if not bool(torch.isfinite(square).all()):
@@ -186,14 +195,14 @@ def _cause_of_nan(n: int, features: Tensor, square: Tensor, task: Task, fit_inte
 
 
 def _check_digits(spectrum: Spectrum, found: Maximum) -> None:
-    """Warn where the score depends on directions that the Gram matrix can hardly tell from rounding.
+    """Warn if the score depends on eigenvalues that are hardly larger than rounding errors.
 
-    The evidence of a perfect fit has no maximum, and its output says so itself.
+    Outputs with a perfect fit do not count: their evidence has no maximum, and ``saturated`` marks them.
     """
-    beside = bool((spectrum.eigenvalues <= _COARSER * spectrum.resolution).any())
-    if spectrum.unseen == math.inf or (spectrum.unseen > _COARSER * spectrum.resolution and not beside):
-        size = "by any amount"  # no direction next to rounding shows what those below it are worth
-    elif beside:
+    is_any_small = bool((spectrum.eigenvalues <= _COARSER * spectrum.resolution).any())
+    if spectrum.unseen == math.inf or (spectrum.unseen > _COARSER * spectrum.resolution and not is_any_small):
+        size = "by any amount"  # No small eigenvalue shows how much the unseen ones matter.
+    elif is_any_small:
         change = maximise(spectrum.coarser(_COARSER)).log_evidence - found.log_evidence
         perfect = found.saturated & (spectrum.residual == 0)
         lost = float((change / spectrum.dof)[~perfect].abs().nanmean())
@@ -211,6 +220,7 @@ def _check_digits(spectrum: Spectrum, found: Maximum) -> None:
 
 
 def _undefined(cause: str, n: int, shape: tuple[int, ...], device: torch.device) -> Evidence:
+    """Return an evidence that is NaN, and warn of its cause."""
     warnings.warn(f"LogME is NaN: {cause}.", stacklevel=4)
     weight = torch.full(shape, math.nan, dtype=torch.float64, device=device)
     outputs = weight.new_full(shape[:1], math.nan)
@@ -230,13 +240,14 @@ def _undefined(cause: str, n: int, shape: tuple[int, ...], device: torch.device)
     )
 
 
-def _maximise(spectrum: Spectrum, n: int) -> Evidence:
+def _evidence_of(spectrum: Spectrum, n: int) -> Evidence:
+    """Return the evidence of n samples with this spectrum."""
     eigenvalues, dof = spectrum.eigenvalues, spectrum.dof
     if not bool((spectrum.square > 0).any()):
         shape = len(spectrum.square), len(spectrum.basis[0])
-        still = "zero" if spectrum.centre is None else "constant"
+        value = "zero" if spectrum.centre is None else "constant"
         return _undefined(
-            f"every target is {still} in {n} samples (or too small to square), so there is nothing to explain",
+            f"every target is {value} in {n} samples (or too small to square), so there is nothing to explain",
             n,
             shape,
             spectrum.square.device,
@@ -246,7 +257,8 @@ def _maximise(spectrum: Spectrum, n: int) -> Evidence:
         _check_digits(spectrum, found)
     else:
         warnings.warn(
-            "the features are all zero or too small to square (or constant, where an intercept is fitted): gain 0.",
+            "LogME: the features are all zero or too small to square (or constant, where an intercept is fitted), so "
+            "the gain is 0.",
             stacklevel=3,
         )
     log_evidence, log_t, saturated, null = found
@@ -258,7 +270,7 @@ def _maximise(spectrum: Spectrum, n: int) -> Evidence:
     x2 = spectrum.coordinates.square()
     fit = spectrum.residual + (x2 * unused).sum(1)
     beta = dof / fit
-    # α = t β = n t / Q, in a form that stands both ends: Q/t = r₀/t + Σ x²/(λ+t).
+    # α = t β = n t / Q, written with Q/t = r₀/t + Σ x²/(λ+t), which is valid at both ends, t → 0 and t → ∞.
     t = log_t.exp()
     per_t = torch.where(spectrum.residual > 0, spectrum.residual / t, 0.0) + (x2 * used / eigenvalues).sum(1)
     alpha = torch.where(log_t == math.inf, math.inf, dof / per_t)

@@ -1,4 +1,4 @@
-"""Standard errors of a score and of a difference of scores: the paired block jackknife."""
+"""The paired block jackknife: standard errors of scores and of differences of scores."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from lightning_logme.scores.moments import Moments
 
 Name = TypeVar("Name", bound=Hashable)
 
-# The chance that a race among equally good candidates drops any of them. Also the chance that a candidate that is as
-# good as the best is not called tied.
+# The probability that a race among equally good candidates drops any of them. Also the probability that a candidate as
+# good as the best is not reported as tied.
 ERROR_RATE = 0.05
 
-# Leading eigenvectors in which the scores with one block left out are computed. On real features of D = 384 and 1280
-# the standard errors are .84 to 1.06 times those in all directions (.76 at worst, for a random network), and at
-# D = 1280 in an eighth of the time or less.
+# Scores without a block are computed in so many leading eigenvectors. On real features with D = 384 and 1280, the
+# standard errors are .84 to 1.06 times those in all directions (.76 at worst, for a random network). At D = 1280 this
+# takes an eighth of the time or less.
 _DIRECTIONS = 256
 
 
 def jackknife(accumulator: Accumulator, fit_intercept: bool = False) -> tuple[Evidence, list[float]]:
-    """Return the evidence of all blocks together, and the score without each of them.
+    """Return the evidence of all blocks together, and the score without each block.
 
     Args:
-        accumulator: its segments are the blocks: disjoint random parts of the samples, about equally large.
-        fit_intercept: as in :class:`~lightning_logme.Evidence`.
+        accumulator: its segments are the blocks: disjoint random subsets of the samples, about equally large.
+        fit_intercept: as in :meth:`~lightning_logme.Evidence.from_moments`.
 
     Returns:
-        The evidence, and B scores in the leading directions of feature space; NaN where there is no evidence, or only
-        one block. A class that occurs in a single block keeps its evidence of all blocks, so that every score is a
-        mean over the same classes.
+        The evidence, and B scores in the leading directions of feature space. The scores are NaN without evidence, or
+        if there is only one block. A class that occurs in a single block keeps its evidence of all blocks, so that
+        every score is a mean over the same classes.
     """
     evidence, spectrum = accumulator.decomposed(fit_intercept)
     if spectrum is None or len(accumulator.segments) < 2:
@@ -44,7 +44,7 @@ def jackknife(accumulator: Accumulator, fit_intercept: bool = False) -> tuple[Ev
     blocks = accumulator.projected(spectrum.leading(_DIRECTIONS) if many else None)
     scores = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the evidence of all blocks has warned already
+        warnings.simplefilter("ignore")  # The evidence of all blocks has already warned.
         for index in range(len(blocks)):
             others = Moments.sum([*blocks[:index], *blocks[index + 1 :]])
             rest = Evidence.from_moments(others, accumulator.task, fit_intercept)
@@ -57,7 +57,7 @@ def standard_error(scores: Sequence[float]) -> float:
     """Return the standard error of a score, given the B scores without each block: √((B−1)/B Σ (s₋ₖ − mean)²).
 
     Block jackknife: Shao & Tu 1995, "The Jackknife and Bootstrap", ch. 2. Given differences of scores, the result is
-    the standard error of the difference. NaN without scores, as where no sample counts.
+    the standard error of the difference. It is NaN without scores, which happens if no sample counts.
     """
     if not scores:
         return math.nan
@@ -68,10 +68,14 @@ def standard_error(scores: Sequence[float]) -> float:
 def trailing(
     scores: Mapping[Name, float], replicates: Mapping[Name, Sequence[float]], quantile: float
 ) -> dict[Name, float]:
-    """Return by how many paired standard errors rows trail the leader, of those that trail by more than ``quantile``.
+    """Return the rows that trail the leader by more than ``quantile`` paired standard errors, and by how many.
 
-    All have seen the same samples in the same blocks. A block that is easy or hard is so for all of them, which cancels
-    in differences.
+    All rows have the same samples in the same blocks. A block that is easy or hard for all rows cancels in differences.
+
+    Args:
+        scores: the score of each row.
+        replicates: for each row, the scores without each block.
+        quantile: see :func:`quantile_to_drop` and :func:`quantile_of_ties`.
     """
     known = {name: score for name, score in scores.items() if not math.isnan(score)}
     if not known:
@@ -81,7 +85,7 @@ def trailing(
     for name, score in known.items():
         difference = [a - b for a, b in zip(replicates[leader], replicates[name], strict=True)]
         error = standard_error(difference)
-        if scores[leader] - score > quantile * error:  # not where either is NaN
+        if scores[leader] - score > quantile * error:  # False if either is NaN
             found[name] = (scores[leader] - score) / error if error > 0 else math.inf
     return found
 
@@ -89,23 +93,24 @@ def trailing(
 def quantile_to_drop(number: int, round_: int) -> float:
     """Return by how many paired standard errors a row must trail the leader to be dropped in a round.
 
-    The error rate is divided by Bonferroni's inequality among all pairs of rows, as any may happen to lead and any to
-    trail, and among the rounds as 1/2, 1/6, 1/12, …, whose sum is 1 however many rounds there will be.
+    By Bonferroni's inequality, the error rate is divided among all ordered pairs of rows, because any row may lead and
+    any other may trail. It is also divided among the rounds, as 1/2, 1/6, 1/12, …: the sum is 1 for any number of
+    rounds.
 
     Args:
-        number: of the rows that started: one for each candidate and source of features.
-        round_: 1, 2, …
+        number: the number of rows at the start, one for each candidate and source of features.
+        round_: the number of the round: 1, 2, …
     """
     return student_quantile(ERROR_RATE / (round_ * (round_ + 1)) / (number * (number - 1)))
 
 
 def quantile_of_ties(number: int) -> float:
-    """Return how many paired standard errors are within chance for each of the rows beside the best."""
+    """Return by how many paired standard errors a row may trail the best and still be tied with it."""
     return student_quantile(ERROR_RATE / (2 * max(number - 1, 1)))
 
 
 def student_quantile(probability: float) -> float:
-    """Return what Student's t with 7 = B − 1 degrees of freedom exceeds with a (small) probability.
+    """Return the value that Student's t with 7 = B − 1 degrees of freedom exceeds with a (small) probability.
 
     The distribution function for odd degrees of freedom is elementary: Abramowitz & Stegun 26.7.3.
     """

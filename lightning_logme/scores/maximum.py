@@ -1,4 +1,4 @@
-"""Where the evidence is largest: a global search over one number per output."""
+"""The search for the largest evidence: a global search over one number per output."""
 
 from __future__ import annotations
 
@@ -12,22 +12,27 @@ from torch.nn.functional import logsigmoid
 
 from lightning_logme.scores.spectrum import Spectrum
 
-_LARGEST_RATIO = 1e10  # of t to the largest eigenvalue: beyond it no target can gain more than 1e-10
-_POINTS_PER_DECADE = 8  # every term of the slope is a sigmoid in log t of unit scale: steps of 0.29 bracket its zeros
-_NEWTON_TOLERANCE = 1e-10  # in log t; steps get smaller quadratically, so the next one would be rounding alone
-_MAX_NEWTON_STEPS = 60  # bisection alone would have halved a bracket to rounding by then
-_MIN_TEMPORARY = 2**16  # numbers
+# The largest ratio of t to the largest eigenvalue. Beyond it, no target can gain more than 1e-10.
+_LARGEST_RATIO = 1e10
+# Each term of the slope is a sigmoid in log t of unit scale, so that steps of 0.29 bracket the zeros of the slope.
+_POINTS_PER_DECADE = 8
+# The last step in log t. Steps get smaller quadratically, so the next one would be only rounding.
+_NEWTON_TOLERANCE = 1e-10
+# After so many steps, bisection alone would have halved a bracket down to rounding.
+_MAX_NEWTON_STEPS = 60
+# Temporary tensors may hold at least so many numbers.
+_MIN_TEMPORARY = 2**16
 
 
 class Maximum(NamedTuple):
-    """Where the evidence of every output is largest.
+    """The largest evidence of each output. An output that is zero everywhere has NaN.
 
     Attributes:
-        log_evidence: (K,) its value; NaN for an output that is zero everywhere.
-        log_t: (K,) log α/β: inf where the features explain nothing, −inf where they interpolate the target.
-        saturated: (K,) bool, True where the evidence still grows at the resolution of the Gram matrix, where the
-            search ends.
-        null: (K,) the log evidence of features that explain nothing; NaN for an output that is zero everywhere.
+        log_evidence: (K,) the largest log evidence.
+        log_t: (K,) log α/β at the maximum: inf if the features explain nothing, −inf if they interpolate the target.
+        saturated: (K,) bool, True if the evidence still grows where the search ends, at the resolution of the Gram
+            matrix.
+        null: (K,) the log evidence of features that explain nothing.
     """
 
     log_evidence: Tensor
@@ -37,18 +42,17 @@ class Maximum(NamedTuple):
 
 
 def maximise(spectrum: Spectrum) -> Maximum:
-    """Find the largest log evidence of every output.
+    """Find the largest log evidence of each output.
 
-    For fixed t the best β is n/Q(t) with Q(t) = r₀ + Σ x² t/(λ+t), the least value of ‖Fw − y‖² + t‖w‖². What is left
-    is
+    For fixed t = α/β, the best β is n/Q(t) with Q(t) = r₀ + Σ x² t/(λ+t), the least value of ‖Fw − y‖² + t‖w‖². This
+    leaves a function of t alone (MacKay 1992; Bishop 2006, eq. 3.86 with β eliminated):
 
         L(t) = −n/2 (log(2π Q(t)/n) + 1) − ½ Σ log(1 + λ/t)
 
-    (MacKay 1992; Bishop 2006, eq. 3.86 with β eliminated). It can have several local maxima: the zeros of its slope
-    are bracketed on a grid for all outputs at once, every one is refined, and the best is compared with the two ends.
-
-    Both ends count: t = ∞, where the evidence is that of noise alone, and t → 0, where it is finite if the features
-    interpolate; if they do not, the search ends at the resolution of the Gram matrix.
+    It can have several local maxima. The zeros of its slope are bracketed on a grid for all outputs at once, each zero
+    is refined, and the best is compared with the two ends. At t = ∞, the evidence is that of pure noise. For t → 0, it
+    is finite if the features interpolate the target. If they do not, the search ends at the resolution of the Gram
+    matrix.
     """
     null = best = torch.where(spectrum.square > 0, _gaussian(spectrum.square, spectrum.dof), math.nan)
     log_t = torch.where(best.isnan(), best, math.inf)
@@ -72,24 +76,25 @@ def maximise(spectrum: Spectrum) -> Maximum:
 
 
 def _gaussian(square: Tensor, dof: int) -> Tensor:
-    """Log density of ``dof`` residuals with this sum of squares under the noise that suits them best."""
+    """Return the log density of ``dof`` residuals with this sum of squares, under Gaussian noise of the best size."""
     return -0.5 * dof * (torch.log(2 * math.pi * square / dof) + 1)
 
 
 def _interpolation_evidence(spectrum: Spectrum) -> Tensor:
-    """The limit of L for t → 0, where Q(t) ≈ t Σ x²/λ and as many eigenvalues as samples let t cancel."""
+    """Return the limit of L for t → 0, if there are as many eigenvalues as samples: with Q(t) ≈ t Σ x²/λ, t cancels."""
     scaled = spectrum.coordinates.square() / spectrum.eigenvalues
     return _gaussian(scaled.sum(1), spectrum.dof) - 0.5 * spectrum.eigenvalues.log().sum()
 
 
 def _evidence_at(spectrum: Spectrum, log_t: float) -> Tensor:
+    """Return L(t) of each output."""
     offset = log_t - spectrum.eigenvalues.log()
     fit = spectrum.residual + spectrum.coordinates.square() @ offset.sigmoid()
     return _gaussian(fit, spectrum.dof) + 0.5 * logsigmoid(offset).sum()
 
 
 def _brackets(spectrum: Spectrum, low: float) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Chunks of (output, left, right): intervals of log t in which the slope of L changes from rising to falling."""
+    """Yield chunks of (output, left, right): intervals of log t in which L changes from rising to falling."""
     log_eigenvalues = spectrum.eigenvalues.log()
     high = float(log_eigenvalues[0]) + math.log(_LARGEST_RATIO)
     points = math.ceil((high - low) / math.log(10) * _POINTS_PER_DECADE) + 1
@@ -103,15 +108,18 @@ def _brackets(spectrum: Spectrum, low: float) -> Iterator[tuple[Tensor, Tensor, 
     rising = slope > 0
     output, index = (rising[:, :-1] & ~rising[:, 1:]).nonzero().unbind(1)
 
-    rank = len(spectrum.eigenvalues)
-    chunk = max(rank // 4, _MIN_TEMPORARY // rank, 1)  # temporaries stay below a quarter of the Gram matrix
-    for start in range(0, len(output), chunk):
-        part = slice(start, start + chunk)
-        yield output[part], grid[index[part]], grid[index[part] + 1]
+    number = len(spectrum.eigenvalues)
+    size = max(number // 4, _MIN_TEMPORARY // number, 1)  # Temporary tensors stay below a quarter of the Gram matrix.
+    for start in range(0, len(output), size):
+        chunk = slice(start, start + size)
+        yield output[chunk], grid[index[chunk]], grid[index[chunk] + 1]
 
 
 def _refine(spectrum: Spectrum, output: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Newton's method on the slope dL/dlog t, with bisection where it would leave the bracket. Returns log t and L."""
+    """Return log t and L at the maximum in each bracket, by Newton's method on the slope dL/dlog t.
+
+    A step that would leave the bracket is replaced by a bisection.
+    """
     x2, residual = spectrum.coordinates[output].square(), spectrum.residual[output]
     log_eigenvalues, dof = spectrum.eigenvalues.log(), spectrum.dof
     at = (left + right) / 2
@@ -126,7 +134,7 @@ def _refine(spectrum: Spectrum, output: Tensor, left: Tensor, right: Tensor) -> 
         curvature = -both.sum(1) - dof * second
         left, right = torch.where(slope > 0, at, left), torch.where(slope > 0, right, at)
         newton = at - slope / curvature
-        inside = (newton >= left) & (newton <= right)  # False for NaN; a step that rounds to nothing stays at an end
+        inside = (newton >= left) & (newton <= right)  # False for NaN. A step that rounds to zero counts as inside.
         proposal = torch.where(inside, newton, (left + right) / 2)
         moved = (proposal - at).abs().max()
         at = proposal

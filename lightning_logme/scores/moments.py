@@ -1,4 +1,4 @@
-"""Rows of features and targets, and the sums of them that determine the evidence."""
+"""Rows of features and targets, and their sums, which determine the evidence."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Columns that one product takes: few enough to skip most of the upper triangle, enough for BLAS.
+# Columns per matrix product: few enough to skip most of the upper triangle, many enough for a fast BLAS.
 _GRAM_BLOCK = 256
-# Rows that are converted to float64 at a time, so that one huge batch needs no second copy of itself.
+# Rows that are converted to float64 at once, so that a huge batch is never copied as a whole.
 _ROW_BLOCK = 4096
 
 
 def moments_device(device: torch.device) -> torch.device:
-    """Return the device for the moments of features on ``device``: the same, or the CPU if it has no float64 (MPS)."""
+    """Return the device for the moments of features on a device: the same, or the CPU for MPS, which has no float64."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
 def moved(value: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor on a device, without a wait if that is a CUDA device."""
-    # Only a copy to CUDA may be left to run: it is in order with what follows there.
+    """Return a tensor on a device. A copy to CUDA does not wait."""
+    # Later operations on a CUDA device wait for the copy. On other devices, they may not.
     return value.to(device, non_blocking=device.type == "cuda")
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Features and targets of samples, ready to be summed.
+    """The features and targets of samples, checked and ready to be summed.
 
     Attributes:
-        features: (n, D) floating point, without a graph.
+        features: (n, D) floating point, detached from the autograd graph.
         target: (n,) int64 class labels in 0…K−1, or (n, K) numbers.
     """
 
@@ -52,23 +52,23 @@ class Rows:
         return Rows(moved(self.features, torch.device(device)), moved(self.target, torch.device(device)))
 
     def normalized(self) -> Rows:
-        """Return the rows with features scaled to length 1, in float32 at least; zeros stay zeros."""
+        """Return the rows with the features of each scaled to length 1, in float32 or float64. Zeros stay zeros."""
         features = self.features if self.features.dtype == torch.float64 else self.features.float()
-        # The largest number first, so that no square overflows.
+        # Divide by the largest number first, so that no square overflows.
         for order in (math.inf, 2) if features.shape[1] else ():
             length = torch.linalg.vector_norm(features, order, dim=1, keepdim=True)
             features = features / torch.where(length == 0, 1.0, length)
         return Rows(features, self.target)
 
     def dense_target(self, num_outputs: int) -> Tensor:
-        """Return the target as (n, K) float64, one-vs-rest for class labels."""
+        """Return the target as (n, K) float64. Class labels become one-vs-rest columns."""
         if self.target.ndim == 1:
             return torch.nn.functional.one_hot(self.target, num_outputs).double()
         return self.target.double()
 
     @classmethod
     def cat(cls, parts: Sequence[Rows]) -> Rows:
-        """Return the rows of all parts, on one device; a single part is not copied."""
+        """Return several rows on one device as one. A single one is not copied."""
         if len(parts) == 1:
             return parts[0]
         return cls(torch.cat([part.features for part in parts]), torch.cat([part.target for part in parts]))
@@ -78,17 +78,17 @@ class Rows:
 class Moments:
     """Sums over samples that determine the evidence of every output, in float64.
 
-    With features F (n, D) and targets Y (n, K), one-vs-rest 0/1 columns for classes, these are all that the evidence
-    depends on. Being sums, the moments of batches, ranks and nodes add up exactly: nothing but O(D² + DK) numbers is
-    ever kept.
+    The evidence depends on the features F (n, D) and targets Y (n, K) only through these sums. Classes have one-vs-rest
+    0/1 columns in Y. The moments of batches, ranks and nodes can be added, so that O(D² + DK) numbers are enough for
+    any number of samples.
 
     Attributes:
-        count: n, a scalar.
-        gram: (D, D) the **lower triangle** of FᵀF; what lies above the diagonal is unspecified.
+        count: the number of samples, n, a scalar.
+        gram: (D, D) the **lower triangle** of FᵀF. Numbers above the diagonal are unspecified.
         cross: (K, D) YᵀF. For classes, row k is the sum of the features of class k.
-        feature_sum: (D,) column sums of F.
-        target_sum: (K,) column sums of Y.
-        target_square: (K,) column sums of Y².
+        feature_sum: (D,) the column sums of F.
+        target_sum: (K,) the column sums of Y.
+        target_square: (K,) the column sums of Y².
     """
 
     count: Tensor
@@ -119,14 +119,14 @@ class Moments:
         return self.cross.shape[1]
 
     def add_(self, other: Moments) -> Moments:
-        """Add in place."""
+        """Add other moments in place."""
         for name, value in vars(self).items():
             value.add_(getattr(other, name))
         return self
 
     @classmethod
     def sum(cls, parts: Sequence[Moments]) -> Moments:
-        """Return the moments of several parts together."""
+        """Return the sum of several moments. They are not changed."""
         first, *rest = parts
         result = cls(**{name: value.clone() for name, value in vars(first).items()})
         for part in rest:
@@ -134,9 +134,9 @@ class Moments:
         return result
 
     def all_reduce(self) -> Moments:
-        """Return the sums over all processes, which must all call this; in place where torch allows it.
+        """Return the sums over all processes, in place if torch allows it. All processes must call this.
 
-        Nothing is gathered, so memory does not grow with the number of processes.
+        Nothing is gathered, so memory does not grow with the world size.
         """
         sums = self.writable()
         for value in vars(sums).values():
@@ -144,13 +144,14 @@ class Moments:
         return sums
 
     def writable(self) -> Moments:
-        """Return moments that may be written to: tensors made under ``torch.inference_mode`` are copied outside it."""
+        """Return moments that may be written to. Inference tensors are copied outside ``torch.inference_mode``."""
         outside = not torch.is_inference_mode_enabled()
         return Moments(
             **{name: value.clone() if outside and value.is_inference() else value for name, value in vars(self).items()}
         )
 
     def to(self, device: torch.device | str) -> Moments:
+        """Return the same moments on another device."""
         return Moments(**{name: value.to(device) for name, value in vars(self).items()})
 
     def project(self, basis: Tensor) -> Moments:
@@ -158,7 +159,7 @@ class Moments:
         gram = basis.new_zeros(basis.shape[1], basis.shape[1])
         for start in range(0, len(basis), _GRAM_BLOCK):
             rows = slice(start, start + _GRAM_BLOCK)
-            # G = S + Sᵀ + the blocks on the diagonal, where S is what lies below those.
+            # G = S + Sᵀ + the blocks on the diagonal, where S holds the blocks below the diagonal.
             half = self.gram[rows, :start] @ basis[:start]
             lower = self.gram[rows, rows].tril()
             half += (lower - lower.diagonal().diag() / 2) @ basis[rows]
@@ -167,13 +168,13 @@ class Moments:
 
     @torch.no_grad()
     def accumulate(self, rows: Rows) -> Moments:
-        """Add rows, and return the sums; in place where torch allows it."""
-        # Under autocast a matrix product of float64 would come back in half precision.
+        """Add rows, in place if torch allows it, and return the sums."""
+        # Autocast would compute the matrix products in half precision.
         device = self.gram.device
         with torch.autocast(device.type, enabled=False):
             sums = self.writable()
             for start in range(0, len(rows), _ROW_BLOCK):
-                # Conversion happens on the device that has float64.
+                # Rows are moved before they are converted, because their own device may have no float64.
                 block = rows[start : start + _ROW_BLOCK].to(device)
                 sums._add_(block.features.double(), block.target)
             return sums
@@ -195,7 +196,7 @@ class Moments:
 
 
 def add_gram_(gram: Tensor, rows: Tensor) -> Tensor:
-    """Add FᵀF to the lower triangle of a matrix, in place, at little more than half the cost of the product."""
+    """Add FᵀF to the lower triangle of a matrix, in place, for little more than half the cost of the full product."""
     for start in range(0, len(gram), _GRAM_BLOCK):
         stop = start + _GRAM_BLOCK
         gram[start:stop, :stop].addmm_(rows[:, start:stop].T, rows[:, :stop])

@@ -1,4 +1,4 @@
-"""The sum of what several processes have accumulated."""
+"""Reduce the accumulators of several processes to one."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ Key = TypeVar("Key")
 def reduced(
     mine: Mapping[Key, Accumulator], task: Task, device: torch.device, alone: bool
 ) -> tuple[dict[Key, Accumulator], dict[Key, str]]:
-    """Add up the accumulators of all processes, which must all call this.
+    """Add up the accumulators of all processes. All processes must call this.
 
-    Sums are reduced key by key and segment by segment; of the rows, only the random subsets are exchanged. A process
-    without a key or segment contributes zeros.
+    The moments are reduced key by key and segment by segment. The only rows that are exchanged are those of the random
+    subsets. A process without a key or segment contributes zeros.
 
     Args:
-        mine: the accumulators of this process, by keys that can be sorted. They are used up.
-        task: of all of them.
-        device: of the sums: one that the processes' backend takes.
-        alone: whether the run has only one process. Then nothing changes.
+        mine: the accumulators of this process, by sortable keys. They must not be used later.
+        task: the task of all accumulators.
+        device: the device of the sums, which the backend of the processes must support.
+        alone: whether the run has only one process. Then the accumulators are returned unchanged.
 
     Returns:
-        By key, the same accumulator in every process; and the reason why a key has none.
+        The accumulators by key, the same in every process, and the reasons why keys have no accumulator.
 
     Raises:
-        Failure: in all processes, where one could not fold its rows.
+        Failure: in all processes, if one of them could not sum its rows.
     """
     if alone:
         return dict(mine), {}
@@ -50,16 +50,16 @@ def reduced(
     results: dict[Key, Accumulator] = {}
     broken: dict[Key, str] = {}
     segments: dict[Key, set[int]] = {}
-    for rank, theirs in enumerate(everyone):
-        for key, (num_features, num_outputs, sample_size, number, met) in theirs.items():
+    for rank, accumulators in enumerate(everyone):
+        for key, (num_features, num_outputs, sample_size, number, present) in accumulators.items():
             total = results.setdefault(key, Accumulator(task, num_features, num_outputs, device, sample_size))
             shape, first = (num_features, num_outputs), (total.num_features, total.num_outputs)
             if shape != first:
                 broken.setdefault(
-                    key, f"features or targets of lengths {shape} in process {rank}, and {first} in another"
+                    key, f"features and targets have lengths {shape} in process {rank}, but {first} in another process"
                 )
             total.num_samples += number
-            segments.setdefault(key, set()).update(met)
+            segments.setdefault(key, set()).update(present)
     for key in sorted(results.keys() - broken.keys()):  # type: ignore[type-var]
         total = results[key]
         own = mine.get(key, total)

@@ -1,4 +1,4 @@
-"""How features are scored: the options that validations, probes and rankings share."""
+"""The options of scoring that validations, probes and rankings share."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from lightning_logme.utilities.checks import Task
 
 @dataclass(frozen=True)
 class Scoring:
-    """How the features of a task are scored.
+    """The options of scoring the features of a task.
 
     Attributes:
-        task: of the labels.
-        num_outputs: K; None until the first labels show it.
-        ignore_index: label of samples that do not count.
+        task: the task of the labels.
+        num_outputs: the number of outputs, K; None until the first labels determine it.
+        ignore_index: the label of samples that do not count.
         fit_intercept: centre features and targets first.
         normalize: scale the features of each sample to length 1.
-        curve: follow the score from few samples to all.
-        sample_size: of the random subset of samples that each accumulator keeps.
+        curve: compute the curve of the score against the number of samples.
+        sample_size: the number of samples in the random subset that each accumulator keeps.
     """
 
     task: Task = "multiclass"

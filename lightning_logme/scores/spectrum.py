@@ -1,4 +1,4 @@
-"""Eigendecomposition of moments or rows: in the eigenbasis, each output's evidence is a function of one number."""
+"""The eigendecomposition of moments or rows. It makes the evidence of each output a function of one number."""
 
 from __future__ import annotations
 
@@ -14,32 +14,35 @@ from lightning_logme.scores.moments import Moments, Rows, add_gram_
 EPS = torch.finfo(torch.float64).eps
 TINY = torch.finfo(torch.float64).tiny
 
-_ROUNDING = 4  # times eps and what a difference takes away: what may be left of it by rounding
-_LARGE_MEAN = 100  # times the spread: features with a larger mean are centred first, at the cost of an SVD
-_FEW = 16  # times eps: the error of a sum of a few numbers
+# The rounding error of a difference is at most this many times eps times what is subtracted.
+_ROUNDING = 4
+# Features whose mean is more than this many times their spread are centred first, at the cost of an SVD.
+_LARGE_MEAN = 100
+# The relative error of a sum of a few numbers, in units of eps.
+_FEW = 16
 
-Decomposed = tuple[Tensor, Tensor, tuple[Tensor, ...]]  # eigenvalues, coordinates and basis of a Spectrum
+Decomposed = tuple[Tensor, Tensor, tuple[Tensor, ...]]  # the eigenvalues, coordinates and basis of a Spectrum
 
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
-    """The Gram matrix's non-zero eigenvalues, and the targets in its eigenbasis.
+    """The non-zero eigenvalues of the Gram matrix, and the targets in its eigenbasis.
 
     With the thin singular value decomposition F = U S Vᵀ of the features, λ = S² and x = Uᵀy.
 
     Attributes:
-        eigenvalues: (R,) λ, descending, above the resolution of a float64 Gram.
-        coordinates: (K, R) x of every output.
-        residual: (K,) r₀ = ‖y‖² − ‖x‖², what no linear map of the features can reach.
+        eigenvalues: (R,) λ above the resolution, descending.
+        coordinates: (K, R) x of each output.
+        residual: (K,) r₀ = ‖y‖² − ‖x‖², the part of ‖y‖² that no linear map of the features explains.
         square: (K,) q = ‖y‖².
-        dof: n, or n − 1 where an intercept was taken out.
-        basis: matrices whose product is V (D, R); the product itself is never needed.
-        resolution: eigenvalues below it may be rounding: D · eps · λ_max, where λ_max is that of centred features if
-            they were centred first, and not less than what the removal of a mean leaves by rounding.
-        centre: the means of the features (D,) and of the targets (K,) where an intercept was taken out, else None.
-        ratio: the mean of the features in units of their spread, both as lengths of vectors.
-        unseen: sum of the eigenvalues below the resolution; infinite where features vary so little that they may as
-            well be constant.
+        dof: the degrees of freedom: n, or n − 1 with an intercept.
+        basis: matrices whose product is V (D, R). The product itself is never needed.
+        resolution: D · eps · λ_max, below which eigenvalues may be rounding errors. If the features were centred first,
+            λ_max is that of centred features, and the resolution is at least the rounding error of centring.
+        centre: the means of the features (D,) and of the targets (K,) with an intercept, else None.
+        ratio: the length of the mean of the features, divided by their spread.
+        unseen: the sum of the eigenvalues below the resolution; infinite if it is not known whether some features vary
+            or are constant.
     """
 
     eigenvalues: Tensor
@@ -59,26 +62,27 @@ class Spectrum:
         return self.ratio > _LARGE_MEAN
 
     def to_features(self, coefficients: Tensor) -> Tensor:
-        """Map (K, R) coefficients in the eigenbasis to (K, D) weights of the features."""
+        """Return the (K, D) weights of the features for (K, R) coefficients in the eigenbasis."""
         for factor in reversed(self.basis):
             coefficients = coefficients @ factor.T
         return coefficients
 
     def leading(self, number: int) -> Tensor:
-        """The first columns of V, at most so many: the directions of the largest eigenvalues."""
+        """Return at most ``number`` first columns of V, the directions of the largest eigenvalues."""
         *factors, columns = self.basis
         return functools.reduce(torch.matmul, [*factors, columns[:, :number]])
 
     @classmethod
     def from_moments(cls, moments: Moments, fit_intercept: bool = False) -> Spectrum:
-        """Decompose the Gram matrix (D × D)."""
+        """Return the spectrum by decomposition of the Gram matrix (D × D)."""
         n, d = int(moments.count), len(moments.gram)
         gram, cross, floor = moments.gram, moments.cross, 0.0
         mean, spread = moments.feature_sum / n, centred_square(gram.diagonal(), moments.feature_sum, n)
         ratio = _ratio(mean, spread.sum() / n)
         centred = fit_intercept or ratio > _LARGE_MEAN
         if centred:
-            # Of a feature that is constant the difference leaves nothing but rounding, of the others some.
+            # Centring leaves only rounding errors of constant features, so these become zero. For other features,
+            # `floor` bounds the rounding errors.
             varies = spread > 0
             gram = torch.addr(gram, moments.feature_sum, mean, alpha=-1).mul_(varies).mul_(varies[:, None])
             cross = torch.addr(cross, moments.target_sum, mean, alpha=-1).mul_(varies)
@@ -96,15 +100,15 @@ class Spectrum:
 
     @classmethod
     def from_rows(cls, rows: Rows, num_outputs: int, fit_intercept: bool = False) -> Spectrum:
-        """Decompose FFᵀ (n × n): far cheaper than the Gram matrix where n < D."""
+        """Return the spectrum by decomposition of FFᵀ (n × n). If n < D, this is far cheaper than the Gram matrix."""
         features, target = rows.features.detach().double(), rows.dense_target(num_outputs)
-        (n, d), mean, total, square = features.shape, features.mean(0), target.sum(0), target.square().sum(0)
+        (n, d), mean, target_sum, square = features.shape, features.mean(0), target.sum(0), target.square().sum(0)
         spread = centred_square(features.square().sum(0), n * mean, n)
         ratio = _ratio(mean, spread.sum() / n)
         centred = fit_intercept or ratio > _LARGE_MEAN
         if centred:
-            varies = (features != features[0]).any(0)  # of a constant, rounding would be left
-            features, target = (features - mean).mul_(varies), target - total / n
+            varies = (features != features[0]).any(0)  # Centring would leave rounding errors of constant features.
+            features, target = (features - mean).mul_(varies), target - target_sum / n
             exact = _ratio(mean, features.square().sum() / n)
             ratio = exact if exact > _LARGE_MEAN else ratio
         gram = add_gram_(features.new_zeros(n, n), features.T)
@@ -113,14 +117,14 @@ class Spectrum:
         eigenvalues, left = eigenvalues[kept], left[:, kept]
         decomposed = eigenvalues, target.T @ left, (features.T, left / eigenvalues.sqrt())
         unseen = float(gram.diagonal().sum() - eigenvalues.sum())
-        return cls._assemble(decomposed, mean, total, square, n, fit_intercept, resolution, ratio, unseen)
+        return cls._assemble(decomposed, mean, target_sum, square, n, fit_intercept, resolution, ratio, unseen)
 
     @classmethod
     def _assemble(
         cls,
         decomposed: Decomposed,
         mean: Tensor,
-        total: Tensor,
+        target_sum: Tensor,
         square: Tensor,
         n: int,
         fit_intercept: bool,
@@ -128,92 +132,100 @@ class Spectrum:
         ratio: float,
         unseen: float,
     ) -> Spectrum:
+        """Return the spectrum of a decomposition, of which a large mean may have to be restored."""
         dof = n
         if fit_intercept:
-            square, dof = centred_square(square, total, n), n - 1
+            square, dof = centred_square(square, target_sum, n), n - 1
         elif ratio > _LARGE_MEAN:
-            decomposed = _put_back(decomposed, mean, total, n, resolution)
+            decomposed = _restore_mean(decomposed, mean, target_sum, n, resolution)
         eigenvalues, coordinates, basis = decomposed
         size = max(dof, len(basis[0]))
         residual = square - coordinates.square().sum(1)
-        # What is left of q by rounding alone is a perfect fit, and as many directions as rows reach everything.
+        # If the residual is only rounding, the fit is perfect. As many directions as degrees of freedom fit everything.
         residual = torch.where(residual <= size * EPS * square, 0.0, residual)
         if len(eigenvalues) == dof:
             residual = torch.zeros_like(residual)
-        centre = (mean, total / n) if fit_intercept else None
+        centre = (mean, target_sum / n) if fit_intercept else None
         return cls(eigenvalues, coordinates, residual, square, dof, basis, resolution, centre, ratio, unseen)
 
     def coarser(self, factor: float) -> Spectrum:
-        """Return the spectrum to a resolution that is larger by a factor."""
+        """Return the spectrum without the eigenvalues below ``factor`` times the resolution."""
         resolution = factor * self.resolution
-        seen = self.eigenvalues > resolution
+        kept = self.eigenvalues > resolution
         return replace(
             self,
-            eigenvalues=self.eigenvalues[seen],
-            coordinates=self.coordinates[:, seen],
-            residual=self.residual + self.coordinates[:, ~seen].square().sum(1),
-            basis=(*self.basis[:-1], self.basis[-1][:, seen]),
+            eigenvalues=self.eigenvalues[kept],
+            coordinates=self.coordinates[:, kept],
+            residual=self.residual + self.coordinates[:, ~kept].square().sum(1),
+            basis=(*self.basis[:-1], self.basis[-1][:, kept]),
             resolution=resolution,
         )
 
 
 def _ratio(mean: Tensor, variance: Tensor) -> float:
-    """The mean of the features, a vector, in units of their spread."""
+    """Return the length of the mean of the features, divided by their spread."""
     return math.sqrt(float(mean.square().sum() / variance)) if bool(mean.any()) else 0.0
 
 
-def _put_back(decomposed: Decomposed, mean: Tensor, total: Tensor, n: int, resolution: float) -> Decomposed:
-    """Turn the decomposition of centred features into that of the features themselves.
+def _restore_mean(decomposed: Decomposed, mean: Tensor, target_sum: Tensor, n: int, resolution: float) -> Decomposed:
+    """Return the decomposition of the features themselves, given that of the centred features.
 
-    The Gram matrix of features with a large mean has no digits left for their differences. With the decomposition
+    The Gram matrix of features with a large mean m has no digits left for their differences. With the decomposition
     U Λ½ Vᵀ of the centred features,
 
         F = (U, 1/√n) B,  B = (Λ½ Vᵀ; √n mᵀ)
 
-    where the first factor has orthonormal columns, and the singular values of B are computed without squaring them.
-    In the basis of V and what m has beside it, B is a triangle with Λ½ on its diagonal.
+    where the first factor has orthonormal columns. The singular values of B are computed without squaring them. In the
+    basis of V and the part of m that is orthogonal to V, B is triangular with Λ½ on its diagonal.
     """
     eigenvalues, coordinates, basis = decomposed
-    rank = len(eigenvalues)
+    number = len(eigenvalues)
     vectors = functools.reduce(torch.matmul, basis)
-    inside, beside = torch.zeros_like(eigenvalues), mean
-    for _ in range(2):  # once leaves rounding of the size of the mean
-        part = beside @ vectors
-        inside, beside = inside + part, beside - vectors @ part
-    length = beside.norm()
-    factor = torch.zeros(rank + 1, rank + 1, dtype=mean.dtype, device=mean.device)
-    factor.diagonal()[:rank] = eigenvalues.sqrt()
-    factor[rank] = math.sqrt(n) * torch.cat([inside, length[None]])
+    inside, orthogonal = torch.zeros_like(eigenvalues), mean
+    for _ in range(2):  # A single pass leaves rounding errors of the size of the mean.
+        part = orthogonal @ vectors
+        inside, orthogonal = inside + part, orthogonal - vectors @ part
+    length = orthogonal.norm()
+    factor = torch.zeros(number + 1, number + 1, dtype=mean.dtype, device=mean.device)
+    factor.diagonal()[:number] = eigenvalues.sqrt()
+    factor[number] = math.sqrt(n) * torch.cat([inside, length[None]])
     left, singular, right = torch.linalg.svd(factor)
     kept = singular.square() > resolution
-    coordinates = torch.hstack([coordinates, total[:, None] / math.sqrt(n)]) @ left[:, kept]
-    vectors = torch.hstack([vectors, (beside / length.clamp(min=TINY))[:, None]])
+    coordinates = torch.hstack([coordinates, target_sum[:, None] / math.sqrt(n)]) @ left[:, kept]
+    vectors = torch.hstack([vectors, (orthogonal / length.clamp(min=TINY))[:, None]])
     return singular[kept].square(), coordinates, (vectors, right[kept].T)
 
 
 def centred_square(square: Tensor, total: Tensor, n: int) -> Tensor:
-    """Σ (y − ȳ)² by column, exactly zero where only rounding is left of it."""
+    """Return Σ (y − ȳ)² of each column, and exactly zero if it is only rounding."""
     centred = square - total.square() / n
     return torch.where(centred <= n * EPS * square, 0.0, centred)
 
 
 def _may_vary(moments: Moments, spread: Tensor) -> bool:
-    """Whether a feature that was taken for a constant may be none.
+    """Return whether a feature that counts as constant may vary.
 
     Sums of n equal numbers were seen to be off by n · eps / 8 at most. Constants beside other features are common, so
-    smaller differences count as rounding. Where no feature varies, only exact sums leave no doubt.
+    smaller differences count as rounding. If no feature varies, only exact sums leave no doubt.
     """
     n, square = int(moments.count), moments.gram.diagonal()
-    left = square - moments.feature_sum.square() / n
+    difference = square - moments.feature_sum.square() / n
     if not bool((spread > 0).any()):
-        return n > 1 and bool(left.any())
-    return bool(((spread == 0) & (left > max(n / 4, _FEW) * EPS * square)).any())
+        return n > 1 and bool(difference.any())
+    return bool(((spread == 0) & (difference > max(n / 4, _FEW) * EPS * square)).any())
 
 
 def _resolved(eigenvalues: Tensor, dof: int, num_features: int, floor: float = 0.0) -> tuple[Tensor, float]:
-    """Which of the ascending eigenvalues to keep, largest first, and the resolution below which none is meaningful."""
+    """Return the positions of the eigenvalues to keep, largest first, and the resolution.
+
+    Args:
+        eigenvalues: the eigenvalues, ascending.
+        dof: the degrees of freedom, and so the largest number of eigenvalues.
+        num_features: the number of features, D.
+        floor: a lower bound of the resolution.
+    """
     largest = float(eigenvalues[-1]) if len(eigenvalues) else 0.0
-    # A Gram matrix has no negative eigenvalues: they show how large the errors of its sums are.
+    # An exact Gram matrix has no negative eigenvalues. They show how large the rounding errors of its sums are.
     error = -2 * float(eigenvalues[0]) if len(eigenvalues) else 0.0
     resolution = max(num_features * EPS * largest, floor, error, TINY / EPS)
     number = min(int((eigenvalues > resolution).sum()), dof)

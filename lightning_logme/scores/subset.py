@@ -1,4 +1,4 @@
-"""A random subset of the samples, the same in whichever order, batches and processes they come."""
+"""A random subset of the samples that does not depend on their order, their batches, or the world size."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_logme.scores.moments import Rows, moved
 
-Part = tuple[Rows, Tensor]  # with the index of each row in the whole data set
+Part = tuple[Rows, Tensor]  # rows, and the index of each row in the whole data set
 
 SAMPLE_SIZE = 2048
 
@@ -20,14 +20,14 @@ def mixed(numbers: Tensor) -> Tensor:
 
 
 class Subset:
-    """At most ``size`` samples: those whose indices have the smallest hashes.
+    """A subset of at most ``size`` samples: those whose indices have the smallest hashes.
 
     Args:
-        size: of the subset, in samples.
+        size: the largest number of samples.
 
     Attributes:
-        buffer: room for ``size`` rows, of which the first ``len(index)`` are in use; None before the first.
-        index: of each row in the whole data set, int64 on the CPU.
+        buffer: memory for ``size`` rows. The first ``len(index)`` rows are in use. None without rows.
+        index: int64 on the CPU, the index of each row in the whole data set.
     """
 
     def __init__(self, size: int) -> None:
@@ -37,7 +37,7 @@ class Subset:
 
     @torch.no_grad()
     def add(self, rows: Rows, index: Tensor) -> None:
-        """Copy those of the rows that belong to the subset, in place of rows that no longer do."""
+        """Copy the rows that belong to the subset. They replace rows that no longer belong to it."""
         if self.size == 0:
             return
         own, hashes, bound = mixed(self.index), mixed(index), torch.iinfo(torch.int64).max
@@ -58,16 +58,16 @@ class Subset:
         self.index[slots] = index[new]
 
     def part(self) -> list[Part]:
-        """Return the rows and their indices, in no particular order, as a list of one; empty if there are none."""
+        """Return the rows and their indices, unordered, as a list of one; the list is empty without rows."""
         return [] if self.buffer is None else [(self.buffer[: len(self.index)], self.index)]
 
     def by_hash(self) -> list[Part]:
-        """Return copies of the rows and their indices, in the order of their hashes, as :meth:`part` does."""
+        """Return the same as :meth:`part`, copied and in the order of the hashes."""
         order = mixed(self.index).argsort(stable=True)
         return [(rows[order], index[order]) for rows, index in self.part()]
 
     def _room_for(self, rows: Rows) -> Rows:
-        """Return a buffer of a precision that holds the rows as well, and that may be written to."""
+        """Return a buffer that can be written to, in a dtype that can hold the rows as well."""
         if self.buffer is None:
             return Rows(*(value.new_zeros(self.size, *value.shape[1:]) for value in vars(rows).values()))
         outside, found = not torch.is_inference_mode_enabled(), []

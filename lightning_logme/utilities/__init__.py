@@ -1,1 +1,1 @@
-"""Helpers that know nothing about LogME."""
+"""Helpers that do not depend on LogME."""

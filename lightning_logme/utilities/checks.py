@@ -1,4 +1,4 @@
-"""Checks of arguments; each error is one clear sentence."""
+"""Checks of arguments. Each error is one clear sentence."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ def check_task(task: Any) -> None:
 
 
 def check_options(task: Task, ignore_index: Any, fit_intercept: Any) -> None:
-    """Raise ``ValueError`` unless the options have the right types and a meaning for the task."""
+    """Raise ``ValueError`` unless the options have the right types and fit the task."""
     if ignore_index is not None and not _is_integer(ignore_index):
         raise ValueError(f"ignore_index must be an integer or None, got {ignore_index!r}.")
     if ignore_index is not None and task == "regression":
         raise ValueError(
-            f"ignore_index={ignore_index} has no meaning for task='regression', where it is a value like any other; "
-            "drop those rows."
+            f"ignore_index={ignore_index} has no meaning for task='regression', where it is an ordinary value; drop "
+            "those rows instead."
         )
     check_flags(fit_intercept=fit_intercept)
 
 
 def check_flags(**flags: Any) -> None:
-    """Raise ``ValueError`` unless each is a bool: a string such as "false" would count as true."""
+    """Raise ``ValueError`` unless each flag is a bool. A string such as "false" would count as true."""
     for name, value in flags.items():
         if not isinstance(value, bool):
             raise ValueError(f"{name} must be True or False, got {value!r}.")
@@ -55,10 +55,10 @@ def positive_or_none(name: str, value: Any) -> int | None:
 
 
 def positive(name: str, value: Any) -> int:
-    """Return an integer above zero as an int.
+    """Return a positive integer as an int.
 
     Raises:
-        ValueError: ``value`` is no such integer.
+        ValueError: ``value`` is not a positive integer.
     """
     if not _is_integer(value) or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}.")
@@ -69,7 +69,7 @@ def integer(name: str, value: Any) -> int:
     """Return an integer as an int.
 
     Raises:
-        ValueError: ``value`` is no integer.
+        ValueError: ``value`` is not an integer.
     """
     if not _is_integer(value):
         raise ValueError(f"{name} must be an integer, got {value!r}.")

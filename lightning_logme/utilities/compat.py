@@ -1,4 +1,4 @@
-"""Everything that depends on the insides of Lightning, torch and torchmetrics, and on which Lightning is imported.
+"""All code that depends on internals of Lightning, torch and torchmetrics, or on which Lightning package is imported.
 
 Checked with lightning 2.5.3 to 2.6.6 (also as pytorch_lightning), torch 2.6 to 2.13 and torchmetrics 1.6 to 1.9.
 """
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-# Both packages log through this module.
+# Both Lightning packages log through this module.
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -49,23 +49,24 @@ __all__ = [
 ]
 
 _FABRIC = {"lightning.pytorch": "lightning.fabric", "pytorch_lightning": "lightning_fabric"}
-# The parts that wrappers insert into the names of modules: FSDP, activation checkpointing, torch.compile.
+# The name parts that FSDP, activation checkpointing and torch.compile insert into the names of modules.
 _WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
-CONVOLUTIONAL = (_ConvNd, _BatchNorm)  # the classes of convolutions and batch norms of any number of dimensions
+CONVOLUTIONAL = (_ConvNd, _BatchNorm)  # convolutions and batch norms of any number of dimensions
 
 
 def _imported() -> list[str]:
+    """Return the Lightning packages that are imported."""
     return [package for package in _FABRIC if package in sys.modules]
 
 
 def _everywhere(name: str) -> tuple[type, ...]:
-    """Return the class of that name in every imported package: each package has classes of its own."""
-    places = [f"{_FABRIC[package]}.loggers" if name == "Logger" else package for package in _imported()]
-    return tuple(getattr(sys.modules[place], name) for place in places)
+    """Return the class with a name in each imported Lightning package. Each package has its own classes."""
+    modules = [f"{_FABRIC[package]}.loggers" if name == "Logger" else package for package in _imported()]
+    return tuple(getattr(sys.modules[module], name) for module in modules)
 
 
 def _any(name: str) -> type:
-    """Return a base class of that class in every package, for ``isinstance``."""
+    """Return a class for ``isinstance`` that covers the class with a name in each imported Lightning package."""
 
     def covers(_: type, other: type) -> bool:
         return issubclass(other, _everywhere(name))
@@ -83,8 +84,8 @@ if TYPE_CHECKING:
     from lightning.pytorch.utilities.seed import isolate_rng
 
 else:
-    # The import of a package redirects the log and the deprecation warnings of the other one to itself. So Lightning
-    # is imported here only for a user who has imported neither.
+    # Importing one Lightning package redirects the log and the deprecation warnings of the other package to itself. So
+    # Lightning is imported here only if the user has imported neither.
     if not _imported():
         import_module("lightning.pytorch")
     _pytorch = _imported()[0]
@@ -97,7 +98,7 @@ else:
     isolate_rng = import_module(f"{_pytorch}.utilities.seed").isolate_rng
 
     class AnyCallback(*_everywhere("Callback")):
-        """A callback for the Trainer of every package that is imported by the time it is made."""
+        """A callback for the Trainers of all Lightning packages that are imported when the callback is created."""
 
         def __init__(self) -> None:
             if AnyCallback.__bases__ != _everywhere("Callback"):
@@ -108,22 +109,25 @@ else:
 
 
 def is_one_of(thing: object, names: tuple[str, ...]) -> bool:
-    """Return whether an object is of a class of one of these names, which not all versions of Lightning have."""
+    """Return whether an object is an instance of a class with one of these names.
+
+    Names replace classes here, because some versions of Lightning do not have the classes.
+    """
     return any(cls.__name__ in names for cls in type(thing).__mro__)
 
 
 def callbacks_of_new_trainer() -> list[Any]:
-    """Return the callbacks of a Trainer that is being made while it compares their ``state_key``, else none.
+    """Return the callbacks of a new Trainer that is comparing their ``state_key``, else an empty list.
 
-    Lightning does so in ``_validate_callbacks_list(callbacks)``, whose own error does not say what to do.
+    Lightning compares them in ``_validate_callbacks_list(callbacks)``, and its error does not say what to do.
     """
     caller = sys._getframe(2)
     return caller.f_locals.get("callbacks", []) if caller.f_code.co_name == "_validate_callbacks_list" else []
 
 
 def validation_loaders(trainer: Trainer) -> list[Any]:
-    """Return the validation loaders as Lightning has prepared them; [None] where their batches come combined."""
-    # Trainer.val_dataloaders would go on to name those of fit during a later Trainer.validate.
+    """Return the validation loaders as Lightning has prepared them, or [None] if their batches are combined."""
+    # During Trainer.validate after Trainer.fit, Trainer.val_dataloaders would still return the loaders of fit.
     fitting = trainer.state.fn == "fit"
     loop = trainer.fit_loop.epoch_loop.val_loop if fitting else trainer.validate_loop
     combined = loop._combined_loader
@@ -131,33 +135,34 @@ def validation_loaders(trainer: Trainer) -> list[Any]:
 
 
 def validates_by_clock(trainer: Trainer) -> bool:
-    """Return whether ``val_check_interval`` is a time, so that each process validates when its own clock says so."""
+    """Return whether ``val_check_interval`` is a time, so that each process validates by its own clock."""
     return getattr(trainer, "_val_check_time_interval", None) is not None
 
 
 def logged_step(trainer: Trainer) -> int:
-    """Return the step under which ``pl_module.log`` logs now."""
+    """Return the step with which ``pl_module.log`` logs now."""
     loop = trainer.fit_loop.epoch_loop
-    # At the end of an epoch the last batch is counted. While a batch ends, and in a validation after it, it is not yet.
+    # At the end of an epoch, the last batch is already counted. At the end of a batch and in a validation that follows,
+    # it is not counted yet.
     progress = loop.batch_progress.current
     is_counted = trainer.training and progress.completed == progress.ready
     return max(0, loop._batches_that_stepped - int(is_counted))
 
 
 def prepared_batch(batch: Any, trainer: Trainer, module: LightningModule) -> Any:
-    """Return a batch as a validation loop would give it to the module: in precision, through the hooks, on device."""
+    """Return a batch as a validation loop passes it to the module: in its precision, after the hooks, on its device."""
     batch = trainer.precision_plugin.convert_input(batch)
     batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 def plain_name(name: str) -> str:
-    """Return the name of a module without the parts that wrappers insert."""
+    """Return the name of a module without the name parts that wrappers insert."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def compiled_modules(root: nn.Module) -> set[nn.Module]:
-    """Return the modules that ``torch.compile`` compiles, those of TorchScript, and all modules inside them."""
+    """Return the modules compiled by ``torch.compile``, TorchScript modules, and all modules inside them."""
     compiled: Iterable[nn.Module] = (
         module
         for module in root.modules()
@@ -169,15 +174,12 @@ def compiled_modules(root: nn.Module) -> set[nn.Module]:
 
 
 def original(module: nn.Module) -> nn.Module:
-    """Return the module that ``torch.compile(module)`` has wrapped, or the module itself."""
+    """Return the module that ``torch.compile`` has wrapped, or the module itself if it is not wrapped."""
     return getattr(module, "_orig_mod", module)
 
 
 def uncompiled(module: nn.Module, copy: Callable[[Any], Any]) -> Any:
-    """Return a copy of a module without what ``torch.compile`` has put around it.
-
-    Compiled code in a copy would go on with the weights of the original.
-    """
+    """Return a copy of a module, not compiled. Compiled code in a copy would use the weights of the original."""
     plain: Any = copy(original(module))
     if getattr(plain, "_compiler_ctx", None) is not None:  # a compiled LightningModule
         package = next(name for name in _imported() if isinstance(plain, sys.modules[name].LightningModule))
@@ -188,7 +190,7 @@ def uncompiled(module: nn.Module, copy: Callable[[Any], Any]) -> Any:
 
 
 def hooks_of(module: nn.Module, kind: type) -> list[tuple[dict[int, Any], int]]:
-    """Return the forward hooks of a module that are methods of objects of that class: the dict of each, and its key."""
+    """Return the forward hooks of a module that are methods of a class, each as the dict that holds it and its key."""
     return [
         (hooks, key)
         for hooks in (module._forward_hooks, module._forward_pre_hooks)
@@ -199,7 +201,7 @@ def hooks_of(module: nn.Module, kind: type) -> list[tuple[dict[int, Any], int]]:
 
 @contextmanager
 def kept_buffers(root: nn.Module) -> Iterator[None]:
-    """Put the buffers of a module back as they were, also those that were added or removed meanwhile."""
+    """Restore the buffers of a module on exit, also if buffers were added or removed meanwhile."""
     parts = [part for part in root.modules() if not isinstance(part, torch.jit.ScriptModule)]
     held = [(part, dict(part._buffers), set(part._non_persistent_buffers_set)) for part in parts]
     contents = [(buffer, buffer.clone()) for buffer in root.buffers()]

@@ -1,4 +1,4 @@
-"""Agreement between processes."""
+"""Exchange values and errors between processes."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ class Failure(ValueError):
 
 @contextmanager
 def together(alone: bool) -> Iterator[None]:
-    """Run the body in every process. If it fails in one, fail in all, so that none waits for another.
+    """Run the body in every process. If it fails in one process, it fails in all, so that no process waits for another.
 
     Args:
         alone: whether the run has only one process.
 
     Raises:
-        Failure: with the first reason by rank, and the process it comes from unless all have the same.
+        Failure: with the reason of the lowest rank that failed, and this rank unless all processes have the same
+        reason.
 
     Example:
         >>> from lightning_logme.utilities.distributed import together
@@ -45,11 +46,11 @@ def together(alone: bool) -> Iterator[None]:
 
 
 def gathered(alone: bool, mine: T) -> list[T]:
-    """Return what each process has, by rank.
+    """Return the objects of all processes, by rank.
 
     Args:
-        alone: whether the run has only one process, whatever else torch.distributed may know of.
-        mine: a picklable object of this process.
+        alone: whether the run has only one process, even if torch.distributed is initialised with more.
+        mine: the object of this process, which can be pickled.
     """
     if alone:
         return [mine]
@@ -59,17 +60,17 @@ def gathered(alone: bool, mine: T) -> list[T]:
 
 
 def reason_of(error: Exception) -> str:
-    """Return an error as part of a message: its type matters unless it is a ValueError, as this package raises."""
+    """Return the message of an error, after its type unless it is a ValueError, which this package raises itself."""
     return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
 
 
 def release(error: Exception) -> None:
-    """Drop the traceback of an error that is not raised: its frames hold tensors, and memory may have run out."""
+    """Drop the traceback of an error that is not raised again. Its frames hold tensors, and memory may be full."""
     error.__traceback__ = error.__context__ = error.__cause__ = None
 
 
 def first_reason(reasons: Sequence[str | None]) -> str | None:
-    """Return the first reason by rank, with the process it comes from; None if no process has one."""
+    """Return the reason of the lowest rank that has one, with the rank; None if no process has a reason."""
     for rank, reason in enumerate(reasons):
         if reason is not None:
             return reason if len(reasons) == 1 else f"{reason} (process {rank})"

@@ -398,7 +398,7 @@ def test_a_scripted_part_of_the_network_is_left_alone(tmp_path):
     callback = LogMECallback(layers=["model.*"], probes={"same": loader()})
     trainer(tmp_path, callback).fit(module, loader(), loader())
     assert all(row["logme"] == row["logme"] for row in callback.history)
-    with pytest.raises(ValueError, match="layer 'augmentation' is a module of TorchScript, which takes no hooks"):
+    with pytest.raises(ValueError, match="layer 'augmentation' is a TorchScript module, which cannot have hooks"):
         trainer(tmp_path, LogMECallback(layers=["augmentation"])).validate(module, loader(), verbose=False)
     assert hooks(module) == 0
 

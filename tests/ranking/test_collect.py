@@ -351,7 +351,7 @@ class TestTokens:
         ranking = rank({"pooled": Net(), "tokens": Net()}, data, forward={"pooled": lambda net, batch: batch[0].sum(1)})
         row = ranking.rows[-1]
         assert (row.name, row.ended) == ("pooled", "failed")
-        assert "got (32, 5): one label a sample" in row.message
+        assert "got (32, 5); give one label per sample" in row.message
 
 
 def test_a_factory_of_layers_is_recognised_in_every_round():

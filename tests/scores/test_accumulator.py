@@ -121,7 +121,7 @@ class TestEvidence:
         accumulator = Accumulator("multiclass", 5, 3)
         with pytest.raises(ValueError, match="of length 6 after features of length 5; pool them to one length"):
             accumulator.add(Rows(torch.randn(2, 6), torch.arange(2)))
-        with pytest.raises(ValueError, match=r"lengths \(6, 3\) cannot be added to those of \(5, 3\)"):
+        with pytest.raises(ValueError, match=r"lengths \(6, 3\) cannot be added to those of lengths \(5, 3\)"):
             accumulator.merge_(Accumulator("multiclass", 6, 3))
 
     def test_inference_mode_then_training(self):

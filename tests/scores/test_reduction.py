@@ -57,7 +57,7 @@ def test_reduced_is_as_one_process(n, d, empty_rank, world):
 def _different_shapes(rank, world):
     mine = {"a": accumulated(20, 5 + rank, torch.arange(20)), "b": accumulated(20, 5, torch.arange(20)[rank::2])}
     results, broken = reduced(mine, "multiclass", CPU, alone=False)
-    assert broken == {"a": "features or targets of lengths (6, 4) in process 1, and (5, 4) in another"}
+    assert broken == {"a": "features and targets have lengths (6, 4) in process 1, but (5, 4) in another process"}
     assert results["b"].evidence().num_samples == 20
     assert "a" not in results
 

@@ -65,7 +65,7 @@ FIRST, SECOND = ("", 0), ("model.0", 0)
         (
             [({SECOND: 4}, {}), ({SECOND: 5}, {})],
             set(),
-            {"model.0": "features or targets of lengths (5, 3) in process 1, and (4, 3) in another"},
+            {"model.0": "features and targets have lengths (5, 3) in process 1, but (4, 3) in another process"},
         ),
     ],
 )
