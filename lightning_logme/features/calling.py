@@ -18,10 +18,10 @@ def call(module: nn.Module, batch: Any, target: TargetSpec = None) -> Any:
     """Run a module on the inputs of a batch, and return its output.
 
     Args:
-        module: gets a tuple or list of inputs as positional arguments, a mapping as keyword arguments (only those that
-            ``forward`` accepts), and other inputs as one argument.
+        module: the network. A tuple or list of inputs becomes positional arguments, and a mapping becomes keyword
+            arguments, restricted to those that ``forward`` accepts.
         batch: (inputs, labels) or a mapping, as a loader yields it.
-        target: the key of the labels in a mapping. It is not passed to the module, nor are the usual names of labels.
+        target: the key of the labels in a mapping. Neither it nor the usual names of labels are passed on.
 
     Raises:
         ValueError: ``forward`` accepts no key of the mapping.

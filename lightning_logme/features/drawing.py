@@ -84,8 +84,8 @@ def labels_at_hand(dataset: Any, target: TargetSpec) -> Tensor | None:
 def stratified_order(number: int, strata: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return a random order of the samples, and the block of each position in it.
 
-    Each class is spread evenly over the order and over the blocks, so that the first n samples have the classes in
-    proportion for any n. Within a class the order is random.
+    Each class is spread evenly over the order and over the blocks, so that the first samples, however many, contain
+    the classes in proportion. Within a class the order is random.
 
     Args:
         number: the number of samples, N.
@@ -103,10 +103,10 @@ def stratified_order(number: int, strata: Tensor | None, generator: torch.Genera
     size = counts.repeat_interleave(counts)
     first = (counts.cumsum(0) - counts).repeat_interleave(counts)
     member = torch.arange(number) - first  # 0, 1, … within the class
-    # Each class starts at 0, and chance breaks ties. With random offsets, rare classes could miss the first samples.
+    # Each class starts at 0, and ties are random. With random starts, the first samples could lack rare classes.
     tie_break = torch.rand(len(counts), generator=generator).repeat_interleave(counts)
-    spread = (member.double() / size + tie_break * 1e-9).argsort(stable=True)
-    return by_class[spread], (torch.arange(number) % BLOCKS)[spread]
+    interleaved = (member.double() / size + tie_break * 1e-9).argsort(stable=True)
+    return by_class[interleaved], (torch.arange(number) % BLOCKS)[interleaved]
 
 
 def with_batches(loader: DataLoader[Any], batches: list[list[int]], seed: int) -> DataLoader[Any]:

@@ -27,7 +27,7 @@ class Source:
 
     Args:
         name: :data:`HEAD`, or the name of a layer.
-        captures: give the features. Those of several captures are concatenated.
+        captures: the captures that give the features. The features of several captures are concatenated.
         features: a callable(module, batch) that returns the features. It replaces the captures.
         pooling: the pooling of the features that the callable returns.
         guess: the name of the head if it was found automatically; None if the user named it.
@@ -90,9 +90,9 @@ class Source:
         raise NotCalledError(
             f"head: '{self.guess}' was taken for the classifier head, but it was not called for this batch; name the "
             "head with head=, or use head=None for the output of the module, or give features=callable(module, batch). "
-            "To change how a probe calls the module, give Probe(forward=callable(module, batch)). If the model was "
-            "compiled and run before the hooks were attached, they do not run: call "
-            'torch.compiler.set_stance("force_eager") or compile it again.'
+            "To change how a probe calls the module, give Probe(forward=callable(module, batch)). A model that was "
+            'compiled and has run before ignores new hooks: call torch.compiler.set_stance("force_eager") or compile '
+            "the model again."
         )
 
 

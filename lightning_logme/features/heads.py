@@ -93,7 +93,7 @@ class _Path(NamedTuple):
     Attributes:
         name: The dotted name of the module.
         likeness: How clearly this name says "head": 2, 1 or 0, see `_likeness`.
-        last: Whether no other weights can come after the output of the module.
+        last: Whether no module with weights can come after this one.
     """
 
     name: str = ""
@@ -202,7 +202,7 @@ class _Search:
         yield from self._ends(module.get_submodule(name), path.child(name, path.likeness), ())
 
     def _ends_of_sequence(self, module: nn.Sequential, path: _Path) -> Iterator[_Candidate]:
-        """Yield the candidates in the last module of a sequence that has a linear layer."""
+        """Yield the candidates in the last child that has a linear layer."""
         children = list(module.named_children())
         siblings = _layers(child for _, child in children)
         pooled = False
@@ -306,7 +306,7 @@ def _without_inner_layers(branches: list[_Branch]) -> list[_Branch]:
 
 
 def _linear(module: nn.Module) -> nn.Module | None:
-    """Return a module that is a linear layer or 1 × 1 convolution, or the one inside an adapter, else None."""
+    """Return the module, or the module in an adapter, if it is a linear layer or 1 × 1 convolution, else None."""
     while hasattr(type(module), "adapter_layer_names"):
         base = dict(module.named_children()).get("base_layer")
         if base is None:
@@ -380,7 +380,7 @@ def _kind(module: nn.Module) -> tuple[type, ...]:
 
 
 def _keeps_logits(module: nn.Module) -> bool:
-    """Return whether a module without a linear layer turns logits into logits or predictions."""
+    """Return whether logits stay logits or become predictions in a module, which has no linear layer."""
     if _has_weights(module):
         return False
     hidden = ("activation", "batchnorm", "instancenorm", "normalization")

@@ -28,8 +28,8 @@ class NotCalledError(ValueError):
 class CallTrace:
     """A recorder of the layers that run in a network, and of the point at which each watched module starts.
 
-    The network has hooks only while the recorder is open. Modules compiled by ``torch.compile`` get no hooks, because
-    these would be compiled in. Their layers count in the order of registration.
+    The network has hooks only while the recorder is open. Modules compiled by ``torch.compile`` get none, because the
+    hooks would become part of the compiled code. Their layers count as called in the order of registration.
 
     Args:
         root: the network.
@@ -115,7 +115,7 @@ class Capture:
         window: the state that all captures of the network share.
         pooling: see :func:`~lightning_logme.features.pooling.pool`.
         key: the key of the features in a mapping of poolings.
-        remedy: what messages advise if the module is not called.
+        remedy: the advice in the message for a module that is not called.
 
     Attributes:
         seen: for each call since the window was opened, the tensor, and whether it is pooled.
@@ -158,7 +158,7 @@ class Capture:
             self.handle = self.module.register_forward_pre_hook(self._on_input, with_kwargs=True)
         else:
             self.handle = self.module.register_forward_hook(self._on_output)
-        # torch.jit.script compiles the hooks of a module as well, but calls this method first.
+        # torch.jit.script compiles the hooks of a module as well. It calls this function first, which removes them.
         vars(self.module)[_BEFORE_SCRIPT] = partial(_without_captures, self.module)
 
     @property
@@ -204,12 +204,11 @@ class Capture:
         return ([] if self.side == "input" else inside), before
 
     def call_error(self) -> ValueError:
-        """Return the error of a module that was called never, several times, or without a tensor."""
+        """Return the error of a module that was not called, was called several times, or got no tensor."""
         if len(self.seen) == 0:
             return NotCalledError(
-                f"{self.name} was not called for this batch; {self.remedy}. If the model was compiled and run before "
-                'the hooks were attached, they do not run: call torch.compiler.set_stance("force_eager") or compile it '
-                "again."
+                f"{self.name} was not called for this batch; {self.remedy}. A model that was compiled and has run "
+                'before ignores new hooks: call torch.compiler.set_stance("force_eager") or compile the model again.'
             )
         if len(self.seen) > 1:
             return ValueError(

@@ -45,7 +45,7 @@ class Target:
                 for "multilabel"; (N,) or (N, M) numbers for "regression".
             task: one of the four tasks.
             num_outputs: K; None accepts class labels of any size and any number of columns.
-            ignore_index: samples with this label are not kept, for "multilabel" those with any such entry.
+            ignore_index: samples with this label are left out; for "multilabel", samples with any such entry.
 
         Raises:
             TypeError: ``target`` is not a tensor. A sparse tensor is made dense.
@@ -165,12 +165,12 @@ def find_target(batch: Any, target: TargetSpec = None) -> Tensor:
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(
             f"target={target!r} does not lead to labels in a batch that is {_describe(batch)} ({type(error).__name__}: "
-            f"{error}); give the key or the index of the labels, or a callable(batch) -> Tensor."
+            f"{error}); set it to the key or the index of the labels, or to a callable(batch) -> Tensor."
         ) from error
     if labels is None:
         raise ValueError(
-            f"no labels found in a batch that is {_describe(batch)}; give target=, the key or the index of the labels, "
-            "or a callable(batch) -> Tensor."
+            f"no labels found in a batch that is {_describe(batch)}; set target to the key or the index of the labels, "
+            "or to a callable(batch) -> Tensor."
         )
     if not isinstance(labels, Tensor):
         raise ValueError(
@@ -272,7 +272,7 @@ def _not_one_label(shape: Sequence[int], task: Task) -> str:
 def _checked_labels(
     target: Tensor, task: Task, num_classes: int | None, ignore_index: int | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the labels as a flat int64 tensor, and which of them to keep, None for all."""
+    """Return the labels as a flat int64 tensor, and a mask of those to keep, or None to keep all."""
     is_inexact = target.is_floating_point() or target.is_complex()
     if target.ndim not in (1, 2) or (target.ndim == 2 and is_inexact):
         raise ValueError(_not_one_label(target.shape, task))
@@ -285,7 +285,7 @@ def _checked_labels(
     if not len(labels):
         return labels, None
     keep = labels != ignore_index if ignore_index is not None else torch.ones_like(labels, dtype=torch.bool)
-    # All checks wait for the device once. Without them a wrong label would be a device-side assert.
+    # All checks together wait for the device once. Without them, a wrong label would cause a device-side assert.
     low, high, all_kept = torch.stack([*torch.where(keep, labels, 0).aminmax(), keep.all().long()]).tolist()
     if low < 0 or (num_classes is not None and high >= num_classes):
         expected = "at least 0" if num_classes is None else f"in 0…{num_classes - 1} ({num_classes} classes)"
@@ -300,7 +300,7 @@ def _checked_labels(
 def _checked_columns(
     target: Tensor, task: Task, num_outputs: int | None, ignore_index: int | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the target as (N, K), and which samples to keep, None for all."""
+    """Return the target as (N, K), and a mask of the samples to keep, or None to keep all."""
     if task == "regression" and target.ndim == 1:
         target = target[:, None]
     columns = {"multilabel": "L", "regression": "M"}[task] if num_outputs is None else str(num_outputs)

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 from lightning_logme.features.hooks import Capture
 
-_SAMPLES = 2  # compared per batch: a whole batch would keep the activations of the whole network
-_INPUTS = 4  # inputs that are kept, of the last linear layers that ran: the head is nearly always one of them
+_SAMPLES = 2  # samples that are compared: for a whole batch, all activations of the network would be in memory
+_INPUTS = 4  # linear layers whose inputs are kept, the last that ran: the head is nearly always one of them
 
 
 class OutputLayer:
     """A search for the linear layer or 1 × 1 convolution that makes the output of a module, while one batch runs.
 
-    A layer makes the output if both hold the same numbers, also in another shape, or if the output is one token of the
-    output of the layer. The last layer with parameters that runs also makes the output if this is the average of the
-    output of the layer over positions (also after a ReLU), a multiple of it, or its softmax, log-softmax or sigmoid.
+    A layer makes the output if its own output has the same numbers, also in another shape, or if one of its tokens has
+    them. The last layer with parameters also makes the output if its own output only has to be averaged over positions
+    (also after a ReLU), multiplied by a number, or put through a softmax, log-softmax or sigmoid.
 
     Args:
         module: the network. Its layers have hooks inside the ``with`` block.
@@ -128,7 +128,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _rearranged(call: _Output, wanted: _Output) -> Iterator[Tensor]:
-    """Yield the output of a layer in the shape of the output of the module, and the most similar of its tokens."""
+    """Yield the output of a layer in the shape of the wanted output, and its token closest to the wanted output."""
     values = call.values
     if values.numel() >= wanted.values.numel() and math.prod(call.shape) == math.prod(wanted.shape):
         yield values.flatten()[: wanted.values.numel()].view_as(wanted.values)
@@ -138,7 +138,7 @@ def _rearranged(call: _Output, wanted: _Output) -> Iterator[Tensor]:
 
 
 def _transformed(call: _Output, wanted: _Output) -> Iterator[Tensor]:
-    """Yield what functions without parameters make of the output of a layer, in the shape of the module's output."""
+    """Yield the output of a layer after functions without parameters, in the shape of the wanted output."""
     values = call.values
     if call.shape == wanted.shape:
         dim = -1 if wanted.values.ndim == 2 else 1

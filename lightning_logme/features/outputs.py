@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from lightning_logme.utilities.checks import Task, positive_or_none
 
-# Larger labels are hardly numbers of classes, unless there are enough samples for so many classes.
+# Larger labels are probably no class labels, unless there are enough samples for so many classes.
 _MOST_CLASSES = 1_000_000
 
 
@@ -22,7 +22,7 @@ def decide_num_outputs(
         values: checked labels: all labels for "multiclass", any of them for other tasks.
 
     Raises:
-        ValueError: ``num_classes`` has no meaning for the task, or the labels are not numbers of classes.
+        ValueError: ``num_classes`` has no meaning for the task, or the labels are probably no class labels.
     """
     num_classes = positive_or_none("num_classes", num_classes)
     if task == "binary":

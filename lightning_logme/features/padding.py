@@ -1,4 +1,4 @@
-"""Tell the padding that a distributed sampler adds from the data of a batch."""
+"""Find the rows of a batch that are padding, which a distributed sampler adds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def rows_without_padding(loader: Any, batches: int, number: int) -> int | None:
     """Return the number of real rows in the next batch of this process, without padding; None if it is not known.
 
     ``DistributedSampler`` repeats samples so that all processes get equally many. The i-th index of process r has
-    position i · world size + r in the shuffled list of indices. Positions beyond the length of the data set are
+    position i · world size + r in the list of indices, shuffled or not. Positions beyond the length of the data set are
     padding, so padding is always at the end of a process. Samplers of other kinds may have another order, and a
     ``collate_fn`` may make more or fewer rows than samples: then the number is not known.
 

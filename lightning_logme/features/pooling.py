@@ -126,7 +126,7 @@ class Pooler:
 
 
 def check_poolings(pooling: Any) -> None:
-    """Raise ``ValueError`` unless ``pooling`` is a pooling, or a mapping of them by layer."""
+    """Raise ``ValueError`` unless ``pooling`` is a pooling, or a mapping from layers to poolings."""
     for value in pooling.values() if isinstance(pooling, Mapping) else [pooling]:
         if not callable(value) and not (isinstance(value, str) and value in get_args(PoolingName)):
             raise ValueError(
@@ -146,7 +146,7 @@ def pool(
             and name the axis of the channels. "cls" takes the first token that is not masked, and "last" the last. A
             callable gets ``features`` unchanged.
         mask: (N, T) attention mask, non-zero for tokens that count. Only features of three dimensions use it.
-        channel_axis: 1 or -1, see :func:`find_channel_axis`. None takes the last axis of three, the second of more.
+        channel_axis: 1 or -1, see :func:`find_channel_axis`. None means the last of three axes, or the second of more.
 
     Returns:
         (N, D). Averages of half precision are in float32.
@@ -266,7 +266,7 @@ def _has_as_many_axes(made: Sequence[int] | None, shape: Sequence[int]) -> TypeG
 
 
 def _may_have_same_layout(made: Sequence[int] | None, shape: Sequence[int]) -> TypeGuard[Sequence[int]]:
-    """Return whether a shape may have the layout that a layer made. If the sizes are the same, axes may be permuted."""
+    """Return whether axes of a shape may mean the same as in a layer's output. Permuted sizes show that they do not."""
     return _has_as_many_axes(made, shape) and sorted(made) != sorted(shape)
 
 

@@ -61,7 +61,7 @@ class Samples:
     Attributes:
         number: the number of samples; None for a stream.
         labels: the labels of all samples in their order; None if they cannot be read without loading the samples.
-        first: the first batch. It has few samples if these are drawn.
+        first: the first batch. For a map-style data set, it has only a few samples.
 
     Raises:
         ValueError: the loader can be read only once, yields no batch, or yields a batch without labels.
@@ -134,9 +134,8 @@ class Samples:
     def rounds(self, num_outputs: int | None) -> Iterator[int]:
         """Yield the number of samples read by the end of each round: it doubles until all samples are read."""
         stop = max(_FIRST_ROUND, _PER_CLASS * (num_outputs or 0) if self.task in EXCLUSIVE else 0)
-        while (
-            self.number is None or stop * 1.5 < self.number
-        ):  # A last round with few new samples is not worth its time.
+        # A last round with few new samples is not worth its time.
+        while self.number is None or stop * 1.5 < self.number:
             yield stop
             stop *= 2
         yield self.number
@@ -171,7 +170,7 @@ class Samples:
         for index, batch in enumerate(self._loader):
             target = self._read(batch)
             first, position = position, position + len(target)
-            known: Portion | None = getattr(self, "first", None)  # It does not exist yet while it is read.
+            known: Portion | None = getattr(self, "first", None)  # None while the first batch itself is read
             if index == 0 and self._repeatable and known is not None and not _equal(target, known.target):
                 raise ValueError(f"the first batch has other labels than when it was read before; {SAME_SAMPLES}")
             if index % world == rank:
@@ -187,7 +186,7 @@ class Samples:
         """Return values that identify the data set, the order and the loader, without loading samples."""
         labels = None if self.labels is None else _digest(self.labels, 0)
         target = getattr(self.target, "__qualname__", type(self.target)) if callable(self.target) else self.target
-        # The rounds of a stream end with a batch, so they depend on its size.
+        # The rounds of a stream end with a batch, so they depend on the batch size.
         batch = len(self.first.target) if self.number is None else None
         options = {"task": self.task, "samples": self.number, "labels": labels, "seed": self.seed}
         return {**options, "target": target, "batch": batch}

@@ -61,7 +61,7 @@ class Selection:
 
     @property
     def named_heads(self) -> list[str] | None:
-        """The heads that the user named, empty for the output of the network; None if the head must be found."""
+        """The heads that the user named: empty for the output of the network, None if the head must be found."""
         if self.head == AUTO:
             return None
         return [] if self.head is None else [self.head] if isinstance(self.head, str) else list(self.head)
@@ -106,7 +106,7 @@ def attach(
                 raise ValueError(
                     f"{kind} '{name}' is a TorchScript module, which cannot have hooks; name another module."
                 )
-    poolings = _poolings(selection.pooling, layers)  # It may raise, so it comes before the first hook.
+    poolings = _poolings(selection.pooling, layers)  # This may raise, so it comes before the first hook.
     sources = []
     if selection.features is not None:
         sources.append(Source(HEAD, features=selection.features, pooling=poolings[HEAD]))

@@ -177,13 +177,13 @@ class Accumulator:
         return {segment: self.sums[segment] for segment in sorted(self.sums)}
 
     def choose(self, parts: Iterable[Part]) -> None:
-        """Copy the rows that belong to the random subset, before they are summed."""
+        """Copy the rows that belong to the random subset, from rows that are no longer held."""
         if self.subset is not None:
             for rows, index in parts:
                 self.subset.add(rows, index)
 
     def chosen(self) -> list[Part]:
-        """Return the summed rows in the random subset, as a list of one; the list is empty without such rows."""
+        """Return the summed rows in the random subset as a list with one item, or an empty list."""
         return [] if self.subset is None else self.subset.part()
 
     def sample(self) -> Part:
@@ -202,7 +202,7 @@ class Accumulator:
         return self.decomposed(fit_intercept)[0]
 
     def decomposed(self, fit_intercept: bool = False) -> tuple[Evidence, Spectrum | None]:
-        """Return the evidence, and the spectrum of the features, or None if the evidence is NaN without a spectrum."""
+        """Return the evidence and the spectrum of the features. The spectrum is None if it could not be computed."""
         if self._has_few_rows:
             rows = self._cat([held.rows for held in self.held])
             return maximise_rows(rows, self.num_outputs, self.task, fit_intercept)
@@ -234,7 +234,7 @@ class Accumulator:
         return points
 
     def projected(self, basis: Tensor | None) -> list[Moments]:
-        """Return the moments of each segment for the features times a basis (D, R). If n < D, rows stay held."""
+        """Return the moments of each segment for the features times a basis (D, R). If n < D, rows are not summed."""
         if not self._has_few_rows:
             sums = self.moments().values()
             return list(sums) if basis is None else [each.project(basis) for each in sums]
@@ -280,7 +280,7 @@ class Accumulator:
         return Moments.zeros(num_features or self.num_features, self.num_outputs, self.device)
 
     def _fold_if_cheaper(self) -> None:
-        """Sum the held rows once they need more memory than the Gram matrices, and from then on in larger products."""
+        """Sum the held rows once they need more memory than the Gram matrices, later once they fill a product."""
         limit = min(self.num_features, _ROWS_PER_FOLD) if self.sums else self.num_features
         if sum(len(held.index) for held in self.held) >= len(self.segments) * limit:
             self._fold()

@@ -27,7 +27,7 @@ class CurvePoint(NamedTuple):
 
 
 def segments(positions: Tensor, task: Task, num_outputs: int) -> Tensor:
-    """Return the segment of a curve for each sample. The i-th segment ends after the number of samples doubled i times.
+    """Return the segment of a curve for each sample. Segment i ends at 2ⁱ times the length of segment 0.
 
     Args:
         positions: (n,) int64, the positions of the samples among all samples.

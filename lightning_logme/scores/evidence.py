@@ -88,7 +88,7 @@ class Evidence:
 
     @classmethod
     def from_rows(cls, rows: Rows, num_outputs: int, task: Task, fit_intercept: bool = False) -> Evidence:
-        """Return the maximised evidence, computed from all samples. If n < D, this is far cheaper than moments."""
+        """Return the maximised evidence, computed from all samples. If n < D, this is far cheaper than by moments."""
         return maximise_rows(rows, num_outputs, task, fit_intercept)[0]
 
     def head(self, dtype: torch.dtype | None = None) -> torch.nn.Linear:
@@ -140,7 +140,7 @@ class Evidence:
 
 @torch.no_grad()
 def maximise_moments(moments: Moments, task: Task, fit_intercept: bool) -> tuple[Evidence, Spectrum | None]:
-    """Return the evidence of additive moments, and the spectrum, or None if the evidence is NaN without a spectrum."""
+    """Return the evidence of additive moments, and the spectrum, which is None if it could not be computed."""
     n = int(moments.count)
     squares = moments.gram.diagonal(), moments.target_square
     cause = _cause_of_nan(n, *squares, task, fit_intercept)
@@ -216,7 +216,7 @@ def _check_digits(spectrum: Spectrum, found: Maximum) -> None:
         constant = "the features are constant, or their mean is far above their spread"
         large = f"the mean of the features is about {spectrum.ratio:.0e} times their spread"
         cause = f"{constant if spectrum.ratio == math.inf else large}; centre or normalise"
-    warnings.warn(f"LogME has lost digits: the score may be wrong {size}, as {cause} the features.", stacklevel=5)
+    warnings.warn(f"LogME has lost digits: the score may be wrong {size}, because {cause} the features.", stacklevel=5)
 
 
 def _undefined(cause: str, n: int, shape: tuple[int, ...], device: torch.device) -> Evidence:

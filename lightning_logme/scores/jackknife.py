@@ -19,9 +19,9 @@ Name = TypeVar("Name", bound=Hashable)
 # good as the best is not reported as tied.
 ERROR_RATE = 0.05
 
-# Scores without a block are computed in so many leading eigenvectors. On real features with D = 384 and 1280, the
-# standard errors are .84 to 1.06 times those in all directions (.76 at worst, for a random network). At D = 1280 this
-# takes an eighth of the time or less.
+# The number of leading eigenvectors in which scores without a block are computed. On real features with D = 384 and
+# 1280, the standard errors are .84 to 1.06 times those in all directions (.76 at worst, for a random network). At
+# D = 1280, this takes an eighth of the time or less.
 _DIRECTIONS = 256
 
 
@@ -70,7 +70,7 @@ def trailing(
 ) -> dict[Name, float]:
     """Return the rows that trail the leader by more than ``quantile`` paired standard errors, and by how many.
 
-    All rows have the same samples in the same blocks. A block that is easy or hard for all rows cancels in differences.
+    All rows have the same samples in the same blocks, so the difficulty of a block cancels in differences of scores.
 
     Args:
         scores: the score of each row.

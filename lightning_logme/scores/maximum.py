@@ -16,11 +16,11 @@ from lightning_logme.scores.spectrum import Spectrum
 _LARGEST_RATIO = 1e10
 # Each term of the slope is a sigmoid in log t of unit scale, so that steps of 0.29 bracket the zeros of the slope.
 _POINTS_PER_DECADE = 8
-# The last step in log t. Steps get smaller quadratically, so the next one would be only rounding.
+# The search ends after a smaller step in log t. Convergence is quadratic, so the next step would be only rounding.
 _NEWTON_TOLERANCE = 1e-10
-# After so many steps, bisection alone would have halved a bracket down to rounding.
+# In so many steps, bisection alone would halve a bracket down to rounding.
 _MAX_NEWTON_STEPS = 60
-# Temporary tensors may hold at least so many numbers.
+# Temporary tensors of this many numbers are always allowed.
 _MIN_TEMPORARY = 2**16
 
 

@@ -52,7 +52,7 @@ class Rows:
         return Rows(moved(self.features, torch.device(device)), moved(self.target, torch.device(device)))
 
     def normalized(self) -> Rows:
-        """Return the rows with the features of each scaled to length 1, in float32 or float64. Zeros stay zeros."""
+        """Return the rows with each feature vector scaled to length 1, in float32 or float64. Zeros stay zeros."""
         features = self.features if self.features.dtype == torch.float64 else self.features.float()
         # Divide by the largest number first, so that no square overflows.
         for order in (math.inf, 2) if features.shape[1] else ():
@@ -68,7 +68,7 @@ class Rows:
 
     @classmethod
     def cat(cls, parts: Sequence[Rows]) -> Rows:
-        """Return several rows on one device as one. A single one is not copied."""
+        """Return several objects on one device as one. A single object is not copied."""
         if len(parts) == 1:
             return parts[0]
         return cls(torch.cat([part.features for part in parts]), torch.cat([part.target for part in parts]))

@@ -1,4 +1,4 @@
-"""The options of scoring that validations, probes and rankings share."""
+"""The options for scoring that validations, probes and rankings share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lightning_logme.utilities.checks import Task
 
 @dataclass(frozen=True)
 class Scoring:
-    """The options of scoring the features of a task.
+    """The options for scoring the features of a task.
 
     Attributes:
         task: the task of the labels.

@@ -68,7 +68,7 @@ class Spectrum:
         return coefficients
 
     def leading(self, number: int) -> Tensor:
-        """Return at most ``number`` first columns of V, the directions of the largest eigenvalues."""
+        """Return the first columns of V, at most ``number``: the directions of the largest eigenvalues."""
         *factors, columns = self.basis
         return functools.reduce(torch.matmul, [*factors, columns[:, :number]])
 
@@ -132,7 +132,7 @@ class Spectrum:
         ratio: float,
         unseen: float,
     ) -> Spectrum:
-        """Return the spectrum of a decomposition, of which a large mean may have to be restored."""
+        """Return the spectrum, given the decomposition of features that may be centred."""
         dof = n
         if fit_intercept:
             square, dof = centred_square(square, target_sum, n), n - 1

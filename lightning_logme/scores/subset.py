@@ -58,7 +58,7 @@ class Subset:
         self.index[slots] = index[new]
 
     def part(self) -> list[Part]:
-        """Return the rows and their indices, unordered, as a list of one; the list is empty without rows."""
+        """Return the rows and their indices, unordered, as a list with one item, or an empty list."""
         return [] if self.buffer is None else [(self.buffer[: len(self.index)], self.index)]
 
     def by_hash(self) -> list[Part]:

@@ -60,13 +60,13 @@ def _imported() -> list[str]:
 
 
 def _everywhere(name: str) -> tuple[type, ...]:
-    """Return the class with a name in each imported Lightning package. Each package has its own classes."""
+    """Return the classes of this name in all imported Lightning packages. Each package has its own."""
     modules = [f"{_FABRIC[package]}.loggers" if name == "Logger" else package for package in _imported()]
     return tuple(getattr(sys.modules[module], name) for module in modules)
 
 
 def _any(name: str) -> type:
-    """Return a class for ``isinstance`` that covers the class with a name in each imported Lightning package."""
+    """Return a class for ``isinstance`` that covers the classes of this name in all imported Lightning packages."""
 
     def covers(_: type, other: type) -> bool:
         return issubclass(other, _everywhere(name))
@@ -111,7 +111,7 @@ else:
 def is_one_of(thing: object, names: tuple[str, ...]) -> bool:
     """Return whether an object is an instance of a class with one of these names.
 
-    Names replace classes here, because some versions of Lightning do not have the classes.
+    Names are compared, because some versions of Lightning do not have the classes.
     """
     return any(cls.__name__ in names for cls in type(thing).__mro__)
 
@@ -179,7 +179,7 @@ def original(module: nn.Module) -> nn.Module:
 
 
 def uncompiled(module: nn.Module, copy: Callable[[Any], Any]) -> Any:
-    """Return a copy of a module, not compiled. Compiled code in a copy would use the weights of the original."""
+    """Return an uncompiled copy of a module. Compiled code in a copy would use the weights of the original."""
     plain: Any = copy(original(module))
     if getattr(plain, "_compiler_ctx", None) is not None:  # a compiled LightningModule
         package = next(name for name in _imported() if isinstance(plain, sys.modules[name].LightningModule))
@@ -190,7 +190,7 @@ def uncompiled(module: nn.Module, copy: Callable[[Any], Any]) -> Any:
 
 
 def hooks_of(module: nn.Module, kind: type) -> list[tuple[dict[int, Any], int]]:
-    """Return the forward hooks of a module that are methods of a class, each as the dict that holds it and its key."""
+    """Return the forward hooks of a module that are methods of a class: for each, its dict and its key there."""
     return [
         (hooks, key)
         for hooks in (module._forward_hooks, module._forward_pre_hooks)

@@ -60,7 +60,7 @@ def gathered(alone: bool, mine: T) -> list[T]:
 
 
 def reason_of(error: Exception) -> str:
-    """Return the message of an error, after its type unless it is a ValueError, which this package raises itself."""
+    """Return the text of an error, with its type unless it is a ValueError, the type that this package raises."""
     return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
 
 
