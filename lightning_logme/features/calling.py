@@ -21,7 +21,7 @@ def call(module: nn.Module, batch: Any, target: TargetSpec = None) -> Any:
         module: the network. A tuple or list of inputs becomes positional arguments, and a mapping becomes keyword
             arguments, restricted to those that ``forward`` accepts.
         batch: (inputs, labels) or a mapping, as a loader yields it.
-        target: the key of the labels in a mapping. Neither it nor the usual names of labels are passed on.
+        target: the key of the labels in a mapping. Neither it nor a usual name of labels is passed to the module.
 
     Raises:
         ValueError: ``forward`` accepts no key of the mapping.

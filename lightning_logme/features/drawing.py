@@ -84,8 +84,8 @@ def labels_at_hand(dataset: Any, target: TargetSpec) -> Tensor | None:
 def stratified_order(number: int, strata: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return a random order of the samples, and the block of each position in it.
 
-    Each class is spread evenly over the order and over the blocks, so that the first samples, however many, contain
-    the classes in proportion. Within a class the order is random.
+    Each class is spread evenly over the order and over the blocks, so that any first n samples contain the classes in
+    proportion. Within a class, the order is random.
 
     Args:
         number: the number of samples, N.

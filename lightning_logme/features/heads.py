@@ -161,8 +161,8 @@ class _Search:
     def __init__(self, root: nn.Module, num_outputs: int | None) -> None:
         self._root = root
         self._num_outputs = num_outputs
-        self._inputs = _inputs(root.modules())
-        self._outputs = set(_outputs(root.modules()))
+        self._inputs = _count_inputs(root.modules())
+        self._outputs = set(_output_lengths(root.modules()))
 
     def candidates(self) -> list[_Candidate]:
         return list(self._ends(self._root, _Path(), ()))
@@ -175,7 +175,7 @@ class _Search:
         if linear is not None:
             inputs, outputs = _sizes(linear)
             # Siblings do not count here, because `_ends_of_chain` compares them in their order.
-            is_taken = self._inputs[outputs] > _inputs({linear, *siblings})[outputs]
+            is_taken = self._inputs[outputs] > _count_inputs({linear, *siblings})[outputs]
             candidate = _Candidate(path, module, inputs, outputs, is_taken, inputs in self._outputs)
             if _may_be_last(candidate, isinstance(linear, nn.Linear)):
                 yield candidate
@@ -329,7 +329,7 @@ def _sizes(linear: Any) -> tuple[int, int]:
     return linear.in_channels, linear.out_channels
 
 
-def _inputs(modules: Iterable[nn.Module]) -> Counter[int]:
+def _count_inputs(modules: Iterable[nn.Module]) -> Counter[int]:
     """Count the layers that take vectors, by the length of the vectors."""
     counts: Counter[int] = Counter()
     for module in modules:
@@ -344,7 +344,7 @@ def _inputs(modules: Iterable[nn.Module]) -> Counter[int]:
     return counts
 
 
-def _outputs(modules: Iterable[nn.Module]) -> Iterator[int]:
+def _output_lengths(modules: Iterable[nn.Module]) -> Iterator[int]:
     """Yield the lengths of the vectors that layers give."""
     for module in modules:
         if isinstance(module, nn.Linear):

@@ -64,7 +64,7 @@ class Target:
         return replace(self, values=self.values[: len(kept)], kept=kept)
 
     def spread(self, values: Tensor) -> Tensor:
-        """Return one value for each kept label, given one for each sample: (N,) on the CPU."""
+        """Return one value for each kept label, given one value for each sample, (N,) on the CPU."""
         if self.task in EXCLUSIVE and len(self.shape) == 2:
             values = values.repeat_interleave(self.shape[1])
         return values if self.kept is None else values[self.kept.cpu()]

@@ -19,7 +19,7 @@ def decide_num_outputs(
         task: the task of the labels.
         num_classes: K of "multiclass" and "multilabel", if the user gave it.
         head_outputs: the number of outputs of the classifier head. From 2 on it is K for "multiclass".
-        values: checked labels: all labels for "multiclass", any of them for other tasks.
+        values: checked labels: all labels for "multiclass", any labels for other tasks.
 
     Raises:
         ValueError: ``num_classes`` has no meaning for the task, or the labels are probably no class labels.

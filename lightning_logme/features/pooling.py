@@ -252,8 +252,7 @@ def find_channel_axis(inside: Sequence[Call], before: Sequence[Call], shape: Seq
     by_size = (_axis_of(call.width, shape) for call in reversed(inside))
     by_layout = (_axis_of(call.width, call.shape) for call in reversed(inside) if _has_as_many_axes(call.shape, shape))
     by_previous = (
-        _axis_of(call.width, call.shape if _may_have_same_layout(call.shape, shape) else shape)
-        for call in reversed(before)
+        _axis_of(call.width, call.shape if _has_other_sizes(call.shape, shape) else shape) for call in reversed(before)
     )
     found = next((axis for axis in itertools.chain(by_size, by_layout, by_previous) if axis is not None), None)
     convolutional = [call.convolutional for call in itertools.chain(inside, before)]
@@ -265,8 +264,8 @@ def _has_as_many_axes(made: Sequence[int] | None, shape: Sequence[int]) -> TypeG
     return made is not None and len(made) == len(shape)
 
 
-def _may_have_same_layout(made: Sequence[int] | None, shape: Sequence[int]) -> TypeGuard[Sequence[int]]:
-    """Return whether axes of a shape may mean the same as in a layer's output. Permuted sizes show that they do not."""
+def _has_other_sizes(made: Sequence[int] | None, shape: Sequence[int]) -> TypeGuard[Sequence[int]]:
+    """Return whether a layer made as many axes, with other sizes. With the same sizes, the axes may be permuted."""
     return _has_as_many_axes(made, shape) and sorted(made) != sorted(shape)
 
 

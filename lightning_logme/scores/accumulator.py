@@ -280,7 +280,7 @@ class Accumulator:
         return Moments.zeros(num_features or self.num_features, self.num_outputs, self.device)
 
     def _fold_if_cheaper(self) -> None:
-        """Sum the held rows once they need more memory than the Gram matrices, later once they fill a product."""
+        """Sum the held rows once they need as much memory as the Gram matrices, and later in groups of enough rows."""
         limit = min(self.num_features, _ROWS_PER_FOLD) if self.sums else self.num_features
         if sum(len(held.index) for held in self.held) >= len(self.segments) * limit:
             self._fold()

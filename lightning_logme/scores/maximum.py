@@ -16,7 +16,7 @@ from lightning_logme.scores.spectrum import Spectrum
 _LARGEST_RATIO = 1e10
 # Each term of the slope is a sigmoid in log t of unit scale, so that steps of 0.29 bracket the zeros of the slope.
 _POINTS_PER_DECADE = 8
-# The search ends after a smaller step in log t. Convergence is quadratic, so the next step would be only rounding.
+# Newton's method ends after a step in log t below this. It converges quadratically, so the next step would be rounding.
 _NEWTON_TOLERANCE = 1e-10
 # In so many steps, bisection alone would halve a bracket down to rounding.
 _MAX_NEWTON_STEPS = 60

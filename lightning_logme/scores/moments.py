@@ -68,7 +68,7 @@ class Rows:
 
     @classmethod
     def cat(cls, parts: Sequence[Rows]) -> Rows:
-        """Return several objects on one device as one. A single object is not copied."""
+        """Return the rows of several objects on one device. A single object is not copied."""
         if len(parts) == 1:
             return parts[0]
         return cls(torch.cat([part.features for part in parts]), torch.cat([part.target for part in parts]))

@@ -30,7 +30,7 @@ def reduced(
         alone: whether the run has only one process. Then the accumulators are returned unchanged.
 
     Returns:
-        The accumulators by key, the same in every process. For each other key, the reason why it has none.
+        The accumulators by key, the same in every process, and the reason for each key without an accumulator.
 
     Raises:
         Failure: in all processes, if one of them could not sum its rows.

@@ -81,7 +81,7 @@ class Spectrum:
         ratio = _ratio(mean, spread.sum() / n)
         centred = fit_intercept or ratio > _LARGE_MEAN
         if centred:
-            # Centring leaves only rounding errors of constant features, so these become zero. For other features,
+            # Centring leaves only rounding errors of constant features, so these are set to zero. For other features,
             # `floor` bounds the rounding errors.
             varies = spread > 0
             gram = torch.addr(gram, moments.feature_sum, mean, alpha=-1).mul_(varies).mul_(varies[:, None])
