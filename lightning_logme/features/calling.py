@@ -18,10 +18,10 @@ def call(module: nn.Module, batch: Any, target: TargetSpec = None) -> Any:
     """Run a module on the inputs of a batch, and return its output.
 
     Args:
-        module: the network. A tuple or list of inputs becomes positional arguments, and a mapping becomes keyword
-            arguments, restricted to those that ``forward`` accepts.
-        batch: (inputs, labels) or a mapping, as a loader yields it.
-        target: the key of the labels in a mapping. Neither it nor a usual name of labels is passed to the module.
+        module: the network. Tuples and lists of inputs become positional arguments, and mappings become keyword
+            arguments as far as ``forward`` accepts them.
+        batch: (inputs, labels), or a mapping.
+        target: the key of the labels. Neither it nor a usual name of labels is passed to the module.
 
     Raises:
         ValueError: ``forward`` accepts no key of the mapping.

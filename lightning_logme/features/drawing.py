@@ -20,7 +20,7 @@ from torch.utils.data import (
 
 from lightning_logme.features.labels import LABEL_KEYS, TargetSpec
 
-# The number of random blocks into which the jackknife divides the samples.
+# The number of blocks of the jackknife.
 BLOCKS = 8
 
 
@@ -84,13 +84,8 @@ def labels_at_hand(dataset: Any, target: TargetSpec) -> Tensor | None:
 def stratified_order(number: int, strata: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return a random order of the samples, and the block of each position in it.
 
-    Each class is spread evenly over the order and over the blocks, so that any first n samples contain the classes in
-    proportion. Within a class, the order is random.
-
-    Args:
-        number: the number of samples, N.
-        strata: (N,) the class of each sample; None for a random order without strata.
-        generator: the source of randomness.
+    The classes in ``strata`` are spread evenly over the order and the blocks, so that any first n samples contain them
+    in proportion.
 
     Returns:
         The order (N,), and the block (N,) of each position.

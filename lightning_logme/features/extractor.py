@@ -27,10 +27,10 @@ class Source:
 
     Args:
         name: :data:`HEAD`, or the name of a layer.
-        captures: the captures that give the features. The features of several captures are concatenated.
-        features: a callable(module, batch) that returns the features. It replaces the captures.
-        pooling: the pooling of the features that the callable returns.
-        guess: the name of the head if it was found automatically; None if the user named it.
+        captures: the captures whose features are concatenated.
+        features: a callable(module, batch) that gives the features instead.
+        pooling: the pooling of these features.
+        guess: the name of the head, if it was found and not named by the user.
         outputs: the number of outputs of the head, if known.
     """
 
@@ -97,14 +97,14 @@ class Source:
 
 
 class Extractor:
-    """An extractor of the features of a network, which captures them by source while the network runs.
+    """An extractor of features, which captures them by source while a network runs.
 
     Args:
         module: the network.
-        sources: the sources, in the order in which they are logged.
+        sources: the sources, in the order of logging.
         window: the state that the captures share.
         layer_mean: whether the mean of the layers is a source as well.
-        num_outputs: the number of outputs, K, if known from the head or the user.
+        num_outputs: the number of outputs, K, if known.
 
     Attributes:
         sources: the sources by name.
@@ -127,7 +127,6 @@ class Extractor:
 
     @property
     def captures(self) -> list[Capture]:
-        """The captures of all sources."""
         return [capture for source in self.sources.values() for capture in source.captures]
 
     @property
@@ -142,12 +141,11 @@ class Extractor:
 
     @property
     def layers(self) -> list[str]:
-        """The names of the sources that are layers."""
         return [name for name in self.sources if name != HEAD]
 
     @property
     def is_head_guessed(self) -> bool:
-        """Whether the head was found automatically, and not named by the user."""
+        """Whether the head was found, and not named by the user."""
         return self.head is not None and self.head.guess is not None
 
     def give(self, output: Any) -> None:
@@ -164,7 +162,7 @@ class Extractor:
         return capture
 
     def drop_guess(self) -> None:
-        """Remove a head that was found automatically, if there are layers to score instead."""
+        """Remove a head that the user did not name, if there are layers to score instead."""
         if self.is_head_guessed and self.layers:
             for capture in self.sources.pop(HEAD).captures:
                 capture.remove()
@@ -217,12 +215,7 @@ class Extractor:
             capture.remove()
 
     def rows(self, batch: Any, labels: Labels) -> tuple[dict[str, Tensor], Errors]:
-        """Return one vector for each label of the last batch, by source, and the errors of the sources that failed.
-
-        Args:
-            batch: the batch that the network has just run on.
-            labels: the labels of this batch.
-        """
+        """Return one vector for each label of the last batch, by source, and the errors of the sources that failed."""
         rows: dict[str, Tensor] = {}
         errors: Errors = {}
         # Read the captures first, because features=callable may call the same modules again.
@@ -248,9 +241,9 @@ class Extractor:
 
         Args:
             batch: the batch, on the device of the network.
-            labels: the labels of this batch.
-            forward: runs the network. It is not called if no module is captured.
-            precision: the autocast context of the run.
+            labels: the labels of the batch.
+            forward: runs the network. It is called only if a module is captured.
+            precision: the autocast context.
         """
         self.start(labels)
         try:

@@ -25,9 +25,9 @@ def find_head(root: nn.Module, num_outputs: int | None = None) -> str:
     """Find the layer that makes the output of a module, from the module tree alone.
 
     The head is a linear layer or a 1 × 1 convolution, also inside an adapter such as LoRA. Nothing is run, so the
-    weights may be on the meta device. A timm model names its head. In any other module, names ("head", "classifier",
-    "fc", …), the order of a `torch.nn.Sequential` and the sizes of the layers decide. Repeated blocks cannot contain
-    the head, and a layer whose output goes to another layer cannot be the head.
+    weights may be on the meta device. A timm model names its head. In other modules, names ("head", "classifier",
+    "fc", …), the order of a `torch.nn.Sequential` and the sizes of the layers decide. Repeated blocks, and layers whose
+    output another layer takes, do not contain the head.
 
     Args:
         root: The network, for example a LightningModule.
@@ -70,7 +70,7 @@ def get_module(root: nn.Module, name: str, argument: str) -> nn.Module:
     """Return the submodule with a dotted name.
 
     Raises:
-        ValueError: There is no such submodule. The message starts with ``argument`` and suggests similar names.
+        ValueError: It does not exist. The message names ``argument`` and similar names.
     """
     try:
         if name:
@@ -92,7 +92,7 @@ class _Path(NamedTuple):
 
     Attributes:
         name: The dotted name of the module.
-        likeness: How clearly this name says "head": 2, 1 or 0, see `_likeness`.
+        likeness: The `_likeness` of this name.
         last: Whether no module with weights can come after this one.
     """
 
@@ -113,8 +113,8 @@ class _Candidate(NamedTuple):
         module: The layer, or the adapter around it.
         inputs: The number of inputs.
         outputs: The number of outputs.
-        is_taken: Whether a layer elsewhere could take the output: it has as many inputs.
-        is_fed: Whether a layer elsewhere could give the input: it has as many outputs.
+        is_taken: Whether a layer elsewhere has as many inputs, and may take the output.
+        is_fed: Whether a layer elsewhere has as many outputs, and may give the input.
     """
 
     path: _Path
@@ -149,14 +149,14 @@ class _Branch(NamedTuple):
 
     @property
     def had_head(self) -> bool:
-        """Whether the head is or was in this branch, judged by its name. Then no other branch contains the head."""
+        """Whether the name says that the head is or was in this branch, and so in no other."""
         if _has_linear(self.module):
             return self.likeness == 2
         return self.likeness > 0 and any(isinstance(child, nn.Identity) for child in self.module.modules())
 
 
 class _Search:
-    """The search for the layers of a network that may be its head."""
+    """The search for layers that may be the head."""
 
     def __init__(self, root: nn.Module, num_outputs: int | None) -> None:
         self._root = root
@@ -192,7 +192,7 @@ class _Search:
             yield from self._ends_of_branches(module, path)
 
     def _ends_of_adapter(self, module: Any, path: _Path) -> Iterator[_Candidate]:
-        """Yield the candidates in the module that a PEFT wrapper calls: one of its trained copies, or the original."""
+        """Yield the candidates in what a PEFT wrapper calls: a trained copy, or the original."""
         copies = getattr(module, "modules_to_save", None)
         if not isinstance(copies, nn.ModuleDict):
             return
@@ -220,7 +220,6 @@ class _Search:
             pooled = pooled or isinstance(child, _GLOBAL_POOLINGS)
 
     def _fits(self, candidate: _Candidate) -> bool:
-        """Return whether a candidate has the known number of outputs, and no other layer could take them."""
         return candidate.outputs == self._num_outputs and not candidate.is_taken
 
     def _ends_of_branches(self, module: nn.Module, path: _Path) -> Iterator[_Candidate]:
@@ -228,7 +227,7 @@ class _Search:
         branches = [branch for branch in self._branches(module, path) if branch.candidates or branch.had_head]
         if not branches:
             return
-        # A fitting number of outputs counts more than a name.
+        # A known number of outputs, which no other layer may take, counts more than a name.
         fitting = [branch for branch in branches if any(map(self._fits, branch.candidates))]
         branches = fitting or branches
         best = max(branch.priority for branch in branches)
@@ -272,7 +271,7 @@ class _Search:
 
 
 def _may_be_last(candidate: _Candidate, is_linear: bool) -> bool:
-    """Return whether a layer may make the output of the network, judged by its path and the sizes of all layers."""
+    """Return whether a layer may make the output of the network, by its path and the sizes of all layers."""
     path = candidate.path
     if path.last:
         return True
@@ -306,7 +305,7 @@ def _without_inner_layers(branches: list[_Branch]) -> list[_Branch]:
 
 
 def _linear(module: nn.Module) -> nn.Module | None:
-    """Return the module, or the module in an adapter, if it is a linear layer or 1 × 1 convolution, else None."""
+    """Return a linear layer or 1 × 1 convolution itself, also inside an adapter; None for other modules."""
     while hasattr(type(module), "adapter_layer_names"):
         base = dict(module.named_children()).get("base_layer")
         if base is None:
@@ -380,7 +379,7 @@ def _kind(module: nn.Module) -> tuple[type, ...]:
 
 
 def _keeps_logits(module: nn.Module) -> bool:
-    """Return whether logits stay logits or become predictions in a module, which has no linear layer."""
+    """Return whether a module without a linear layer keeps logits, or makes predictions of them."""
     if _has_weights(module):
         return False
     hidden = ("activation", "batchnorm", "instancenorm", "normalization")
@@ -400,7 +399,7 @@ def _classifiers(module: Any) -> list[str] | None:
 
 
 def _resolve(module: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """Follow a dotted name as far as possible. If the user has replaced `head`, `head.fc` no longer exists."""
+    """Follow a dotted name as far as it exists: if the user has replaced `head`, `head.fc` is gone."""
     found = []
     for word in name.split("."):
         child = dict(module.named_children()).get(word)
@@ -423,7 +422,7 @@ def _likeness(name: str, module: nn.Module) -> int:
 
 
 def _without_frozen_copies(candidates: list[_Candidate]) -> list[_Candidate]:
-    """Drop frozen layers if a trained layer has as many outputs: they are a teacher, a copy, or unused."""
+    """Drop frozen layers beside a trained layer with as many outputs: a teacher, a copy, or an unused layer."""
     trained = {candidate.outputs for candidate in candidates if candidate.trained}
     return [candidate for candidate in candidates if candidate.trained or candidate.outputs not in trained]
 

@@ -1,4 +1,4 @@
-"""Hooks on a network: they capture the inputs or outputs of modules, pool them at once, and record which layers run."""
+"""Hooks on a network: they capture and pool the inputs or outputs of modules, and record which layers run."""
 
 from __future__ import annotations
 
@@ -26,24 +26,20 @@ class NotCalledError(ValueError):
 
 
 class CallTrace:
-    """A recorder of the layers that run in a network, and of the point at which each watched module starts.
+    """A recorder of the layers that run in a network, and of when the watched modules start.
 
-    The network has hooks only while the recorder is open. Modules compiled by ``torch.compile`` get none, because the
-    hooks would become part of the compiled code. Their layers count as called in the order of registration.
+    Its hooks exist only while it is open. Modules compiled by ``torch.compile`` get none, because hooks would become
+    part of the compiled code: their layers count in the order of registration.
 
     Args:
         root: the network.
-
-    Attributes:
-        is_open: whether calls are recorded.
-        calls: the recorded calls, in order.
     """
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
         self.is_open = False
         self.calls: list[Call] = []
-        self._starts: dict[nn.Module, int] = {}  # number of calls before the last start of each watched module
+        self._starts: dict[nn.Module, int] = {}  # number of calls before the start
         self._handles: list[RemovableHandle] = []
 
     def open(self, watched: Iterable[nn.Module]) -> None:
@@ -88,12 +84,11 @@ class CallTrace:
 
 @dataclass(eq=False)
 class Window:
-    """The state that the captures of one network share: whether they capture, and the labels of the batch.
+    """The state that the captures of one network share.
 
     Attributes:
         trace: the recorder of the calls in the network.
-        is_open: whether the hooks capture. It is a flag, because code that torch.compile has compiled does not run
-            hooks that are attached later.
+        is_open: whether hooks capture. It is a flag, because compiled code ignores hooks that are attached later.
         labels: the labels of the batch; None if they are not known yet.
     """
 
@@ -105,21 +100,21 @@ class Window:
 class Capture:
     """A hook that captures the input or output of a module while its window is open, and pools it at once.
 
-    Inside compiled code, and if the labels are not known yet, it copies the tensor and pools it later. It is a class
-    and not a closure, so that the user's module can still be pickled and copied.
+    In compiled code, or without labels, it copies the tensor and pools it later. It is a class and not a closure, so
+    that the user's module can still be pickled and copied.
 
     Args:
-        module: the module to capture from; None if values are passed to :meth:`receive` instead.
+        module: the module; None for values that are passed to :meth:`receive`.
         side: "input" or "output".
-        name: the name of the features in messages.
-        window: the state that all captures of the network share.
+        name: the name in messages.
+        window: the state that the captures of the network share.
         pooling: see :func:`~lightning_logme.features.pooling.pool`.
-        key: the key of the features in a mapping of poolings.
-        remedy: the advice in the message for a module that is not called.
+        key: the key in a mapping of poolings.
+        remedy: what to do if the module is not called.
 
     Attributes:
         seen: for each call since the window was opened, the tensor, and whether it is pooled.
-        error: the exception that the last failed call raised.
+        error: the exception of the last call that failed.
         handle: the handle of the hook.
     """
 
@@ -192,7 +187,7 @@ class Capture:
             self.error = error
 
     def pooled(self, tensor: Tensor, labels: Labels) -> Tensor:
-        """Return one vector for each label, pooled from a captured tensor."""
+        """Return one vector for each label, given a captured tensor."""
         return self.pooler.rows(tensor, labels, self._around() if self._calls is None else self._calls)
 
     def _around(self) -> Calls:
@@ -226,7 +221,7 @@ class Capture:
                 vars(self.module).pop(_BEFORE_SCRIPT, None)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy of the user's module contains a copy of this object, which must be idle and hold no features.
+        # A copy of the user's module contains a copy of this object, which must be idle and empty.
         idle = dict.fromkeys(("module", "pooler", "error", "handle", "_calls"))
         return {**vars(self), **idle, "seen": [], "_window": Window(CallTrace(nn.Module()))}
 

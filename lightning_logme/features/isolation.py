@@ -37,10 +37,10 @@ def seed_generators(seed: int) -> None:
 def undisturbed(module: nn.Module, datamodule: object = None) -> Iterator[None]:
     """Set a module to eval mode without gradients, and restore its state on exit.
 
-    The state includes the attributes of the module and its submodules (modes, counters, caches, metric states), its
-    buffers, the torch generators among its attributes, and the global random generators. It also includes the
-    attributes of the data module, because its hooks prepare batches. Values that the module logs meanwhile are
-    dropped. Items that it adds to its own lists and dicts stay.
+    The state is the attributes of the module and its submodules (modes, counters, caches, metric states), its buffers,
+    the torch generators among its attributes, the global random generators, and the attributes of the data module,
+    whose hooks prepare batches. Values that the module logs meanwhile are dropped. Items that it adds to its own lists
+    and dicts stay.
     """
     scripted = {part: part.training for part in module.modules() if isinstance(part, torch.jit.ScriptModule)}
     parts = [part for part in module.modules() if part not in scripted]

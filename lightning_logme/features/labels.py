@@ -38,7 +38,7 @@ class Target:
     def checked(
         cls, target: Tensor, task: Task, num_outputs: int | None = None, ignore_index: int | None = None
     ) -> Target:
-        """Check the labels of a batch. This waits for the device once, and again only if a sample is ignored.
+        """Check the labels of a batch. This waits for the device once, and again if a sample is ignored.
 
         Args:
             target: (N,) integers for "binary" and "multiclass", or (N, T) for the classes of tokens; (N, L) of 0 and 1
@@ -153,9 +153,9 @@ def find_target(batch: Any, target: TargetSpec = None) -> Tensor:
     """Return the labels of a batch.
 
     Args:
-        batch: (inputs, labels, …), a mapping, or an object with attributes, as the loader yields it.
+        batch: (inputs, labels, …), a mapping, or an object with attributes.
         target: a key, an index, or a callable(batch). None takes the second item of a tuple or list, or the entry with
-            one of the usual names (labels, label, targets, target, y).
+            a usual name (labels, label, targets, target, y).
 
     Raises:
         ValueError: the labels are missing, or are not a tensor. The message says what to pass.

@@ -19,9 +19,9 @@ _INPUTS = 4  # linear layers whose inputs are kept, the last that ran: the head 
 class OutputLayer:
     """A search for the linear layer or 1 × 1 convolution that makes the output of a module, while one batch runs.
 
-    A layer makes the output if its own output has the same numbers, also in another shape, or if one of its tokens has
-    them. The last layer with parameters also makes the output if its own output only has to be averaged over positions
-    (also after a ReLU), multiplied by a number, or put through a softmax, log-softmax or sigmoid.
+    A layer makes the output if its own output, or one token of it, has the same numbers, also in another shape. The
+    last layer with parameters also makes it if only an average over positions (also after a ReLU), a factor, a softmax,
+    a log-softmax or a sigmoid follows.
 
     Args:
         module: the network. Its layers have hooks inside the ``with`` block.
@@ -103,7 +103,7 @@ class _Output(NamedTuple):
     Attributes:
         name: the dotted name of the layer.
         shape: the shape of the output.
-        values: the first samples of the output.
+        values: its first samples.
     """
 
     name: str
@@ -120,7 +120,7 @@ def _takes_hooks(module: nn.Module) -> bool:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Return whether a module maps features linearly to outputs, as an adapter around a linear layer does too."""
+    """Return whether a module is a linear layer, a 1 × 1 convolution, or an adapter around one."""
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return module.groups == 1 and all(size == 1 for size in module.kernel_size)
     widths = (getattr(module, name, None) for name in ("in_features", "out_features"))
@@ -154,7 +154,7 @@ def _transformed(call: _Output, wanted: _Output) -> Iterator[Tensor]:
 
 
 def _several_heads(module: nn.Module, calls: list[_Output], wanted: _Output) -> list[str]:
-    """Return the heads whose mean is the output, or several heads that a timm model names, or an empty list."""
+    """Return the heads whose mean is the output, or that a timm model names, or an empty list."""
     same_shape = [call for call in calls if call.shape == wanted.shape]
     total = torch.zeros_like(wanted.values)
     for number, call in enumerate(reversed(same_shape), 1):

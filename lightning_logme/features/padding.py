@@ -17,14 +17,14 @@ def distributed_sampler(loader: Any) -> DistributedSampler[Any] | None:
 def rows_without_padding(loader: Any, batches: int, number: int) -> int | None:
     """Return the number of real rows in the next batch of this process, without padding; None if it is not known.
 
-    ``DistributedSampler`` repeats samples so that all processes get equally many. The i-th index of process r has
-    position i · world size + r in the list of indices, shuffled or not. Positions beyond the length of the data set are
-    padding, so padding is always at the end of a process. Samplers of other kinds may have another order, and a
-    ``collate_fn`` may make more or fewer rows than samples: then the number is not known.
+    ``DistributedSampler`` repeats samples so that all processes get equally many. The i-th index of rank r has position
+    i · world size + r in the list of indices, shuffled or not. Positions beyond the length of the data set are padding,
+    so padding is always at the end of a rank. Other samplers may have another order, and a ``collate_fn`` may make more
+    or fewer rows than samples.
 
     Args:
         loader: the loader of the batch.
-        batches: the number of batches that this process has had from the loader before.
+        batches: the number of its earlier batches in this process.
         number: the number of rows in the batch.
     """
     sampler = distributed_sampler(loader)

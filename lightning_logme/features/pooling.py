@@ -44,13 +44,13 @@ class Pooler:
 
     Args:
         pooling: see :func:`pool`.
-        name: the name of the features in messages.
-        key: the key of the features in a mapping of poolings.
-        axis: the axis of the channels, if the class of the module determines it.
+        name: the name in messages.
+        key: the key in a mapping of poolings.
+        axis: the axis of the channels, if the class of the module shows it.
 
     Attributes:
-        settled: whether a batch was pooled, so that the axis of the channels is known.
-        description: how the tokens or maps of the last batch were pooled; None without tokens or maps.
+        settled: whether a batch has shown the axis of the channels.
+        description: how the tokens or maps of the last batch were pooled.
     """
 
     def __init__(self, pooling: Pooling, name: str, key: str, axis: int | None = None) -> None:
@@ -67,8 +67,8 @@ class Pooler:
 
         Args:
             tensor: the features of a batch.
-            labels: the labels of the same batch.
-            calls: the calls of layers inside the module that made the features, and before it.
+            labels: the labels of the batch.
+            calls: the calls inside the module that made the features, and before it.
 
         Raises:
             ValueError: the shapes do not fit, or the axis of the channels is not known.
@@ -142,10 +142,10 @@ def pool(
 
     Args:
         features: (N, D), tokens (N, T, D), or a map of any number of dimensions: (N, C, H, W), (N, H, W, C), (N, C, T).
-        pooling: "auto" and "mean" average over tokens or positions. "channels_first" and "channels_last" do the same
-            and name the axis of the channels. "cls" takes the first token that is not masked, and "last" the last. A
-            callable gets ``features`` unchanged.
-        mask: (N, T) attention mask, non-zero for tokens that count. Only features of three dimensions use it.
+        pooling: "auto" and "mean" average over tokens or positions; so do "channels_first" and "channels_last", which
+            name the axis of the channels. "cls" takes the first token that is not masked, "last" the last. A callable
+            gets ``features`` unchanged.
+        mask: (N, T), non-zero for tokens that count. Only features of three dimensions use it.
         channel_axis: 1 or -1, see :func:`find_channel_axis`. None means the last of three axes, or the second of more.
 
     Returns:
@@ -238,15 +238,15 @@ def describe_pooling(shape: Sequence[int], pooling: Pooling, channel_axis: int |
 def find_channel_axis(inside: Sequence[Call], before: Sequence[Call], shape: Sequence[int]) -> int | None:
     """Return the axis of the channels, 1 or -1, in the output of a module; None if nothing decides it.
 
-    The layers that ran inside the module decide, the last layer first: those whose width is the size of exactly one of
-    the two axes, or else those whose own output has their width on exactly one of the two axes. The kind of a layer
-    does not decide, because some layer norms expect channels first, and some linear layers stand between permutations.
-    A module without such layers, such as an activation, keeps the layout of the layers before it. If all sizes are
-    equal and all layers are convolutions, the channels are first.
+    The last layers that ran inside the module decide: those whose width is the size of exactly one of the two axes, or
+    else those whose own output has their width on exactly one axis. The kind of a layer does not decide, because there
+    are layer norms for channels first, and linear layers between permutations. A module without such layers, such as an
+    activation, keeps the layout of the layers before it. If all sizes are equal and all layers are convolutions, the
+    channels are first.
 
     Args:
-        inside: the calls of the layers inside the module, in order.
-        before: the calls of the layers before it, in order.
+        inside: the calls inside the module, in order.
+        before: the calls before it.
         shape: the shape of the output, with three dimensions or more.
     """
     by_size = (_axis_of(call.width, shape) for call in reversed(inside))
@@ -270,6 +270,6 @@ def _has_other_sizes(made: Sequence[int] | None, shape: Sequence[int]) -> TypeGu
 
 
 def _axis_of(width: int, shape: Sequence[int]) -> int | None:
-    """Return the axis, first or last, that has this width; None if both or neither have it."""
+    """Return the axis that has this width, unless both or neither have it."""
     first, last = shape[FIRST] == width, shape[LAST] == width
     return None if first == last else FIRST if first else LAST

@@ -16,8 +16,8 @@ from lightning_logme.features.outputs import decide_num_outputs
 from lightning_logme.scores.subset import mixed
 from lightning_logme.utilities.checks import EXCLUSIVE, Task
 
-# Samples in the first round, and the least number of them per class. Fewer samples say little, and each round costs
-# the time of the evidence, and of loading a candidate if a factory makes it.
+# Samples in the first round, and the least number per class. Fewer samples say little, and each round takes time to
+# compute the evidence, and to load a candidate that a factory makes.
 _FIRST_ROUND = 256
 _PER_CLASS = 4
 # The features of these samples show later whether the candidate and the samples are still the same.
@@ -51,10 +51,10 @@ class Samples:
 
     Args:
         loader: the loader of a map-style data set, or a stream: anything else that yields batches each time it is
-            iterated over. Samples of a map-style data set are drawn without replacement. They are stratified by class
-            if the labels can be read without loading the samples. A stream keeps its own order.
+            iterated over. Samples of a map-style data set are drawn without replacement, stratified by class if the
+            labels can be read without loading the samples. A stream keeps its order.
         task: the task of the labels.
-        target: the place of the labels in a batch, see :func:`~lightning_logme.features.labels.find_target`.
+        target: see :func:`~lightning_logme.features.labels.find_target`.
         seed: the seed of the order.
         repeatable: whether a stream must give the same samples every time.
 

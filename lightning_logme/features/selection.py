@@ -32,7 +32,7 @@ class Selection:
         head: the dotted names of the modules whose inputs are the features, :data:`AUTO`, or None for the output.
         layers: dotted names, or glob patterns, of modules whose outputs are scored as well.
         layer_mean: whether the mean of the layers is scored as well.
-        features: a callable(module, batch) that returns the features. It replaces ``head``.
+        features: a callable(module, batch) that replaces ``head``.
         pooling: the pooling of all sources, or of each layer.
 
     Raises:
@@ -77,17 +77,17 @@ def attach(
     num_outputs: int | None = None,
     key: str = HEAD_KEY,
 ) -> Extractor:
-    """Find the modules that give the features, attach hooks to them, and return the extractor.
+    """Attach hooks to the modules that give the features, and return the extractor.
 
     Args:
         module: the network.
         selection: the features to extract.
-        heads: the dotted names of the modules whose inputs are the features of the head; empty for the output of the
-            network; None if the head is not scored, or ``selection.features`` is used.
-        guess: the name of the head if it was found automatically; None if the user named it.
-        is_output_given: whether the caller passes the output of the network to the capture. Else a hook captures it.
+        heads: the dotted names of the heads; empty for the output of the network; None if the head is not scored, or
+            ``selection.features`` replaces it.
+        guess: the name of the head, if it was found and not named by the user.
+        is_output_given: whether the caller passes the output of the network to the capture, so that it needs no hook.
         num_outputs: K, if known.
-        key: the key of the features of the head in a mapping of poolings.
+        key: the key of the head in a mapping of poolings.
 
     Raises:
         ValueError: a module is not found, or cannot have hooks.
@@ -137,11 +137,11 @@ def attach_by_tree(
         selection: the features to extract.
         task: the task of the head.
         num_classes: K of "multiclass" and "multilabel". None takes the number of outputs of the head.
-        is_scored: whether the validation set of the network is scored. If not, K may stay unknown, and the head is
-            found only if there are no layers to score.
+        is_scored: whether the validation set is scored. If not, K may stay unknown, and the head is found only if there
+            are no layers.
 
     Returns:
-        The extractor, and a text that names the module used as the head; None without a head.
+        The extractor, and a text that names the head; None without a head.
 
     Raises:
         ValueError: a module or the head is not found, or the number of classes is not known.
@@ -199,11 +199,7 @@ def _poolings(pooling: Pooling | Mapping[str, Pooling], layers: Sequence[str]) -
 
 
 def _checked_head(head: Any) -> Head:
-    """Return ``head``, with several names as a tuple.
-
-    Raises:
-        ValueError: ``head`` is not a name, a list of names, or None.
-    """
+    """Return ``head``, with several names as a tuple."""
     if head is None or (isinstance(head, str) and head):
         return head
     if isinstance(head, (list, tuple)) and head and all(isinstance(name, str) and name for name in head):

@@ -30,8 +30,8 @@ class Held:
 
     Attributes:
         rows: the rows.
-        segment: the segment of all rows, or of each row.
-        index: (m,) int64 on the CPU, the index of each row in the whole data set.
+        segment: the segment of all rows, or of each.
+        index: (m,) int64 on the CPU, the index of each row in the data set.
     """
 
     rows: Rows
@@ -48,13 +48,13 @@ class Held:
 class Accumulator:
     """The rows of one source of features, and their sums.
 
-    Rows are held, in their own dtype, while they need less memory than the Gram matrices that they would be summed to.
-    Then they are summed to one :class:`Moments` per segment, and only a random subset of the rows is kept.
+    Rows are held in their own dtype while they need less memory than their Gram matrices. Then they are summed to one
+    :class:`Moments` per segment, and only a random subset is kept.
 
     Args:
         task: the task of the targets.
-        num_features: the number of features, D.
-        num_outputs: the number of outputs, K.
+        num_features: D.
+        num_outputs: K.
         device: the device of the sums and results. The CPU replaces None and devices without float64 (MPS).
         sample_size: the number of samples in the random subset.
 
@@ -63,7 +63,7 @@ class Accumulator:
         segments: the segments that have rows.
         held: the rows that are not summed yet.
         sums: the moments of the summed rows, by segment.
-        subset: the summed rows that belong to the random subset; None if ``sample_size`` is 0.
+        subset: the summed rows in the random subset; None if ``sample_size`` is 0.
 
     Example:
         >>> import torch
@@ -103,9 +103,8 @@ class Accumulator:
 
         Args:
             rows: rows of this task, with D features each.
-            segment: the segment of a curve, or block of the jackknife, for all rows or for each (int64 on the CPU).
-            index: (m,) int64 on the CPU, the index of each sample in the whole data set; None continues from
-                ``num_samples``.
+            segment: the segment of a curve, or block of the jackknife, of all rows or of each (int64, on the CPU).
+            index: (m,) int64 on the CPU, the index of each row in the data set; None counts on from ``num_samples``.
 
         Raises:
             ValueError: the number of features is not D.
@@ -130,7 +129,7 @@ class Accumulator:
         """Add all rows and sums of another accumulator of the same task, which must not be used later.
 
         Raises:
-            ValueError: the other accumulator has another number of features or outputs.
+            ValueError: it has another number of features or outputs.
         """
         own_shape, other_shape = ((each.num_features, each.num_outputs) for each in (self, other))
         if own_shape != other_shape:
@@ -183,13 +182,13 @@ class Accumulator:
                 self.subset.add(rows, index)
 
     def chosen(self) -> list[Part]:
-        """Return the summed rows in the random subset as a list with one item, or an empty list."""
+        """Return the summed rows in the random subset, as a list of one item, or an empty list."""
         return [] if self.subset is None else self.subset.part()
 
     def sample(self) -> Part:
-        """Return the random subset, in the order of its hashes: the samples whose indices have the smallest hashes.
+        """Return the samples whose indices have the smallest hashes, and these indices, in the order of the hashes.
 
-        The subset does not depend on the batches, their order, or the world size.
+        They do not depend on the batches, their order, or the world size.
         """
         chosen = Subset(self.sample_size)
         for rows, index in [*self.chosen(), *((held.rows, held.index) for held in self.held)]:
@@ -211,11 +210,11 @@ class Accumulator:
         return maximise_moments(total, self.task, fit_intercept)
 
     def curve(self, fit_intercept: bool = False, whole: Evidence | None = None) -> list[CurvePoint]:
-        """Return the score of the first segment, of the first two segments, …, and of all. Only the last warns.
+        """Return the scores of the first segment, the first two, …, and all. Only the last warns.
 
         Args:
             fit_intercept: as in :meth:`Evidence.from_moments`.
-            whole: the evidence of all rows, if known. Then the last point is not computed again.
+            whole: the evidence of all rows, if known, so that it is not computed again.
         """
         points: list[CurvePoint] = []
         for number, prefix in enumerate(self._prefixes(), 1):
@@ -247,11 +246,11 @@ class Accumulator:
 
     @property
     def _has_few_rows(self) -> bool:
-        """Whether all rows are held, and their number is below D, so that FFᵀ is smaller than the Gram matrix."""
+        """Whether all rows are held, and FFᵀ is smaller than the Gram matrix."""
         return not self.sums and self.num_samples < self.num_features
 
     def _prefixes(self) -> Iterator[Rows | Moments]:
-        """Yield the rows or moments of the first segment, of the first two segments, …, and of all."""
+        """Yield the rows or moments of the first segment, the first two, …, and all."""
         if self._has_few_rows:
             parts = [rows for _, rows in self._by_segment(self.held)]
             yield from (self._cat(parts[: number + 1]) for number in range(len(parts)))
@@ -262,7 +261,7 @@ class Accumulator:
             yield from (total.add_(sums) for sums in self.moments().values())
 
     def _by_segment(self, held: Sequence[Held]) -> Iterator[tuple[int, Rows]]:
-        """Yield the rows of each segment that occurs in the held rows, in ascending order."""
+        """Yield the rows of each segment that has some, in ascending order."""
         for segment in sorted(self.segments):
             rows = self._cat([each.of(segment) for each in held])
             if len(rows.target):
@@ -280,7 +279,7 @@ class Accumulator:
         return Moments.zeros(num_features or self.num_features, self.num_outputs, self.device)
 
     def _fold_if_cheaper(self) -> None:
-        """Sum the held rows once they need as much memory as the Gram matrices, and later in groups of enough rows."""
+        """Sum the held rows once they need as much memory as the Gram matrices, and later in large groups."""
         limit = min(self.num_features, _ROWS_PER_FOLD) if self.sums else self.num_features
         if sum(len(held.index) for held in self.held) >= len(self.segments) * limit:
             self._fold()
@@ -311,10 +310,10 @@ def accumulate(
     """Add rows to the accumulator of their source. The first rows create it.
 
     Args:
-        accumulators: the accumulators by source.
-        key: the key of the source.
+        accumulators: the accumulators, by source.
+        key: the source.
         rows: the rows of a batch.
-        scoring: the options of the accumulator. ``num_outputs`` must be known.
+        scoring: the options. ``num_outputs`` must be known.
         segment: as in :meth:`Accumulator.add`.
         index: as in :meth:`Accumulator.add`.
     """

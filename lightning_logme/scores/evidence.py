@@ -1,4 +1,4 @@
-"""LogME, the logarithm of maximum evidence: Bayesian linear regression with both precisions at their best values."""
+"""The logarithm of maximum evidence: Bayesian linear regression with both precisions at their best values."""
 
 from __future__ import annotations
 
@@ -26,28 +26,26 @@ _LOST = 1e-3
 class Evidence:
     """The maximised evidence of K outputs, and the Bayesian linear head that belongs to it.
 
-    All tensors are float64. An output has no evidence if its class is absent or its target is zero everywhere. Then
-    ``per_output``, ``null``, ``alpha``, ``beta`` and ``effective_dim`` are NaN, ``weight`` is zero, and the means leave
-    the output out.
+    All tensors are float64. An output has no evidence if its class is absent or its target is zero everywhere. Then its
+    ``per_output``, ``null``, ``alpha``, ``beta`` and ``effective_dim`` are NaN, its ``weight`` is zero, and the means
+    leave it out.
 
     Attributes:
         score: scalar, LogME: the mean of ``per_output`` in nats per sample. Comparable only for the same samples and
             labels.
-        per_output: (K,) the maximised log evidence of each output, divided by the number of samples.
+        per_output: (K,) maximised log evidence of each output, divided by the number of samples.
         null: (K,) the same for features that explain nothing.
-        gain: scalar, the mean of ``per_output − null`` ≥ 0: nats per sample that the features explain. Zero means
-            useless features.
-        alpha: (K,) the precision of the prior of the weights; infinite if the gain is zero.
-        beta: (K,) the precision of the noise; infinite if the features interpolate the target.
-        effective_dim: (K,) γ, the effective number of directions of feature space that the output uses.
-        weight: (K, D) the posterior mean of the weights.
-        num_samples: the number of samples, n.
+        gain: scalar, mean of ``per_output − null`` ≥ 0: nats per sample that the features explain. Zero means useless.
+        alpha: (K,) precision of the prior of the weights; infinite if the gain is zero.
+        beta: (K,) precision of the noise; infinite if the features interpolate the target.
+        effective_dim: (K,) γ, the number of directions of feature space that are used.
+        weight: (K, D) posterior mean of the weights.
+        num_samples: n.
         saturated: (K,) bool, True if the fit is perfect with fewer directions than samples. Then the evidence grows
-            without bound as the noise goes to zero, and its value is set by the float64 resolution of the Gram matrix.
-            Check for leaked labels.
-        bias: (K,) the posterior mean of the intercept; None without an intercept.
-        spectrum: (R,) the non-zero eigenvalues of the Gram matrix, descending. With an intercept, the matrix is
-            centred.
+            without bound as the noise goes to zero, and the float64 resolution of the Gram matrix sets its value. Check
+            for leaked labels.
+        bias: (K,) posterior mean of the intercept; None without one.
+        spectrum: (R,) non-zero eigenvalues of the Gram matrix (centred if there is an intercept), descending.
     """
 
     score: Tensor
@@ -80,7 +78,7 @@ class Evidence:
 
         Args:
             moments: the sums over all samples.
-            task: the task, which decides whether at least two classes are needed.
+            task: decides whether at least two classes are needed.
             fit_intercept: centre features and targets first. The evidence is then that of the remaining n − 1 degrees
                 of freedom, per degree of freedom.
         """
@@ -97,7 +95,7 @@ class Evidence:
         Its outputs estimate the targets (0/1 per class), not logits. The largest output is the predicted class.
 
         Args:
-            dtype: the dtype of the parameters; None takes the default dtype of torch.
+            dtype: the dtype of the parameters; None takes torch's default.
 
         Returns:
             A ``torch.nn.Linear`` with D inputs and K outputs, with a bias if the intercept was fitted, on the device
@@ -161,7 +159,7 @@ def maximise_rows(rows: Rows, num_outputs: int, task: Task, fit_intercept: bool)
 def _decompose_and_maximise(
     decompose: Callable[[], Spectrum], n: int, features: Tensor, square: Tensor, cause: str | None
 ) -> tuple[Evidence, Spectrum | None]:
-    """Return the evidence and the spectrum. If a cause is given or the decomposition fails, they are NaN and None."""
+    """Return the evidence and the spectrum, or NaN and None if there is a cause."""
     if cause is None:
         try:
             spectrum = decompose()
@@ -172,14 +170,9 @@ def _decompose_and_maximise(
 
 
 def _cause_of_nan(n: int, features: Tensor, square: Tensor, task: Task, fit_intercept: bool) -> str | None:
-    """Return why the evidence is NaN, or None.
+    """Return why there is no evidence, or None, given the sums of the squared features and of the squared targets.
 
-    Args:
-        n: the number of samples.
-        features: (D,) the sums of the squared features, to which any NaN or Inf propagates.
-        square: (K,) the sums of the squared targets, likewise.
-        task: the task of the targets.
-        fit_intercept: whether an intercept is fitted.
+    Any NaN or Inf propagates to these sums.
     """
     if n == 0:
         return "there are no samples (n = 0); check that the loader is not empty, and not every label is ignore_index"

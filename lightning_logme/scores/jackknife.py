@@ -71,11 +71,7 @@ def trailing(
     """Return the rows that trail the leader by more than ``quantile`` paired standard errors, and by how many.
 
     All rows have the same samples in the same blocks, so the difficulty of a block cancels in differences of scores.
-
-    Args:
-        scores: the score of each row.
-        replicates: for each row, the scores without each block.
-        quantile: see :func:`quantile_to_drop` and :func:`quantile_of_ties`.
+    ``replicates`` are the scores without each block.
     """
     known = {name: score for name, score in scores.items() if not math.isnan(score)}
     if not known:
@@ -93,13 +89,12 @@ def trailing(
 def quantile_to_drop(number: int, round_: int) -> float:
     """Return by how many paired standard errors a row must trail the leader to be dropped in a round.
 
-    By Bonferroni's inequality, the error rate is divided among all ordered pairs of rows, because any row may lead and
-    any other may trail. It is also divided among the rounds, as 1/2, 1/6, 1/12, …: the sum is 1 for any number of
-    rounds.
+    By Bonferroni's inequality, the error rate is divided among all pairs of rows, because any may lead and any may
+    trail. It is also divided among the rounds as 1/2, 1/6, 1/12, …, whose sum is 1 for any number of rounds.
 
     Args:
         number: the number of rows at the start, one for each candidate and source of features.
-        round_: the number of the round: 1, 2, …
+        round_: 1, 2, …
     """
     return student_quantile(ERROR_RATE / (round_ * (round_ + 1)) / (number * (number - 1)))
 

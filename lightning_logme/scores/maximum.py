@@ -18,7 +18,7 @@ _LARGEST_RATIO = 1e10
 _POINTS_PER_DECADE = 8
 # Newton's method ends after a step in log t below this. It converges quadratically, so the next step would be rounding.
 _NEWTON_TOLERANCE = 1e-10
-# In so many steps, bisection alone would halve a bracket down to rounding.
+# In so many steps, bisection alone halves a bracket to rounding.
 _MAX_NEWTON_STEPS = 60
 # Temporary tensors of this many numbers are always allowed.
 _MIN_TEMPORARY = 2**16
@@ -30,8 +30,8 @@ class Maximum(NamedTuple):
     Attributes:
         log_evidence: (K,) the largest log evidence.
         log_t: (K,) log α/β at the maximum: inf if the features explain nothing, −inf if they interpolate the target.
-        saturated: (K,) bool, True if the evidence still grows where the search ends, at the resolution of the Gram
-            matrix.
+        saturated: (K,) bool, True if the evidence still grows at the resolution of the Gram matrix, where the search
+            ends.
         null: (K,) the log evidence of features that explain nothing.
     """
 
@@ -50,9 +50,8 @@ def maximise(spectrum: Spectrum) -> Maximum:
         L(t) = −n/2 (log(2π Q(t)/n) + 1) − ½ Σ log(1 + λ/t)
 
     It can have several local maxima. The zeros of its slope are bracketed on a grid for all outputs at once, each zero
-    is refined, and the best is compared with the two ends. At t = ∞, the evidence is that of pure noise. For t → 0, it
-    is finite if the features interpolate the target. If they do not, the search ends at the resolution of the Gram
-    matrix.
+    is refined, and the best is compared with the two ends. At t = ∞, the evidence is that of noise. For t → 0, it is
+    finite if the features interpolate the target; else the search ends at the resolution of the Gram matrix.
     """
     null = best = torch.where(spectrum.square > 0, _gaussian(spectrum.square, spectrum.dof), math.nan)
     log_t = torch.where(best.isnan(), best, math.inf)

@@ -17,7 +17,7 @@ _ROW_BLOCK = 4096
 
 
 def moments_device(device: torch.device) -> torch.device:
-    """Return the device for the moments of features on a device: the same, or the CPU for MPS, which has no float64."""
+    """Return the device for moments of features on a device: the same, or the CPU if it has no float64 (MPS)."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
@@ -78,12 +78,11 @@ class Rows:
 class Moments:
     """Sums over samples that determine the evidence of every output, in float64.
 
-    The evidence depends on the features F (n, D) and targets Y (n, K) only through these sums. Classes have one-vs-rest
-    0/1 columns in Y. The moments of batches, ranks and nodes can be added, so that O(D² + DK) numbers are enough for
-    any number of samples.
+    The evidence depends on features F (n, D) and targets Y (n, K), one-vs-rest 0/1 columns for classes, only through
+    these sums. The moments of batches, ranks and nodes add up exactly, so only O(D² + DK) numbers are kept.
 
     Attributes:
-        count: the number of samples, n, a scalar.
+        count: n, a scalar.
         gram: (D, D) the **lower triangle** of FᵀF. Numbers above the diagonal are unspecified.
         cross: (K, D) YᵀF. For classes, row k is the sum of the features of class k.
         feature_sum: (D,) the column sums of F.
@@ -126,7 +125,7 @@ class Moments:
 
     @classmethod
     def sum(cls, parts: Sequence[Moments]) -> Moments:
-        """Return the sum of several moments. They are not changed."""
+        """Return the sum of several moments."""
         first, *rest = parts
         result = cls(**{name: value.clone() for name, value in vars(first).items()})
         for part in rest:
@@ -196,7 +195,7 @@ class Moments:
 
 
 def add_gram_(gram: Tensor, rows: Tensor) -> Tensor:
-    """Add FᵀF to the lower triangle of a matrix, in place, for little more than half the cost of the full product."""
+    """Add FᵀF to the lower triangle of a matrix, in place, for little more than half the cost of the product."""
     for start in range(0, len(gram), _GRAM_BLOCK):
         stop = start + _GRAM_BLOCK
         gram[start:stop, :stop].addmm_(rows[:, start:stop].T, rows[:, :stop])

@@ -20,17 +20,17 @@ def reduced(
 ) -> tuple[dict[Key, Accumulator], dict[Key, str]]:
     """Add up the accumulators of all processes. All processes must call this.
 
-    The moments are reduced key by key and segment by segment. The only rows that are exchanged are those of the random
-    subsets. A process without a key or segment contributes zeros.
+    The moments are reduced key by key and segment by segment. Rows are exchanged only for the random subsets. A process
+    without a key or segment contributes zeros.
 
     Args:
         mine: the accumulators of this process, by sortable keys. They must not be used later.
         task: the task of all accumulators.
-        device: the device of the sums, which the backend of the processes must support.
-        alone: whether the run has only one process. Then the accumulators are returned unchanged.
+        device: the device of the sums, which the backend must support.
+        alone: whether the run has only one process. Then nothing changes.
 
     Returns:
-        The accumulators by key, the same in every process, and the reason for each key without an accumulator.
+        The accumulators by key, the same in every process, and the reason for each key that has none.
 
     Raises:
         Failure: in all processes, if one of them could not sum its rows.

@@ -13,12 +13,12 @@ class Scoring:
 
     Attributes:
         task: the task of the labels.
-        num_outputs: the number of outputs, K; None until the first labels determine it.
+        num_outputs: K; None until the first labels show it.
         ignore_index: the label of samples that do not count.
         fit_intercept: centre features and targets first.
         normalize: scale the features of each sample to length 1.
-        curve: compute the curve of the score against the number of samples.
-        sample_size: the number of samples in the random subset that each accumulator keeps.
+        curve: score few samples, twice as many, …, and all.
+        sample_size: the number of samples in the random subset of each accumulator.
     """
 
     task: Task = "multiclass"

@@ -33,16 +33,15 @@ class Spectrum:
     Attributes:
         eigenvalues: (R,) λ above the resolution, descending.
         coordinates: (K, R) x of each output.
-        residual: (K,) r₀ = ‖y‖² − ‖x‖², the part of ‖y‖² that no linear map of the features explains.
+        residual: (K,) r₀ = ‖y‖² − ‖x‖², which no linear map of the features explains.
         square: (K,) q = ‖y‖².
-        dof: the degrees of freedom: n, or n − 1 with an intercept.
+        dof: degrees of freedom: n, or n − 1 with an intercept.
         basis: matrices whose product is V (D, R). The product itself is never needed.
-        resolution: D · eps · λ_max, below which eigenvalues may be rounding errors. If the features were centred first,
+        resolution: eigenvalues below it may be rounding errors: D · eps · λ_max. If the features were centred first,
             λ_max is that of centred features, and the resolution is at least the rounding error of centring.
-        centre: the means of the features (D,) and of the targets (K,) with an intercept, else None.
+        centre: the means of the features (D,) and of the targets (K,); None without an intercept.
         ratio: the length of the mean of the features, divided by their spread.
-        unseen: the sum of the eigenvalues below the resolution; infinite if it is not known whether some features vary
-            or are constant.
+        unseen: the sum of the eigenvalues below the resolution; infinite if it is not known whether features vary.
     """
 
     eigenvalues: Tensor
@@ -175,8 +174,8 @@ def _restore_mean(decomposed: Decomposed, mean: Tensor, target_sum: Tensor, n: i
 
         F = (U, 1/√n) B,  B = (Λ½ Vᵀ; √n mᵀ)
 
-    where the first factor has orthonormal columns. The singular values of B are computed without squaring them. In the
-    basis of V and the part of m that is orthogonal to V, B is triangular with Λ½ on its diagonal.
+    where the first factor has orthonormal columns, and the singular values of B are computed without squaring them. In
+    the basis of V and the part of m orthogonal to V, B is triangular with Λ½ on its diagonal.
     """
     eigenvalues, coordinates, basis = decomposed
     number = len(eigenvalues)
@@ -216,16 +215,9 @@ def _may_vary(moments: Moments, spread: Tensor) -> bool:
 
 
 def _resolved(eigenvalues: Tensor, dof: int, num_features: int, floor: float = 0.0) -> tuple[Tensor, float]:
-    """Return the positions of the eigenvalues to keep, largest first, and the resolution.
-
-    Args:
-        eigenvalues: the eigenvalues, ascending.
-        dof: the degrees of freedom, and so the largest number of eigenvalues.
-        num_features: the number of features, D.
-        floor: a lower bound of the resolution.
-    """
+    """Return the positions of the ascending eigenvalues to keep, largest first, and the resolution."""
     largest = float(eigenvalues[-1]) if len(eigenvalues) else 0.0
-    # An exact Gram matrix has no negative eigenvalues. They show how large the rounding errors of its sums are.
+    # An exact Gram matrix has no negative eigenvalues, so they show the size of its rounding errors.
     error = -2 * float(eigenvalues[0]) if len(eigenvalues) else 0.0
     resolution = max(num_features * EPS * largest, floor, error, TINY / EPS)
     number = min(int((eigenvalues > resolution).sum()), dof)

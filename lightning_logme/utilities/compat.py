@@ -1,4 +1,4 @@
-"""All code that depends on internals of Lightning, torch and torchmetrics, or on which Lightning package is imported.
+"""Code that depends on internals of Lightning, torch and torchmetrics, or on which Lightning package is imported.
 
 Checked with lightning 2.5.3 to 2.6.6 (also as pytorch_lightning), torch 2.6 to 2.13 and torchmetrics 1.6 to 1.9.
 """
@@ -60,13 +60,13 @@ def _imported() -> list[str]:
 
 
 def _everywhere(name: str) -> tuple[type, ...]:
-    """Return the classes of this name in all imported Lightning packages. Each package has its own."""
+    """Return the class of this name in each imported Lightning package."""
     modules = [f"{_FABRIC[package]}.loggers" if name == "Logger" else package for package in _imported()]
     return tuple(getattr(sys.modules[module], name) for module in modules)
 
 
 def _any(name: str) -> type:
-    """Return a class for ``isinstance`` that covers the classes of this name in all imported Lightning packages."""
+    """Return a class for ``isinstance`` that covers the class of this name in each imported Lightning package."""
 
     def covers(_: type, other: type) -> bool:
         return issubclass(other, _everywhere(name))
@@ -109,10 +109,7 @@ else:
 
 
 def is_one_of(thing: object, names: tuple[str, ...]) -> bool:
-    """Return whether an object is an instance of a class with one of these names.
-
-    Names are compared, because some versions of Lightning do not have the classes.
-    """
+    """Return whether an object has a class with one of these names. Some versions of Lightning lack the classes."""
     return any(cls.__name__ in names for cls in type(thing).__mro__)
 
 
@@ -142,8 +139,7 @@ def validates_by_clock(trainer: Trainer) -> bool:
 def logged_step(trainer: Trainer) -> int:
     """Return the step with which ``pl_module.log`` logs now."""
     loop = trainer.fit_loop.epoch_loop
-    # At the end of an epoch, the last batch is already counted. At the end of a batch and in a validation that follows,
-    # it is not counted yet.
+    # The last batch is counted at the end of an epoch, but not at the end of a batch or in a validation after it.
     progress = loop.batch_progress.current
     is_counted = trainer.training and progress.completed == progress.ready
     return max(0, loop._batches_that_stepped - int(is_counted))
@@ -162,7 +158,7 @@ def plain_name(name: str) -> str:
 
 
 def compiled_modules(root: nn.Module) -> set[nn.Module]:
-    """Return the modules compiled by ``torch.compile``, TorchScript modules, and all modules inside them."""
+    """Return the modules of ``torch.compile`` and TorchScript, and all modules inside them."""
     compiled: Iterable[nn.Module] = (
         module
         for module in root.modules()
@@ -174,7 +170,7 @@ def compiled_modules(root: nn.Module) -> set[nn.Module]:
 
 
 def original(module: nn.Module) -> nn.Module:
-    """Return the module that ``torch.compile`` has wrapped, or the module itself if it is not wrapped."""
+    """Return the module that ``torch.compile`` has wrapped, or the module itself."""
     return getattr(module, "_orig_mod", module)
 
 

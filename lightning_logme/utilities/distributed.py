@@ -17,14 +17,13 @@ class Failure(ValueError):
 
 @contextmanager
 def together(alone: bool) -> Iterator[None]:
-    """Run the body in every process. If it fails in one process, it fails in all, so that no process waits for another.
+    """Run the body in every process. If it fails in one, it fails in all, so that none waits for another.
 
     Args:
         alone: whether the run has only one process.
 
     Raises:
-        Failure: with the reason of the lowest rank that failed, and this rank unless all processes have the same
-        reason.
+        Failure: with the reason of the lowest rank that failed, and the rank unless all reasons are the same.
 
     Example:
         >>> from lightning_logme.utilities.distributed import together
@@ -49,8 +48,8 @@ def gathered(alone: bool, mine: T) -> list[T]:
     """Return the objects of all processes, by rank.
 
     Args:
-        alone: whether the run has only one process, even if torch.distributed is initialised with more.
-        mine: the object of this process, which can be pickled.
+        alone: whether the run has only one process, even if torch.distributed has more.
+        mine: a picklable object of this process.
     """
     if alone:
         return [mine]
@@ -60,7 +59,7 @@ def gathered(alone: bool, mine: T) -> list[T]:
 
 
 def reason_of(error: Exception) -> str:
-    """Return the text of an error, with its type unless it is a ValueError, the type that this package raises."""
+    """Return the text of an error, with its type unless it is a ValueError, as this package raises."""
     return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
 
 
@@ -70,7 +69,7 @@ def release(error: Exception) -> None:
 
 
 def first_reason(reasons: Sequence[str | None]) -> str | None:
-    """Return the reason of the lowest rank that has one, with the rank; None if no process has a reason."""
+    """Return the reason of the lowest rank that has one, with the rank; None without reasons."""
     for rank, reason in enumerate(reasons):
         if reason is not None:
             return reason if len(reasons) == 1 else f"{reason} (process {rank})"
