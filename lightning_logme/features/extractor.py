@@ -74,15 +74,15 @@ class Source:
             tensor = tensor.detach().to(getattr(module, "device", tensor.device))
             rows = self.poolers[0].rows(tensor, labels, (trace.calls[begin:], trace.calls[:begin]))
             return owned(rows, tensor)
-        parts = []
+        tensors = []
         for capture in self.captures:
             if capture.error is not None:
                 raise capture.error
             captured, is_pooled = capture.seen[0] if len(capture.seen) == 1 else (None, False)
             if captured is None:
                 self._raise(capture.call_error())
-            parts.append(captured if is_pooled else owned(capture.pooled(captured, labels), captured))
-        return parts[0] if len(parts) == 1 else _concatenated(parts)
+            tensors.append(captured if is_pooled else owned(capture.pooled(captured, labels), captured))
+        return tensors[0] if len(tensors) == 1 else _concatenated(tensors)
 
     def _raise(self, error: ValueError) -> NoReturn:
         if self.guess is None or not isinstance(error, NotCalledError):
@@ -154,10 +154,10 @@ class Extractor:
             if capture.module is None:
                 capture.receive(output)
 
-    def replace_head(self, part: nn.Module, name: str) -> Capture:
+    def replace_head(self, module: nn.Module, name: str) -> Capture:
         """Use the input of a module as the features of the head from now on, and return its capture."""
         pooler = self.sources[HEAD].poolers[0]
-        capture = Capture(part, "input", f"the head '{name}'", self._window, pooler.pooling, pooler.key)
+        capture = Capture(module, "input", f"the head '{name}'", self._window, pooler.pooling, pooler.key)
         self.sources[HEAD] = Source(HEAD, [capture])
         return capture
 
@@ -255,12 +255,12 @@ class Extractor:
             self.stop()
 
 
-def _concatenated(parts: Sequence[Tensor]) -> Tensor:
+def _concatenated(tensors: Sequence[Tensor]) -> Tensor:
     """Return the features of several heads, concatenated."""
-    dtype = parts[0].dtype
-    for part in parts:
-        dtype = torch.promote_types(dtype, part.dtype)
-    return torch.cat([part.to(dtype) for part in parts], -1)
+    dtype = tensors[0].dtype
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return torch.cat([tensor.to(dtype) for tensor in tensors], -1)
 
 
 def _mean(rows: Mapping[str, Tensor]) -> Tensor:

@@ -66,7 +66,7 @@ class CallTrace:
         if module in self._starts:
             start = self._starts[module]
             return self.calls[start:], self.calls[:start]
-        before = itertools.takewhile(lambda part: part is not module, self.root.modules())
+        before = itertools.takewhile(lambda submodule: submodule is not module, self.root.modules())
         return _registered(module.modules()), _registered(before)
 
     def _on_start(self, module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -42,16 +42,18 @@ def undisturbed(module: nn.Module, datamodule: object = None) -> Iterator[None]:
     whose hooks prepare batches. Values that the module logs meanwhile are dropped. Items that it adds to its own lists
     and dicts stay.
     """
-    scripted = {part: part.training for part in module.modules() if isinstance(part, torch.jit.ScriptModule)}
-    parts = [part for part in module.modules() if part not in scripted]
-    kept = [(owner, dict(vars(owner))) for owner in (*parts, datamodule) if owner is not None]
+    scripted = {
+        submodule: submodule.training for submodule in module.modules() if isinstance(submodule, torch.jit.ScriptModule)
+    }
+    submodules = [submodule for submodule in module.modules() if submodule not in scripted]
+    kept = [(owner, dict(vars(owner))) for owner in (*submodules, datamodule) if owner is not None]
     attributes = (value for _, held in kept for value in held.values())
     generators = [(value, value.get_state()) for value in attributes if isinstance(value, torch.Generator)]
     try:
-        for part in parts:
-            if isinstance(part, Metric):  # A metric may write to its states, so it gets copies of them.
-                for name, state in part.metric_state.items():
-                    setattr(part, name, state.clone() if isinstance(state, Tensor) else list(state))
+        for submodule in submodules:
+            if isinstance(submodule, Metric):  # A metric may write to its states, so it gets copies of them.
+                for name, state in submodule.metric_state.items():
+                    setattr(submodule, name, state.clone() if isinstance(state, Tensor) else list(state))
         vars(module)["log"] = _drop  # Else a forward that logs would mix these batches into the user's metrics.
         with kept_buffers(module), same_generators(), torch.no_grad():
             module.eval()
@@ -62,8 +64,8 @@ def undisturbed(module: nn.Module, datamodule: object = None) -> Iterator[None]:
             vars(owner).update(held)
         for generator, state in generators:
             generator.set_state(state)
-        for part, training in scripted.items():  # Their attributes are not in vars(part).
-            part.train(training)
+        for submodule, training in scripted.items():  # Their attributes are not in vars(submodule).
+            submodule.train(training)
 
 
 def _drop(*_: Any, **__: Any) -> None:

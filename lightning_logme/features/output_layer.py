@@ -29,41 +29,43 @@ class OutputLayer:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._names = {part: name for name, part in module.named_modules() if _is_linear(part) and _takes_hooks(part)}
+        self._names = {
+            layer: name for name, layer in module.named_modules() if _is_linear(layer) and _takes_hooks(layer)
+        }
         self._calls: list[_Output] = []
         self._inputs: deque[tuple[str, Tensor]] = deque(maxlen=_INPUTS)
         self._last: nn.Module | None = None  # the last layer with parameters that ran
         self._handles: list[Any] = []
 
     def __enter__(self) -> OutputLayer:
-        for part in self._names:
-            self._handles.append(part.register_forward_pre_hook(self._on_input))
-            self._handles.append(part.register_forward_hook(self._on_output))
-        for part in self._module.modules():
-            if _takes_hooks(part) and next(part.parameters(recurse=False), None) is not None:
-                self._handles.append(part.register_forward_hook(self._on_layer))
+        for layer in self._names:
+            self._handles.append(layer.register_forward_pre_hook(self._on_input))
+            self._handles.append(layer.register_forward_hook(self._on_output))
+        for layer in self._module.modules():
+            if _takes_hooks(layer) and next(layer.parameters(recurse=False), None) is not None:
+                self._handles.append(layer.register_forward_hook(self._on_layer))
         return self
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def _on_input(self, part: nn.Module, args: tuple[Any, ...]) -> None:
+    def _on_input(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
         if args and isinstance(args[0], Tensor) and not args[0].is_nested:
-            self._inputs.append((self._names[part], args[0].detach().clone()))
+            self._inputs.append((self._names[layer], args[0].detach().clone()))
 
-    def _on_output(self, part: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _on_output(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if isinstance(output, Tensor) and output.ndim and not output.is_nested:
-            self._calls.append(_Output(self._names[part], tuple(output.shape), _first_samples(output).clone()))
+            self._calls.append(_Output(self._names[layer], tuple(output.shape), _first_samples(output).clone()))
 
-    def _on_layer(self, part: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._last = part
+    def _on_layer(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._last = layer
 
     @property
     def is_blind(self) -> bool:
         """Whether no hook ran although the network has layers: it may be compiled or scripted."""
-        parts = self._module.modules()
-        return self._last is None and any(next(part.parameters(recurse=False), None) is not None for part in parts)
+        layers = self._module.modules()
+        return self._last is None and any(next(layer.parameters(recurse=False), None) is not None for layer in layers)
 
     def find(self, output: Tensor) -> str | None:
         """Return the dotted name of the layer that makes the output, or None, as in an encoder without a head.
@@ -162,8 +164,8 @@ def _several_heads(module: nn.Module, calls: list[_Output], wanted: _Output) -> 
         if number > 1 and _are_close(total / number, wanted.values):
             return [call.name for call in same_shape[-number:]]
     called = {call.name for call in calls}
-    for prefix, part in module.named_modules():
-        config = getattr(part, "default_cfg", None)
+    for prefix, submodule in module.named_modules():
+        config = getattr(submodule, "default_cfg", None)
         named = config.get("classifier") if isinstance(config, dict) else None
         if isinstance(named, (list, tuple)):
             heads = [f"{prefix}.{name}" if prefix else name for name in named]

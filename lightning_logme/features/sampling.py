@@ -154,16 +154,16 @@ class Samples:
 
     def _drawn(self, start: int, stop: int, rank: int, world: int) -> Iterator[Portion]:
         size = self._loader.batch_size or getattr(self._loader.batch_sampler, "batch_size", None) or 32
-        parts = [slice(first, min(first + size, stop)) for first in range(start, stop, size)][rank::world]
-        loader = with_batches(self._loader, [self._order[part].tolist() for part in parts], self.seed)
-        for part, batch in zip(parts, loader, strict=True):
-            target, block = self._read(batch), self._block[part]
+        slices = [slice(first, min(first + size, stop)) for first in range(start, stop, size)][rank::world]
+        loader = with_batches(self._loader, [self._order[positions].tolist() for positions in slices], self.seed)
+        for positions, batch in zip(slices, loader, strict=True):
+            target, block = self._read(batch), self._block[positions]
             if len(target) != len(block):
                 raise ValueError(
                     f"dataloader gave {len(target)} labels for a batch of {len(block)} samples (shape "
                     f"{tuple(target.shape)}); its collate_fn must keep every sample, and target= must name the labels."
                 )
-            yield Portion(batch, target, block, part.start)
+            yield Portion(batch, target, block, positions.start)
 
     def _streamed(self, stop: int | None, rank: int, world: int) -> Iterator[Portion]:
         position = 0

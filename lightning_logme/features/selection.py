@@ -98,11 +98,11 @@ def attach(
         raise ValueError(
             f"layer_mean is the mean of several layers, but layers={tuple(selection.layers)!r} names {len(layers)}."
         )
-    parts = {name: get_module(module, name, "head") for name in heads or ()}
+    head_modules = {name: get_module(module, name, "head") for name in heads or ()}
     found = {name: get_module(module, name, "layers") for name in layers}
-    for kind, modules in (("the head", parts), ("layer", found)):
-        for name, part in modules.items():
-            if isinstance(part, torch.jit.ScriptModule):
+    for kind, modules in (("the head", head_modules), ("layer", found)):
+        for name, submodule in modules.items():
+            if isinstance(submodule, torch.jit.ScriptModule):
                 raise ValueError(
                     f"{kind} '{name}' is a TorchScript module, which cannot have hooks; name another module."
                 )
@@ -112,15 +112,16 @@ def attach(
         sources.append(Source(HEAD, features=selection.features, pooling=poolings[HEAD]))
     elif heads is not None:
         captures = [
-            Capture(part, "input", f"the head '{name}'", window, poolings[HEAD], key) for name, part in parts.items()
+            Capture(head, "input", f"the head '{name}'", window, poolings[HEAD], key)
+            for name, head in head_modules.items()
         ]
-        if not parts and is_output_given:
+        if not head_modules and is_output_given:
             captures = [Capture(None, "output", "the output", window, poolings[HEAD], key)]
-        elif not parts:
+        elif not head_modules:
             name = f"forward of {type(module).__name__}"
             remedy = "call self(…) in validation_step, or name layers=[…], or give features=callable(module, batch)"
             captures = [Capture(module, "output", name, window, poolings[HEAD], key, remedy)]
-        outputs = num_outputs_of(next(iter(parts.values()), None))
+        outputs = num_outputs_of(next(iter(head_modules.values()), None))
         sources.append(Source(HEAD, captures, guess=guess, outputs=outputs))
     for name, layer in found.items():
         sources.append(Source(name, [Capture(layer, "output", f"layer '{name}'", window, poolings[name], name)]))
@@ -173,9 +174,9 @@ def attach_by_tree(
         return extractor, None
     if not modules:
         return extractor, f"the feature is the output of {type(module).__name__}"
-    widths = [getattr(part, "in_features", getattr(part, "in_channels", None)) for part in modules.values()]
+    widths = [getattr(head, "in_features", getattr(head, "in_channels", None)) for head in modules.values()]
     width = sum(known) if len(known := [width for width in widths if width]) == len(widths) else "?"
-    listed = " and ".join(f"'{name}' ({type(part).__name__})" for name, part in modules.items())
+    listed = " and ".join(f"'{name}' ({type(head).__name__})" for name, head in modules.items())
     text = f"the feature is the input of {listed}, D = {width}, K = {num_outputs or outputs or '?'}"
     if guess is not None and num_classes is not None and outputs not in (None, num_classes):
         text += f"; it has {outputs} outputs, but num_classes={num_classes}: if it is not the classifier, give head="
@@ -218,11 +219,11 @@ def _matching(root: nn.Module, patterns: Sequence[str]) -> list[str]:
         if not set(pattern) & set("*?["):
             found[pattern] = None
             continue
-        parts = pattern.split(".")
-        matches = [name for name in known if _matches(name.split("."), parts)]
+        words = pattern.split(".")
+        matches = [name for name in known if _matches(name.split("."), words)]
         if not matches:
             ends = [name.split(".") for name in known]
-            meant = {".".join([*end[: -len(parts)], pattern]) for end in ends if _matches(end[-len(parts) :], parts)}
+            meant = {".".join([*end[: -len(words)], pattern]) for end in ends if _matches(end[-len(words) :], words)}
             listed = ", ".join(map(repr, known[:8])) + (", …" if len(known) > 8 else "")
             raise ValueError(
                 f"layers: no module of {type(root).__name__} matches {pattern!r}, in which * matches one part of a "

@@ -15,7 +15,7 @@ from lightning_logme.scores.evidence import Evidence, maximise_moments, maximise
 from lightning_logme.scores.moments import Moments, Rows, moments_device
 from lightning_logme.scores.scoring import Scoring
 from lightning_logme.scores.spectrum import Spectrum
-from lightning_logme.scores.subset import SAMPLE_SIZE, Part, Subset
+from lightning_logme.scores.subset import SAMPLE_SIZE, IndexedRows, Subset
 from lightning_logme.utilities.checks import Task
 
 Key = TypeVar("Key")
@@ -175,17 +175,17 @@ class Accumulator:
         self._fold()
         return {segment: self.sums[segment] for segment in sorted(self.sums)}
 
-    def choose(self, parts: Iterable[Part]) -> None:
+    def choose(self, groups: Iterable[IndexedRows]) -> None:
         """Copy the rows that belong to the random subset, from rows that are no longer held."""
         if self.subset is not None:
-            for rows, index in parts:
+            for rows, index in groups:
                 self.subset.add(rows, index)
 
-    def chosen(self) -> list[Part]:
+    def chosen(self) -> list[IndexedRows]:
         """Return the summed rows in the random subset, as a list of one item, or an empty list."""
-        return [] if self.subset is None else self.subset.part()
+        return [] if self.subset is None else self.subset.contents()
 
-    def sample(self) -> Part:
+    def sample(self) -> IndexedRows:
         """Return the samples whose indices have the smallest hashes, and these indices, in the order of the hashes.
 
         They do not depend on the batches, their order, or the world size.
@@ -252,8 +252,8 @@ class Accumulator:
     def _prefixes(self) -> Iterator[Rows | Moments]:
         """Yield the rows or moments of the first segment, the first two, …, and all."""
         if self._has_few_rows:
-            parts = [rows for _, rows in self._by_segment(self.held)]
-            yield from (self._cat(parts[: number + 1]) for number in range(len(parts)))
+            groups = [rows for _, rows in self._by_segment(self.held)]
+            yield from (self._cat(groups[: number + 1]) for number in range(len(groups)))
         elif len(self.segments) == 1:
             yield from self.moments().values()
         else:
@@ -267,10 +267,10 @@ class Accumulator:
             if len(rows.target):
                 yield segment, rows
 
-    def _cat(self, parts: Sequence[Rows]) -> Rows:
-        parts = [part for part in parts if len(part.target)]
-        if parts:
-            rows = parts[0] if len(parts) == 1 else Rows.cat(parts)
+    def _cat(self, groups: Sequence[Rows]) -> Rows:
+        groups = [group for group in groups if len(group.target)]
+        if groups:
+            rows = groups[0] if len(groups) == 1 else Rows.cat(groups)
             return rows if rows.features.device == self.device else rows.to(self.device)
         target = torch.empty(0, self.num_outputs, device=self.device)
         return Rows(torch.empty(0, self.num_features, device=self.device), target)

@@ -67,11 +67,11 @@ class Rows:
         return self.target.double()
 
     @classmethod
-    def cat(cls, parts: Sequence[Rows]) -> Rows:
+    def cat(cls, groups: Sequence[Rows]) -> Rows:
         """Return the rows of several objects on one device. A single object is not copied."""
-        if len(parts) == 1:
-            return parts[0]
-        return cls(torch.cat([part.features for part in parts]), torch.cat([part.target for part in parts]))
+        if len(groups) == 1:
+            return groups[0]
+        return cls(torch.cat([group.features for group in groups]), torch.cat([group.target for group in groups]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,12 +124,12 @@ class Moments:
         return self
 
     @classmethod
-    def sum(cls, parts: Sequence[Moments]) -> Moments:
+    def sum(cls, several: Sequence[Moments]) -> Moments:
         """Return the sum of several moments."""
-        first, *rest = parts
+        first, *rest = several
         result = cls(**{name: value.clone() for name, value in vars(first).items()})
-        for part in rest:
-            result.add_(part)
+        for moments in rest:
+            result.add_(moments)
         return result
 
     def all_reduce(self) -> Moments:

@@ -69,6 +69,6 @@ def reduced(
                 sums = Moments.zeros(total.num_features, total.num_outputs, total.device)
             total.sums[segment] = sums.all_reduce()
         total.segments = segments[key]
-        for parts in gathered(alone, [(rows.to("cpu"), index) for rows, index in own.chosen()]):
-            total.choose(parts)
+        for groups in gathered(alone, [(rows.to("cpu"), index) for rows, index in own.chosen()]):
+            total.choose(groups)
     return {key: results[key] for key in sorted(results.keys() - broken.keys())}, broken  # type: ignore[type-var]

@@ -182,8 +182,8 @@ def _restore_mean(decomposed: Decomposed, mean: Tensor, target_sum: Tensor, n: i
     vectors = functools.reduce(torch.matmul, basis)
     inside, orthogonal = torch.zeros_like(eigenvalues), mean
     for _ in range(2):  # A single pass leaves rounding errors of the size of the mean.
-        part = orthogonal @ vectors
-        inside, orthogonal = inside + part, orthogonal - vectors @ part
+        projection = orthogonal @ vectors
+        inside, orthogonal = inside + projection, orthogonal - vectors @ projection
     length = orthogonal.norm()
     factor = torch.zeros(number + 1, number + 1, dtype=mean.dtype, device=mean.device)
     factor.diagonal()[:number] = eigenvalues.sqrt()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_logme.scores.moments import Rows, moved
 
-Part = tuple[Rows, Tensor]  # rows, and the index of each row in the whole data set
+IndexedRows = tuple[Rows, Tensor]  # rows, and the index of each row in the whole data set
 
 SAMPLE_SIZE = 2048
 
@@ -57,14 +57,14 @@ class Subset:
         self.index = torch.cat([self.index, index.new_zeros(grown)])
         self.index[slots] = index[new]
 
-    def part(self) -> list[Part]:
+    def contents(self) -> list[IndexedRows]:
         """Return the rows and their indices, unordered, as a list with one item, or an empty list."""
         return [] if self.buffer is None else [(self.buffer[: len(self.index)], self.index)]
 
-    def by_hash(self) -> list[Part]:
-        """Return the same as :meth:`part`, copied and in the order of the hashes."""
+    def by_hash(self) -> list[IndexedRows]:
+        """Return the same as :meth:`contents`, copied and in the order of the hashes."""
         order = mixed(self.index).argsort(stable=True)
-        return [(rows[order], index[order]) for rows, index in self.part()]
+        return [(rows[order], index[order]) for rows, index in self.contents()]
 
     def _room_for(self, rows: Rows) -> Rows:
         """Return a buffer that can be written to, in a dtype that can hold the rows as well."""

@@ -166,7 +166,7 @@ def compiled_modules(root: nn.Module) -> set[nn.Module]:
         or hasattr(module, "_orig_mod")
         or getattr(module, "_compiled_call_impl", None) is not None
     )
-    return {part for module in compiled for part in module.modules()}
+    return {submodule for module in compiled for submodule in module.modules()}
 
 
 def original(module: nn.Module) -> nn.Module:
@@ -180,8 +180,8 @@ def uncompiled(module: nn.Module, copy: Callable[[Any], Any]) -> Any:
     if getattr(plain, "_compiler_ctx", None) is not None:  # a compiled LightningModule
         package = next(name for name in _imported() if isinstance(plain, sys.modules[name].LightningModule))
         plain = import_module(f"{package}.utilities.compile").to_uncompiled(plain)
-    for part in plain.modules():
-        vars(part).pop("_compiled_call_impl", None)
+    for submodule in plain.modules():
+        vars(submodule).pop("_compiled_call_impl", None)
     return plain
 
 
@@ -198,17 +198,19 @@ def hooks_of(module: nn.Module, kind: type) -> list[tuple[dict[int, Any], int]]:
 @contextmanager
 def kept_buffers(root: nn.Module) -> Iterator[None]:
     """Restore the buffers of a module on exit, also if buffers were added or removed meanwhile."""
-    parts = [part for part in root.modules() if not isinstance(part, torch.jit.ScriptModule)]
-    held = [(part, dict(part._buffers), set(part._non_persistent_buffers_set)) for part in parts]
+    submodules = [submodule for submodule in root.modules() if not isinstance(submodule, torch.jit.ScriptModule)]
+    held = [
+        (submodule, dict(submodule._buffers), set(submodule._non_persistent_buffers_set)) for submodule in submodules
+    ]
     contents = [(buffer, buffer.clone()) for buffer in root.buffers()]
     try:
         yield
     finally:
-        for part, buffers, transient in held:
-            part._buffers.clear()
-            part._buffers.update(buffers)
-            part._non_persistent_buffers_set.clear()
-            part._non_persistent_buffers_set.update(transient)
+        for submodule, buffers, transient in held:
+            submodule._buffers.clear()
+            submodule._buffers.update(buffers)
+            submodule._non_persistent_buffers_set.clear()
+            submodule._non_persistent_buffers_set.update(transient)
         with torch.no_grad():
             for buffer, content in contents:
                 if not torch.equal(buffer, content):
