@@ -29,7 +29,7 @@ class CallTrace:
     """A recorder of the layers that run in a network, and of when the watched modules start.
 
     Its hooks exist only while it is open. Modules compiled by ``torch.compile`` get none, because hooks would become
-    part of the compiled code: their layers count in the order of registration.
+    part of the compiled code. Their layers count in the order of registration.
 
     Args:
         root: the network.

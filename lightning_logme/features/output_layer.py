@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lightning_logme.features.hooks import Capture
 
-_SAMPLES = 2  # samples that are compared: for a whole batch, all activations of the network would be in memory
-_INPUTS = 4  # linear layers whose inputs are kept, the last that ran: the head is nearly always one of them
+_SAMPLES = 2  # number of samples that are compared: a whole batch would keep all activations in memory
+_INPUTS = 4  # number of last linear layers whose inputs are kept: the head is nearly always one of them
 
 
 class OutputLayer:

@@ -19,7 +19,7 @@ def rows_without_padding(loader: Any, batches: int, number: int) -> int | None:
 
     ``DistributedSampler`` repeats samples so that all processes get equally many. The i-th index of rank r has position
     i · world size + r in the list of indices, shuffled or not. Positions beyond the length of the data set are padding,
-    so padding is always at the end of a rank. Other samplers may have another order, and a ``collate_fn`` may make more
+    so padding comes last in each rank. Other samplers may have another order, and a ``collate_fn`` may make more
     or fewer rows than samples.
 
     Args:

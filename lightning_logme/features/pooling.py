@@ -265,7 +265,7 @@ def _has_as_many_axes(made: Sequence[int] | None, shape: Sequence[int]) -> TypeG
 
 
 def _has_other_sizes(made: Sequence[int] | None, shape: Sequence[int]) -> TypeGuard[Sequence[int]]:
-    """Return whether a layer made as many axes, with other sizes. With the same sizes, the axes may be permuted."""
+    """Return whether two shapes have as many axes, with other sizes. With the same sizes, axes may be permuted."""
     return _has_as_many_axes(made, shape) and sorted(made) != sorted(shape)
 
 

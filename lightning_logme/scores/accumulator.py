@@ -176,7 +176,7 @@ class Accumulator:
         return {segment: self.sums[segment] for segment in sorted(self.sums)}
 
     def choose(self, groups: Iterable[IndexedRows]) -> None:
-        """Copy the rows that belong to the random subset, from rows that are no longer held."""
+        """Copy those rows that belong to the random subset. The rows are no longer held."""
         if self.subset is not None:
             for rows, index in groups:
                 self.subset.add(rows, index)
