@@ -305,7 +305,7 @@ def _without_inner_layers(branches: list[_Branch]) -> list[_Branch]:
 
 
 def _linear(module: nn.Module) -> nn.Module | None:
-    """Return a linear layer or 1 × 1 convolution itself, also inside an adapter; None for other modules."""
+    """Return the linear layer or 1 × 1 convolution that a module is, or that it adapts, else None."""
     while hasattr(type(module), "adapter_layer_names"):
         base = dict(module.named_children()).get("base_layer")
         if base is None:

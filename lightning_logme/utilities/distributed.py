@@ -59,7 +59,7 @@ def gathered(alone: bool, mine: T) -> list[T]:
 
 
 def reason_of(error: Exception) -> str:
-    """Return the text of an error, with its type unless it is a ValueError, as this package raises."""
+    """Return the text of an error. Its type is added unless it is a ValueError, as this package raises."""
     return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
 
 
