@@ -118,7 +118,7 @@ class Pooler:
             if axis is None:
                 raise ValueError(
                     f"pooling: {self.name} has shape {tuple(tensor.shape)}, and no layer shows whether its channels "
-                    f"are on the second axis ({tensor.shape[1]}) or on the last ({tensor.shape[-1]}); give "
+                    f"are on the second axis ({tensor.shape[1]}) or on the last ({tensor.shape[-1]}); write "
                     f"pooling={{{self.key!r}: 'channels_first'}} or 'channels_last'."
                 )
             self._axes[tensor.ndim] = axis

@@ -44,7 +44,7 @@ class TestTarget:
     @pytest.mark.parametrize(
         ("batch", "target", "message"),
         [
-            (X, None, r"no labels found in a batch that is a Tensor; .*target= takes"),
+            (X, None, r"no labels found in a batch that is a Tensor; set target to the key"),
             ((X,), None, "no labels found in a batch that is a tuple of 1"),
             ({"image": X}, None, "no labels found in a batch that is a dict with keys 'image'"),
             (

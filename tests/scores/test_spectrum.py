@@ -243,7 +243,9 @@ class TestMeanFarAboveSpread:
     def test_the_warning_says_how_much(self):
         with pytest.warns(UserWarning, match="LogME has lost digits") as caught:
             self.score(2e5, False, "moments")
-        said = re.search(r"wrong by (\S+) nats or more, because .* about (\S+) times their spread", str(caught[0].message))
+        said = re.search(
+            r"wrong by (\S+) nats or more, because .* about (\S+) times their spread", str(caught[0].message)
+        )
         assert float(said[1]) > 1e-3
         rng = np.random.default_rng(0)
         labels = rng.integers(0, 4, 1000)
