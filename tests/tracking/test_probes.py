@@ -669,7 +669,7 @@ class TestBadInput:
             ({"validation": False}, "nothing to score without probes"),
             ({"layer_mean": True}, "layer_mean is the mean of layers"),
             ({"features": 3}, "features must be callable"),
-            ({"features": len, "head": "fc"}, "takes the place of head"),
+            ({"features": len, "head": "fc"}, "replaces head"),
         ],
     )
     def test_options(self, options, message):
