@@ -668,7 +668,7 @@ class TestBadInput:
             ({"probes": {"a": loader()}, "probe_every": "epoch"}, "probe_every must be"),
             ({"validation": False}, "nothing to score without probes"),
             ({"layer_mean": True}, "layer_mean is the mean of layers"),
-            ({"features": 3}, "features must be callable"),
+            ({"features": 3}, "features must be a callable"),
             ({"features": len, "head": "fc"}, "replaces head"),
         ],
     )
