@@ -105,7 +105,7 @@ def stratified_order(number: int, strata: Tensor | None, generator: torch.Genera
 
 
 def with_batches(loader: DataLoader[Any], batches: list[list[int]], seed: int) -> DataLoader[Any]:
-    """Return a loader like this one that yields these batches of sample indices."""
+    """Return a loader like this one with these batches of indices."""
     workers: dict[str, Any] = {}
     if loader.num_workers:
         workers = {

@@ -237,11 +237,11 @@ class Extractor:
     def run(
         self, batch: Any, labels: Labels, forward: Callable[[Any, Any], Any], precision: AbstractContextManager[Any]
     ) -> tuple[dict[str, Tensor], Errors]:
-        """Run the network on a batch, and return the same as :meth:`rows`.
+        """Run the network on a batch that is on its device, and return the same as :meth:`rows`.
 
         Args:
-            batch: the batch, on the device of the network.
-            labels: the labels of the batch.
+            batch: the batch.
+            labels: its labels.
             forward: runs the network. It is called only if a module is captured.
             precision: the autocast context.
         """

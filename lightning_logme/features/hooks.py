@@ -107,7 +107,7 @@ class Capture:
         module: the module; None for values that are passed to :meth:`receive`.
         side: "input" or "output".
         name: the name in messages.
-        window: the state that the captures of the network share.
+        window: see :class:`Window`.
         pooling: see :func:`~lightning_logme.features.pooling.pool`.
         key: the key in a mapping of poolings.
         remedy: what to do if the module is not called.
@@ -187,7 +187,7 @@ class Capture:
             self.error = error
 
     def pooled(self, tensor: Tensor, labels: Labels) -> Tensor:
-        """Return one vector for each label, given a captured tensor."""
+        """Return one vector for each label."""
         return self.pooler.rows(tensor, labels, self._around() if self._calls is None else self._calls)
 
     def _around(self) -> Calls:

@@ -38,7 +38,7 @@ class Target:
     def checked(
         cls, target: Tensor, task: Task, num_outputs: int | None = None, ignore_index: int | None = None
     ) -> Target:
-        """Check the labels of a batch. This waits for the device once, and again if a sample is ignored.
+        """Check the labels of a batch. Waits for the device once, and again if a sample is ignored.
 
         Args:
             target: (N,) integers for "binary" and "multiclass", or (N, T) for the classes of tokens; (N, L) of 0 and 1
@@ -272,7 +272,7 @@ def _not_one_label(shape: Sequence[int], task: Task) -> str:
 def _checked_labels(
     target: Tensor, task: Task, num_classes: int | None, ignore_index: int | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the labels as a flat int64 tensor, and a mask of those to keep, or None to keep all."""
+    """Return the labels as a flat int64 tensor, and a mask of those to keep; None keeps all."""
     is_inexact = target.is_floating_point() or target.is_complex()
     if target.ndim not in (1, 2) or (target.ndim == 2 and is_inexact):
         raise ValueError(_not_one_label(target.shape, task))
@@ -300,7 +300,7 @@ def _checked_labels(
 def _checked_columns(
     target: Tensor, task: Task, num_outputs: int | None, ignore_index: int | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the target as (N, K), and a mask of the samples to keep, or None to keep all."""
+    """Return the target as (N, K), and a mask of samples to keep; None keeps all."""
     if task == "regression" and target.ndim == 1:
         target = target[:, None]
     columns = {"multilabel": "L", "regression": "M"}[task] if num_outputs is None else str(num_outputs)

@@ -50,5 +50,5 @@ def decide_num_outputs(
 
 
 def num_outputs_of(head: nn.Module | None) -> int | None:
-    """Return the number of outputs of a head, or None if it has no attribute for it."""
+    """Return the number of outputs of a head, or None if not known."""
     return getattr(head, "out_features", getattr(head, "out_channels", None))

@@ -67,8 +67,8 @@ class Pooler:
 
         Args:
             tensor: the features of a batch.
-            labels: the labels of the batch.
-            calls: the calls inside the module that made the features, and before it.
+            labels: its labels.
+            calls: those inside the module that made the features, and before it.
 
         Raises:
             ValueError: the shapes do not fit, or the axis of the channels is not known.
@@ -187,7 +187,7 @@ def pool_nested(tokens: Tensor, pooling: Pooling) -> Tensor:
 
 
 def _pool_tokens(tokens: Tensor, pooling: Pooling, mask: Tensor | None) -> Tensor:
-    """Pool tokens (N, T, D) under a mask (N, T) to (N, D)."""
+    """Pool tokens (N, T, D) under a mask (N, T)."""
     if mask is not None and mask.shape != tokens.shape[:2]:
         raise MaskError(
             f"pooling: the batch's attention_mask has shape {tuple(mask.shape)}, but there are {tokens.shape[1]} "

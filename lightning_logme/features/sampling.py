@@ -31,9 +31,9 @@ class Portion:
 
     Attributes:
         batch: the batch, as the loader yields it.
-        target: the labels, in the form that the metric takes, on the CPU.
+        target: its labels, in the form that the metric takes, on the CPU.
         block: (n,) the block of each sample.
-        start: the position of the first sample among all samples.
+        start: the position of the first sample.
     """
 
     batch: Any

@@ -126,7 +126,7 @@ class Accumulator:
         self._fold_if_cheaper()
 
     def merge_(self, other: Accumulator) -> None:
-        """Add all rows and sums of another accumulator of the same task, which must not be used later.
+        """Add everything of another accumulator of the same task, which must not be used later.
 
         Raises:
             ValueError: it has another number of features or outputs.
@@ -147,7 +147,7 @@ class Accumulator:
         self._fold_if_cheaper()
 
     def to(self, device: torch.device | str) -> Accumulator:
-        """Move all rows and sums to another device, in place, and return the accumulator."""
+        """Move everything to another device, in place, and return the accumulator."""
         self.device = moments_device(torch.device(device))
         self.held = [replace(held, rows=held.rows.to(self.device)) for held in self.held]
         self.sums = {segment: sums.to(self.device) for segment, sums in self.sums.items()}
@@ -197,7 +197,7 @@ class Accumulator:
         return rows.to(self.device), index
 
     def evidence(self, fit_intercept: bool = False) -> Evidence:
-        """Return the evidence of all rows: computed from rows if n < D and all of them are held, else from moments."""
+        """Return the evidence of all rows: from rows if n < D and all are held, else from moments."""
         return self.decomposed(fit_intercept)[0]
 
     def decomposed(self, fit_intercept: bool = False) -> tuple[Evidence, Spectrum | None]:
@@ -286,7 +286,7 @@ class Accumulator:
 
     @torch.no_grad()
     def _fold(self) -> None:
-        """Sum all held rows, and keep those in the random subset. This does not wait for the device."""
+        """Sum all held rows, and keep those in the random subset. Does not wait for the device."""
         held, self.held = self.held, []
         while held:  # A few batches at a time, so that there is never a copy of all rows.
             some, number = [], 0

@@ -1,4 +1,4 @@
-"""The curve of the score against the number of samples."""
+"""The score against the number of samples."""
 
 from __future__ import annotations
 

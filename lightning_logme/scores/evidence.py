@@ -86,7 +86,7 @@ class Evidence:
 
     @classmethod
     def from_rows(cls, rows: Rows, num_outputs: int, task: Task, fit_intercept: bool = False) -> Evidence:
-        """Return the maximised evidence, computed from all samples. If n < D, this is far cheaper than by moments."""
+        """Return the maximised evidence, computed from all samples: far cheaper than by moments if n < D."""
         return maximise_rows(rows, num_outputs, task, fit_intercept)[0]
 
     def head(self, dtype: torch.dtype | None = None) -> torch.nn.Linear:

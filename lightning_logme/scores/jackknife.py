@@ -57,7 +57,7 @@ def standard_error(scores: Sequence[float]) -> float:
     """Return the standard error of a score, given the B scores without each block: √((B−1)/B Σ (s₋ₖ − mean)²).
 
     Block jackknife: Shao & Tu 1995, "The Jackknife and Bootstrap", ch. 2. Given differences of scores, the result is
-    the standard error of the difference. It is NaN without scores, which happens if no sample counts.
+    the standard error of the difference. It is NaN without scores, as where no sample counts.
     """
     if not scores:
         return math.nan

@@ -115,10 +115,7 @@ def _brackets(spectrum: Spectrum, low: float) -> Iterator[tuple[Tensor, Tensor, 
 
 
 def _refine(spectrum: Spectrum, output: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Return log t and L at the maximum in each bracket, by Newton's method on the slope dL/dlog t.
-
-    A step that would leave the bracket is replaced by a bisection.
-    """
+    """Return log t and L at the maximum in each bracket: Newton's method on dL/dlog t, or bisection to stay inside."""
     x2, residual = spectrum.coordinates[output].square(), spectrum.residual[output]
     log_eigenvalues, dof = spectrum.eigenvalues.log(), spectrum.dof
     at = (left + right) / 2

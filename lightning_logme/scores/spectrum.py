@@ -73,7 +73,7 @@ class Spectrum:
 
     @classmethod
     def from_moments(cls, moments: Moments, fit_intercept: bool = False) -> Spectrum:
-        """Return the spectrum by decomposition of the Gram matrix (D × D)."""
+        """Return the spectrum, computed from the Gram matrix (D × D)."""
         n, d = int(moments.count), len(moments.gram)
         gram, cross, floor = moments.gram, moments.cross, 0.0
         mean, spread = moments.feature_sum / n, centred_square(gram.diagonal(), moments.feature_sum, n)
@@ -99,7 +99,7 @@ class Spectrum:
 
     @classmethod
     def from_rows(cls, rows: Rows, num_outputs: int, fit_intercept: bool = False) -> Spectrum:
-        """Return the spectrum by decomposition of FFᵀ (n × n). If n < D, this is far cheaper than the Gram matrix."""
+        """Return the spectrum, computed from FFᵀ (n × n). If n < D, this is far cheaper than the Gram matrix."""
         features, target = rows.features.detach().double(), rows.dense_target(num_outputs)
         (n, d), mean, target_sum, square = features.shape, features.mean(0), target.sum(0), target.square().sum(0)
         spread = centred_square(features.square().sum(0), n * mean, n)
