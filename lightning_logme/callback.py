@@ -47,12 +47,12 @@ class LogMECallback(AnyCallback):
 
     - ``logme`` and ``logme_gain``: the score, and the score minus that of useless features, in nats per sample;
     - ``logme/<layer>`` and ``logme_gain/<layer>``: the same for each of ``layers``, and for ``layer_mean``;
-    - ``logme/<probe>`` and ``logme/<probe>/<layer>``, with their gains: the same for each of ``probes``.
+    - ``logme/<probe>`` and ``logme_gain/<probe>``: the same for each of ``probes``, also with ``/<layer>`` at the end.
 
     With several validation loaders, keys of the validation set end in Lightning's suffix ``/dataloader_idx_<i>``.
 
     During a pass, each source of D features needs a D × D matrix of float64 on the device, so L layers need L × D² × 8
-    bytes. Each validation loader needs as much, and with ``curve`` each doubling of the samples, too. While there are
+    bytes. This is for each validation loader and, with ``curve``, for each doubling of the samples. While there are
     fewer than D samples, the features themselves are kept instead.
 
     Checkpoints contain the history: see :func:`lightning_logme.read_history`.
@@ -70,11 +70,11 @@ class LogMECallback(AnyCallback):
         num_classes: the number of classes or labels. None takes the number of outputs of the head.
         target: where the labels are in a batch: a key, an index, or a callable(batch) -> Tensor. None takes the second
             item of a tuple, or an entry with a usual name such as "labels" or "target".
-        pooling: how tokens (N, T, D) and maps (N, C, H, W) become vectors (N, D). "auto" and "mean" average; tokens
-            that the batch's attention mask excludes do not count, and the layers that made a map show which axis holds
-            its channels. "channels_first" and "channels_last" average over the other axes. "cls" takes the first token
-            that the mask includes, "last" the last one. A callable(Tensor) -> Tensor returns (N, D). Give one pooling
-            for all, or a mapping by layer (name or pattern; "head" for the head's input).
+        pooling: how tokens (N, T, D) and maps (N, C, H, W) become vectors (N, D). "auto" and "mean" average over the
+            tokens that the batch's attention mask includes, or over the positions of a map; the layers that made the
+            map show which axis holds its channels. "channels_first" and "channels_last" average, too, and name that
+            axis. "cls" takes the first token that the mask includes, "last" the last one. A callable(Tensor) -> Tensor
+            returns (N, D). Give one pooling for all, or a mapping by layer (name or pattern; "head" for the head).
         name: prefix of all logged keys. Each callback of a Trainer needs its own.
         fit_intercept: whether to centre features and targets first. The papers do not.
         ignore_index: label of rows that are left out, as in ``torch.nn.functional.cross_entropy``. Not used in
@@ -89,12 +89,12 @@ class LogMECallback(AnyCallback):
             its loader, so shuffle a sorted set once. Samples of a probe are in a random order.
         probes: labelled loaders of other tasks, or :class:`~lightning_logme.Probe` objects, by name. At each validation
             (without validation: at the end of each epoch) the module's forward runs on them in eval mode and leaves no
-            trace. ``head`` or ``features`` sets the feature. With ``layers`` and ``head="auto"``, a head is looked for
-            only if the validation set is scored; without a head, the last layer is scored instead. One batch of each
-            probe runs in the sanity check (without validation: before the first step), so that mistakes surface early.
+            trace. ``head`` or ``features`` also sets their feature. With ``layers`` and ``head="auto"``, a head is
+            sought only if the validation set is scored; without a head, the last layer takes its place. One batch of
+            each probe runs in the sanity check (without validation: before the first step): mistakes surface early.
         probe_every: an integer k runs the probes at the first of every k validations; in between, monitors see the last
             values. "checkpoint" runs the probes while a checkpoint is being saved. The results go into that checkpoint
-            and to the loggers, too late for monitors, so no monitor may name a probe. Checkpoints saved with
+            and to the loggers. For monitors they come too late, so no monitor may name a probe. Checkpoints saved with
             ``save_weights_only=True`` hold no state of callbacks and do not run the probes.
         validation: whether to score the validation set itself. Use False if it has no labels and only probes count.
 
@@ -199,7 +199,7 @@ class LogMECallback(AnyCallback):
         for other in callbacks_of_new_trainer():
             if isinstance(other, LogMECallback) and other is not self and other.name == self.name:
                 raise ValueError(
-                    f"name: two LogMECallbacks of one Trainer log under {self.name!r}; give one another name, as in "
+                    f"name: two LogMECallbacks of one Trainer log under {self.name!r}; rename one of them, as in "
                     f"LogMECallback(name='{self.name}_2')."
                 )
         return self._generate_state_key(name=self.name)
@@ -213,8 +213,8 @@ class LogMECallback(AnyCallback):
             return
         if self.features is not None and is_sharded(trainer):
             raise ValueError(
-                f"features: a callable runs forward passes of its own, but under {type(trainer.strategy).__name__} all "
-                "processes must run equally many; name layers= instead."
+                f"features: a callable runs extra forward passes, but under {type(trainer.strategy).__name__} all "
+                "processes must run the same number; give layers= instead."
             )
         self._obstacle = why_not_scored(trainer, pl_module)
         if self._obstacle is not None:
@@ -241,7 +241,7 @@ class LogMECallback(AnyCallback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.enable_validation and self._obstacle is None:  # with validation, the sanity check rehearses
+        if not trainer.enable_validation and self._obstacle is None:  # otherwise the sanity check rehearses
             self._rehearse(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -57,7 +57,7 @@ For score_checkpoints, config.yaml has a module and paths instead of candidates;
 
 
 class Made:
-    """A factory that calls any callable, for those whose type annotations do not show that they return a module.
+    """A factory that makes a module with any callable, even if no annotation says that it returns a module.
 
     Args:
         by: dotted name of the callable, such as ``timm.create_model``.
@@ -161,7 +161,7 @@ def _fail(command: str, message: str, status: int) -> int:
 
 
 def _imported(name: str) -> Any:
-    """Return the object of a dotted name: an attribute of a module, or of a class in one."""
+    """Return the object that a dotted name refers to, such as a function of a module or a method of a class."""
     parts = name.split(".")
     for length in range(len(parts) - 1, 0, -1):
         try:
@@ -184,7 +184,7 @@ def _check_keys(path: Path) -> None:
 
 
 def _repeated(node: Any) -> Iterator[yaml.ScalarNode]:
-    """Yield each key that a mapping contains again, at any depth."""
+    """Yield each key that occurs a second time in its mapping, at any depth."""
     if isinstance(node, yaml.MappingNode):
         seen = set()
         for key, value in node.value:

@@ -210,7 +210,7 @@ class LogME(Metric):
         return self.gram.ndim > 0
 
     def _accumulator(self) -> Accumulator:
-        """Return an accumulator of the states. Between two calls they are either held rows or sums, never both."""
+        """Return an accumulator of the states. Between two calls, the states are either held rows or sums."""
         accumulator = Accumulator(self.task, self.num_features, self.num_outputs, self.count.device, sample_size=0)
         if self._is_folded:
             accumulator.sums = {0: Moments(**{field.name: getattr(self, field.name) for field in fields(Moments)})}
@@ -241,7 +241,7 @@ class LogME(Metric):
 
 
 def _all_reduce(state: Tensor, group: Any = None) -> list[Tensor]:
-    """Return the sum over all processes, in a list because torchmetrics adds up the items of one."""
+    """Return the sum over all processes, as a list of one tensor: torchmetrics adds up the items of a list."""
     # A copy, because metrics of one MetricCollection share their states.
     total = state.clone()
     dist.all_reduce(total, group=group)

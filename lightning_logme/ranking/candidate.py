@@ -30,12 +30,12 @@ class Candidate:
     """A network of a ranking, and how its features are extracted.
 
     Attributes:
-        name: the user's name for it.
+        name: name of the candidate.
         source: the module, or a factory that builds it.
         selection: which features to extract.
         forward: (module, batch) -> output; None calls the module with the inputs of the batch.
         transform: preprocessing of the loader's batches, on the CPU.
-        target: where the labels are in a batch, because the module must not get them.
+        target: where the labels are in a batch, so that the module does not get them.
     """
 
     name: str

@@ -132,7 +132,7 @@ def _names(paths: PathLike | Iterable[PathLike]) -> list[str]:
             return [os.fspath(paths)]
         found = sorted(str(path) for path in folder.glob("*.ckpt"))
         if not found:
-            raise ValueError(f"paths: the folder {str(folder)!r} holds no .ckpt file; give another, or the files.")
+            raise ValueError(f"paths: the folder {str(folder)!r} holds no .ckpt file; give another folder, or files.")
         return found
     names = [os.fspath(path) for path in paths]
     if not names:

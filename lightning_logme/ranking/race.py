@@ -112,7 +112,7 @@ class Race:
                 return
 
     def _drop(self, index: int) -> None:
-        """Drop each candidate of which all rows are behind the leader by more than chance allows."""
+        """Drop each candidate whose rows are all behind the leader by more than chance allows."""
         rounds = {
             name: self.progress[name].rounds[index] for name in self.running if len(self.progress[name].rounds) > index
         }
@@ -132,7 +132,8 @@ class Race:
         before, started = self.progress[name], time.perf_counter()
         if before.is_complete or (until is not None and len(before.rounds) >= until):
             return
-        if not before.accumulators:  # loaded results of a candidate that was dropped then, and goes on now
+        if not before.accumulators:
+            # An earlier ranking dropped this candidate, and the folder holds only its results. It starts again.
             before = self.progress[name] = Progress()
         with self._failures(name), self._built(name) as backbone:
             for index, stop in itertools.islice(self._rounds(), len(before.rounds), until):

@@ -69,8 +69,8 @@ def rank_backbones(
     samples are drawn without replacement from all that the loader's sampler would give, in an order set by ``seed``.
     They are stratified by class if the data set exposes its labels (``targets``, ``labels``, the tensors of a
     TensorDataset; also through Subset). Any other loader is a stream, which is read again for each candidate and round,
-    and must give the same batches each time. Its samples are taken as they come, also by blocks and early rounds, so
-    shuffle it beforehand. With labels (N, T), each token whose label is not ``ignore_index`` counts as one sample.
+    and must give the same batches each time. Blocks and early rounds take its samples in their order, so shuffle it
+    beforehand. With labels (N, T), each token whose label is not ``ignore_index`` counts as one sample.
 
     **The race.** The first round has 256 samples, or four per class if that is more. Each further round doubles the
     number. After each round, a candidate is dropped if all its rows are behind the leader by more than chance allows.
@@ -83,15 +83,15 @@ def rank_backbones(
     **Error bars.** Standard errors are those of a block jackknife: the samples form eight random blocks, and each block
     is left out once. All candidates see the same blocks, so their differences are paired, and far more certain than the
     error bars of single candidates suggest. Rows whose paired difference from the best is within chance are ``tied``.
-    For stratified samples, the error bars hold for samples with as many of each class. A standard error is itself
+    If samples are stratified, the error bars describe samples with these class counts. A standard error is itself
     uncertain by about a quarter. Above D = 256 it comes from the 256 leading directions of the features. A class that
     occurs in only one block adds nothing to it.
 
     **Failures.** A candidate that runs out of memory, cannot be loaded or gives NaN has its error in its row, and the
     others go on. Ctrl-C ends the race, and the results so far are returned.
 
-    **Memory.** Each device holds whole models. Each row in the race needs eight D × D matrices of float64 in main
-    memory (105 MB at D = 1280), or its features while there are fewer than 8 D samples.
+    **Memory.** Each device holds the whole model of a candidate. Each row in the race needs eight D × D matrices of
+    float64 in main memory (105 MB at D = 1280), or its features while there are fewer than 8 D samples.
 
     Args:
         candidates: modules, or factories that build one, by name. Only one factory's module is in memory at a time; it
@@ -125,8 +125,8 @@ def rank_backbones(
         race: whether to drop candidates early. With False, all candidates see all samples.
         seed: seed of the order of the samples, and of the factories.
         resume_from: folder that keeps the results of candidates that finished or were dropped. A ranking that was
-            killed reads them there, and computes the others. A candidate starts again, with a warning, if its options
-            or its features of the first samples have changed.
+            killed reads them there, and computes the others. A candidate starts again, with a warning, if its options,
+            or its features of the first samples, have changed.
         accelerator: as in :class:`lightning.fabric.Fabric`.
         devices: as in Fabric. Several devices give the same result as one.
         strategy: as in Fabric. It must keep a whole model on each device, as "ddp" does.

@@ -28,7 +28,7 @@ class Report:
     @contextmanager
     def bar(self, name: str, start: int, stop: int | None) -> Iterator[Callable[[int], object]]:
         """Show a bar from ``start`` to ``stop``, and yield a function that advances it by a number of samples."""
-        disable = None if self._progress else True  # None disables the bar only without a terminal
+        disable = None if self._progress else True  # with None, tqdm shows the bar only in a terminal
         with tqdm(total=stop, initial=start, desc=name, unit=" samples", leave=False, disable=disable) as bar:
             yield bar.update
 

@@ -40,11 +40,11 @@ class RankingRow:
         stderr: standard error of ``logme`` by the block jackknife, itself uncertain by about a quarter. The difference
             between two rows is far more certain, because both see the same samples in the same blocks.
         tied_with_best: whether the paired difference from the best row is within chance; true for the best row itself.
-            A row that is as good as the best is not called tied with a probability of at most 5 %.
+            The chance that a row as good as the best is not called tied is at most 5 %.
         feature: the scored feature: "input of 'fc'", "output" of the module, or "output of 'layer4'".
         num_features: D.
         num_parameters: number of parameters of the module.
-        num_samples: number of samples behind the score. A dropped candidate keeps score and number from that round.
+        num_samples: number of samples behind the score; both stay as they were when the candidate was dropped.
         seconds: time to build the module, run it and compute the evidence, over all layers.
         peak_memory: bytes of accelerator memory at most; None on a CPU.
         ended: "finished"; "dropped", because it was behind the leader by more than chance allows; "failed";
@@ -92,8 +92,8 @@ class Ranking:
       possible, suggests leaked labels. NaN means that there is no evidence, and a warning says why.
 
     Attributes:
-        rows: one row for each candidate and source of features, the best first. Dropped candidates follow, those that
-            were dropped last first, and then rows without a result.
+        rows: one row for each candidate and source of features, the best first. Then come dropped candidates, the
+            last one dropped first, and then rows without a result.
         evidence: the :class:`~lightning_logme.Evidence` behind each score, by name of the row.
         curves: the scores after each round, by name of the row.
     """
@@ -114,7 +114,7 @@ class Ranking:
 
     @property
     def scores(self) -> dict[str, float]:
-        """The LogME of each row that has one, in the order of ``rows``, which has the number of samples behind it."""
+        """The LogME of each row that has one, in the order of ``rows``, which give the number of samples behind it."""
         return {row.name: row.logme for row in self.rows if not math.isnan(row.logme)}
 
     def head(self, name: str | None = None, dtype: torch.dtype | None = None) -> torch.nn.Linear:

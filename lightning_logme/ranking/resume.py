@@ -19,7 +19,7 @@ from lightning_logme.scores.accumulator import Accumulator
 from lightning_logme.scores.evidence import Evidence
 from lightning_logme.scores.jackknife import trailing
 
-# Features may differ by this much, relatively, in a later process: devices, threads and libraries round differently.
+# Relative tolerance for features in a later process: other devices, threads and libraries round differently.
 _TOLERANCE = 1e-3
 
 
@@ -30,7 +30,7 @@ class Score:
     Attributes:
         logme: LogME of the samples so far.
         gain: their gain.
-        replicates: the scores without one of the blocks each, for the jackknife.
+        replicates: for each block of the jackknife, the score without it.
     """
 
     logme: float
@@ -128,7 +128,7 @@ def standard_errors_behind(rounds: Mapping[str, Round], quantile: float) -> dict
 
     Args:
         rounds: results of each candidate on the same samples.
-        quantile: rows that are not more than so many standard errors behind are left out.
+        quantile: only rows that are more than so many standard errors behind are returned.
     """
     scores = {(name, source): score for name, one in rounds.items() for source, score in one.scores.items()}
     values = {row: score.logme for row, score in scores.items()}

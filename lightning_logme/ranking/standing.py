@@ -15,7 +15,7 @@ _NO_ROUND = Round(0, 0, 0, {HEAD: Score(math.nan, math.nan, [])})
 
 
 def standing(race: Race) -> Ranking:
-    """Return the rows in order: candidates still in the race by score, then dropped ones, then those without result."""
+    """Return the ranking: candidates still in the race by score, then dropped ones, then rows without result."""
     comparable = _comparable(race)
     last = {name: progress.rounds[-1] if progress.rounds else _NO_ROUND for name, progress in race.progress.items()}
     pairs = [(name, source) for name, one in last.items() for source in one.scores]

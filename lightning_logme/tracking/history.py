@@ -34,7 +34,7 @@ def is_key(key: Any, name: str, probe: str | None = None) -> bool:
     Args:
         key: the key, such as the one that a monitor names.
         name: prefix of all keys of the callback.
-        probe: a probe, if only its keys count.
+        probe: name of a probe, to consider its keys only.
     """
     end = "" if probe is None else f"/{probe}"
     return any(key == start or str(key).startswith(f"{start}/") for start in (name + end, f"{name}_gain{end}"))

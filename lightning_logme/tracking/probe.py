@@ -27,10 +27,10 @@ _BAR_DELAY = 2.0  # seconds before a progress bar appears
 class Probe:
     """A labelled loader of a target task, for :class:`~lightning_logme.LogMECallback`.
 
-    Samples are read as in :func:`~lightning_logme.rank_backbones`. From a map-style data set, the probe takes each
-    sample of the sampler once, in a fixed random order, stratified by class. From any other loader, every process reads
-    all batches in their order and keeps its share. Batches pass through the batch hooks of the module and its data
-    module, such as ``on_after_batch_transfer``, as in validation. Labels are read before these hooks.
+    Samples are read as in :func:`~lightning_logme.rank_backbones`. From a map-style data set, the probe takes all
+    samples that the sampler would give, each once, in a fixed random order, stratified by class. From any other loader,
+    every process reads all batches in their order and keeps its share. Batches pass through the batch hooks of the
+    module and its data module, such as ``on_after_batch_transfer``, as in validation. Labels are read before that.
 
     Args:
         dataloader: a loader of batches with labels, which can be iterated over repeatedly.
@@ -39,7 +39,7 @@ class Probe:
             that exposes them (``targets``, ``labels``, the tensors of a TensorDataset; also through Subset).
         target: where the labels are in a batch: a key, an index, or a callable(batch) -> Tensor. None takes the second
             item of a tuple, or an entry with a usual name such as "labels" or "target".
-        forward: callable(module, batch) that runs the module, if module(inputs) or module(**batch) does not.
+        forward: callable(module, batch) that runs the module, if it is not called as module(inputs) or module(**batch).
         limit_batches: how many batches to use; None uses all.
         ignore_index: label of rows that are left out. Not used in regression.
 

@@ -47,7 +47,7 @@ class Probes:
 
         Raises:
             ValueError: in at least one process, a probe has no labels or wrong ones; the strategy needs equally many
-                forward passes in all processes; or a monitor names a probe that runs only with a checkpoint.
+                forward passes in all processes; or a monitor names a probe that runs only when a checkpoint is saved.
         """
         if not self:
             return
@@ -67,7 +67,7 @@ class Probes:
         if monitors and self.every not in (1, "checkpoint"):
             rank_zero_warn(
                 f"probe_every={self.every}: {type(monitors[0]).__name__} monitors a probe, and in validations without "
-                "the probes it sees an old value; write probe_every=1 if it must not."
+                "the probes it sees an old value; write probe_every=1 to avoid that."
             )
         if trainer.state.fn != "fit":
             return
@@ -86,7 +86,7 @@ class Probes:
         before = trainer.callbacks[: trainer.callbacks.index(owner)] if trainer.enable_validation else trainer.callbacks
         if any(is_one_of(callback, ("WeightAveraging",)) for callback in before):
             rank_zero_warn(
-                "probes: they will run on the current weights, because the averaged ones are in place only during "
+                "probes: they will run on the current weights, not on their average, which is in place only during "
                 "validation; put LogMECallback before WeightAveraging in the Trainer's callbacks."
             )
 
@@ -95,7 +95,7 @@ class Probes:
         return any(is_key(monitor, name, probe) for probe in self._probes)
 
     def check_names(self, extractor: Extractor) -> None:
-        """Raise ``ValueError`` where two results would be logged under one key."""
+        """Raise ``ValueError`` if two results would be logged under one key."""
         taken = set(extractor.names)
         for name in self._probes:
             keys = {f"{name}/{source}" if source else name for source in [HEAD, *extractor.names]}

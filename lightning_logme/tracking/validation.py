@@ -115,7 +115,7 @@ class Pass:
         return segments(indices, self.scoring.task, num_outputs)
 
     def results(self, device: torch.device, alone: bool) -> dict[Key, Result | None]:
-        """Return the result of each source and loader of any process, summed over processes; None after an error.
+        """Return the result of each source and loader, summed over processes; None after an error.
 
         All processes call this together.
 
@@ -191,7 +191,7 @@ class Validation:
         self._extractor: Extractor | None = None
         self._pass: Pass | None = None
         self._loaders: list[Any] = []
-        self._fetches_batches = False  # whether validation_step fetches them; labels are then known only after it
+        self._step_fetches_batches = False  # whether validation_step does; labels are then known only after it
         self._wrong_guess: str | None = None  # why the guessed head is dropped
         # State of a batch
         self._labels: Labels | Exception | None = None
@@ -205,17 +205,17 @@ class Validation:
         self._extractor, self._loaders = extractor, validation_loaders(trainer)
         scoring = replace(self._scoring, num_outputs=extractor.num_outputs)
         self._pass = Pass(scoring, trainer.global_rank, trainer.world_size, len(self._loaders))
-        self._fetches_batches = "dataloader_iter" in inspect.signature(module.validation_step).parameters
+        self._step_fetches_batches = "dataloader_iter" in inspect.signature(module.validation_step).parameters
 
     def drop(self) -> None:
         """Discard what has been accumulated."""
         self._extractor, self._pass, self._wrong_guess, self._labels = None, None, None, None
 
     def start_batch(self, batch: Any, loader: int) -> None:
-        """Read the labels before ``validation_step``, which may remove them from the batch, and start to capture."""
+        """Start to capture, and read the labels, which ``validation_step`` may remove from the batch."""
         if self._extractor is None or self._pass is None or None in self._pass.errors:
             return
-        self._labels = None if self._fetches_batches else self._read(batch, self._pass.num_outputs(loader))
+        self._labels = None if self._step_fetches_batches else self._read(batch, self._pass.num_outputs(loader))
         self._extractor.start(self._labels if isinstance(self._labels, Labels) else None)
 
     def end_batch(self, trainer: Trainer, batch: Any, batch_idx: int, loader: int) -> None:
@@ -256,7 +256,7 @@ class Validation:
 
     def _add(self, extractor: Extractor, current: Pass, trainer: Trainer, batch: Any, loader: int) -> Errors:
         """Add the rows of a batch, and return the errors of sources that failed."""
-        labels = self._read(batch, current.num_outputs(loader)) if self._fetches_batches else self._labels
+        labels = self._read(batch, current.num_outputs(loader)) if self._step_fetches_batches else self._labels
         if not isinstance(labels, Labels):
             raise labels or ValueError("its labels are unknown")
         with trainer.precision_plugin.forward_context():
@@ -318,7 +318,7 @@ class Validation:
             self._messages.warn_of_dropped_guess(extractor, guess)
 
     def _read(self, batch: Any, num_outputs: int | None) -> Labels | Exception:
-        """Return the labels, or their error: it is raised later, unless ``validation_step`` skips the batch."""
+        """Return the labels, or the error of reading them, which is raised later unless the batch is skipped."""
         try:
             if not self._messages.are_labels_reported:
                 self._messages.note_origin(batch, self._target)
