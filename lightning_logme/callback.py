@@ -39,9 +39,9 @@ Plots = bool | Literal["auto"]
 class LogMECallback(AnyCallback):
     """A callback that tracks, at every validation, how well a network's features suit the labels of its validation set.
 
-    The callback captures the input of the classifier head while ``validation_step`` runs, and accumulates moments on
-    the device. When validation ends, it turns them into the log of maximum evidence (see
-    :func:`lightning_logme.functional.logme`). It adds no forward pass. It calls ``pl_module.log``, so
+    The callback captures the input of the classifier head while ``validation_step`` runs, without an extra forward
+    pass. It accumulates moments on the device, and turns them into the log of maximum evidence (see
+    :func:`lightning_logme.functional.logme`) when validation ends. It calls ``pl_module.log``, so
     ``ModelCheckpoint(monitor="logme", mode="max")``, ``EarlyStopping``, the progress bar and every logger get the
     values in the same epoch. :class:`~lightning_logme.Ranking` explains how to read them. The keys are:
 
@@ -64,17 +64,16 @@ class LogMECallback(AnyCallback):
         layers: dotted names of modules whose **output** is scored as well, or glob patterns such as
             "encoder.layer.*", where * matches anything but a dot.
         layer_mean: whether to score the mean of the layers' pooled features as well.
-        features: callable(module, batch) -> features that replaces ``head``, for modules without a head. It runs a
-            forward pass of its own.
+        features: callable(module, batch) -> features instead of ``head``. It runs a forward pass of its own.
         task: "binary", "multiclass", "multilabel" or "regression".
         num_classes: the number of classes or labels. None takes the number of outputs of the head.
         target: where the labels are in a batch: a key, an index, or a callable(batch) -> Tensor. None takes the second
             item of a tuple, or an entry with a usual name such as "labels" or "target".
-        pooling: how tokens (N, T, D) and maps (N, C, H, W) become vectors (N, D). "auto" and "mean" average over the
-            tokens that the batch's attention mask includes, or over the positions of a map; the layers that made the
-            map show which axis holds its channels. "channels_first" and "channels_last" average, too, and name that
-            axis. "cls" takes the first token that the mask includes, "last" the last one. A callable(Tensor) -> Tensor
-            returns (N, D). Give one pooling for all, or a mapping by layer (name or pattern; "head" for the head).
+        pooling: how tokens (N, T, D) and maps (N, C, H, W) become vectors (N, D). "auto" and "mean" average over
+            tokens inside the batch's attention mask, or over the positions of a map; the layers that made the map show
+            which axis holds its channels. "channels_first" and "channels_last" average, too, and name that axis. "cls"
+            takes the first token inside the mask, "last" the last one. A callable(Tensor) -> Tensor returns (N, D).
+            Give one for all, or a mapping by layer (name or pattern; "head" for the head).
         name: prefix of all logged keys. Each callback of a Trainer needs its own.
         fit_intercept: whether to centre features and targets first. The papers do not.
         ignore_index: label of rows that are left out, as in ``torch.nn.functional.cross_entropy``. Not used in
@@ -82,7 +81,7 @@ class LogMECallback(AnyCallback):
         normalize: whether to scale the features of each sample to length 1. The papers do not; on real tasks it ranks
             better.
         class_names: names of the outputs, for the figure.
-        plots: whether loggers get histograms and figures at every validation, if they can show them. "auto" leaves out
+        plots: whether loggers that can show them get histograms and figures at every validation. "auto" leaves out
             figures when drawing takes more than 5 % of the validation.
         curve: whether to record the score of the first 32, 64, 128, … samples and of all (see ``curves``). With more
             than 16 classes the curve starts at two samples per class. Samples of the validation set keep the order of
@@ -93,8 +92,8 @@ class LogMECallback(AnyCallback):
             sought only if the validation set is scored; without a head, the last layer takes its place. One batch of
             each probe runs in the sanity check (without validation: before the first step): mistakes surface early.
         probe_every: an integer k runs the probes at the first of every k validations; in between, monitors see the last
-            values. "checkpoint" runs the probes while a checkpoint is being saved. The results go into that checkpoint
-            and to the loggers. For monitors they come too late, so no monitor may name a probe. Checkpoints saved with
+            values. "checkpoint" runs them while a checkpoint is being saved. The results go into that checkpoint and to
+            the loggers. They come too late for monitors, so no monitor may name a probe. Checkpoints saved with
             ``save_weights_only=True`` hold no state of callbacks and do not run the probes.
         validation: whether to score the validation set itself. Use False if it has no labels and only probes count.
 

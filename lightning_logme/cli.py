@@ -161,7 +161,7 @@ def _fail(command: str, message: str, status: int) -> int:
 
 
 def _imported(name: str) -> Any:
-    """Return the object that a dotted name refers to, such as a function of a module or a method of a class."""
+    """Return the object that a dotted name refers to: an attribute of a module or a class."""
     parts = name.split(".")
     for length in range(len(parts) - 1, 0, -1):
         try:

@@ -37,12 +37,11 @@ def logme(
     same samples and labels.
 
     Args:
-        features: (N, D) floating point of any precision, a tensor or an array. The computation is in float64.
+        features: (N, D) floating point of any precision, tensor or array; computed in float64.
         target: (N,) integers for "binary" and "multiclass", (N, L) of 0 and 1 for "multilabel", (N,) or (N, M) for
             "regression".
         task: "binary", "multiclass", "multilabel" or "regression".
-        num_classes: K; None takes the largest label + 1. For "multilabel" the number of labels; None counts the columns
-            of the target.
+        num_classes: K; None takes the largest label + 1. For "multilabel" the number of labels, or None.
         ignore_index: label of rows that are left out ("multilabel": rows with any such entry). Not accepted for
             "regression".
         fit_intercept: whether to centre features and targets first. The papers do not.
@@ -54,8 +53,7 @@ def logme(
 
     Raises:
         TypeError: an input is neither a tensor nor an array.
-        ValueError: a shape, dtype, label or option does not fit, or an input contains NaN or Inf. The message names the
-            argument.
+        ValueError: a shape, dtype, label or option does not fit, or an input contains NaN or Inf.
 
     Example:
         >>> import torch

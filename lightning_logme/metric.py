@@ -174,11 +174,7 @@ class LogME(Metric):
         self.held_features, self.held_target = [], []
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load copies of the states, and discard results that were computed before.
-
-        Raises:
-            ValueError: the shape of a state does not fit.
-        """
+        """Load copies of states whose shapes fit, and discard results that were computed before."""
         sums = vars(Moments.zeros(self.num_features, self.num_outputs, "meta")).items()
         states = [(name, tuple(value.shape), state_dict.get(prefix + name)) for name, value in sums]
         held = state_dict.get(prefix + "held_features", ())

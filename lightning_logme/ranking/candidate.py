@@ -87,14 +87,13 @@ class Backbone:
     """The network of a candidate with hooks that capture its features, as a context manager.
 
     Args:
-        candidate: the candidate.
+        candidate: the candidate of the ranking.
         module: its network, ready to be called.
         heads: names of the modules whose input is the feature, if an earlier round has found them.
 
     Attributes:
         num_parameters: number of parameters of the module.
-        heads: names of the modules whose input is the feature. Empty if the feature is the output; None before the
-            first batch.
+        heads: names of the modules whose input is the feature; empty if it is the output; None before the first batch.
     """
 
     def __init__(self, candidate: Candidate, module: nn.Module, heads: Sequence[str] | None) -> None:

@@ -74,7 +74,7 @@ def collect(
         rules: settings of the ranking.
         fabric: the Fabric of this process.
         start: number of samples that earlier rounds have read.
-        stop: number of samples that have been read after this round.
+        stop: number of samples after this round.
         count: called with the number of samples of each batch, to show progress.
     """
     collected = Collected()

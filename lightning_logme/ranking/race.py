@@ -37,17 +37,17 @@ class Race:
 
     Args:
         fabric: the Fabric of this process.
-        candidates: the candidates, each with a name of its own.
-        samples: the samples, the same for all candidates.
+        candidates: candidates with different names.
+        samples: the same for all candidates.
         rules: settings of the ranking.
-        store: folder for the results of candidates that finished or were dropped; None keeps none.
+        store: folder for results of candidates that finished or were dropped; None keeps none.
         report: progress output.
 
     Attributes:
-        samples: the samples, the same for all candidates.
+        samples: the same for all candidates.
         progress: the state of each candidate, by name.
-        dropped: how far each dropped candidate was behind, by name.
-        failed: why each failed candidate failed, by name.
+        dropped: how far a dropped candidate was behind, by name.
+        failed: why a candidate failed, by name.
         interrupted: whether Ctrl-C ended the race.
     """
 

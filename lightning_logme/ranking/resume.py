@@ -92,15 +92,15 @@ class Progress:
 
     Attributes:
         rounds: the finished rounds.
-        evidence: the evidence of the last round, by source.
-        accumulators: the sums over the samples so far, by source, on the CPU; empty if no round will follow.
-        first: the first samples; None if they are not needed.
-        heads: names of the modules whose input is the feature; empty if the feature is the output.
+        evidence: evidence of the last round, by source.
+        accumulators: sums over the samples so far, by source, on the CPU; empty if no round will follow.
+        first: the first samples, if they are needed.
+        heads: names of the modules whose input is the feature; empty if it is the output.
         constant: sources whose features are the same for every sample.
         num_parameters: number of parameters of the module.
         seconds: time spent so far.
         peak_memory: bytes of accelerator memory at most; None on a CPU.
-        is_complete: whether the candidate has seen all samples.
+        is_complete: whether all samples have been seen.
     """
 
     rounds: list[Round] = field(default_factory=list)
@@ -139,8 +139,8 @@ class Store:
     """A folder with the results of candidates that finished or were dropped.
 
     Args:
-        folder: path of the folder, which is created if it does not exist.
-        options: options on which all results depend. A file that was written with different options is not used.
+        folder: its path; it is created if it does not exist.
+        options: options on which all results depend. A file with different options is not used.
     """
 
     def __init__(self, folder: str | os.PathLike[str], options: Mapping[str, Any]) -> None:

@@ -45,13 +45,13 @@ class History:
 
     Args:
         name: prefix of all keys.
-        plots: whether loggers get histograms and figures, if they can show them; "auto" leaves out slow figures.
+        plots: whether loggers get histograms and figures; "auto" leaves out slow figures.
 
     Attributes:
         rows: one dict for each pass and key, oldest first.
         evidence: the last evidence of each key.
         curves: the last curve of each key.
-        position: epoch and step of weights that were loaded from a checkpoint; None uses those of the trainer.
+        position: epoch and step of weights from a checkpoint; None uses those of the trainer.
     """
 
     def __init__(self, name: str, plots: bool | Literal["auto"]) -> None:
@@ -105,11 +105,11 @@ class History:
             trainer: the trainer of the run.
             module: the module whose ``log`` is called.
             current: the pass.
-            sources: names of the sources that were scored.
-            seconds: how long the pass took.
+            sources: the sources that were scored.
+            seconds: duration of the pass.
             probe: name of the probe; None for the validation set.
-            head: the source that is logged as the head, such as the last layer of a module without a head.
-            class_names: names of the outputs, for the figure.
+            head: the source that is logged as the head, such as the last layer if there is no head.
+            class_names: names of the outputs.
             is_saving: whether a checkpoint is being saved: ``module.log`` must not be called then.
         """
         results = current.results(trainer.strategy.root_device, alone=trainer.world_size == 1)

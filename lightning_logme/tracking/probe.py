@@ -111,10 +111,10 @@ class PreparedProbe:
         """Run the module on this process's share of the samples.
 
         Args:
-            trainer: sets the device, the precision and the number of processes.
-            module: the module, which is left as it was.
+            trainer: sets device, precision and processes.
+            module: is left as it was.
             extractor: captures from the module.
-            scoring: settings of the callback; the probe sets the task, the number of outputs and ``ignore_index``.
+            scoring: settings of the callback; the probe sets task, number of outputs and ``ignore_index``.
             limit_batches: how many batches to use, instead of the probe's own limit.
 
         Returns:

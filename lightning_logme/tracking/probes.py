@@ -161,7 +161,7 @@ class Probes:
 
         Args:
             trainer: the trainer of the run.
-            module: the module to run, which is left as it was.
+            module: is run, and left as it was.
             extractor: captures from the module.
             history: receives the results.
             scoring: settings of the callback.

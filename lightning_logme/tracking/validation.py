@@ -48,12 +48,6 @@ class Pass:
     For a curve, each doubling of the samples is a segment. The sums of the first 32 samples and of the next 32 give the
     score of the first 64, in any number of processes.
 
-    Args:
-        scoring: the task, and how to score.
-        rank: rank of this process.
-        world_size: number of processes.
-        num_loaders: number of loaders of the pass.
-
     Attributes:
         errors: why a source has no result, by source; None stands for all sources. Processes share them at the end.
         batches: number of batches that this process has read, by loader.
@@ -80,7 +74,7 @@ class Pass:
 
         Args:
             rows: features (n, D), or tokens (n, T, D), by source.
-            labels: the labels of the batch.
+            labels: labels of the batch.
             positions: positions of its samples among those of all processes.
             loader: index of the loader.
         """
@@ -172,8 +166,8 @@ class Validation:
         name: prefix of the logged keys, for messages.
         scoring: the task, and how to score.
         target: where the labels are in a batch.
-        class_names: names that are checked against the number of outputs.
-        has_probes: whether the callback has probes, so that the validation set need not be scored.
+        class_names: names of the outputs; their number is checked.
+        has_probes: whether there are probes, so that the validation set need not be scored.
     """
 
     def __init__(
