@@ -47,12 +47,12 @@ class LogMECallback(AnyCallback):
 
     - ``logme`` and ``logme_gain``: the score, and the score minus that of useless features, in nats per sample;
     - ``logme/<layer>`` and ``logme_gain/<layer>``: the same for each of ``layers``, and for ``layer_mean``;
-    - ``logme/<probe>`` and ``logme_gain/<probe>``: the same for each of ``probes``, also with ``/<layer>`` at the end.
+    - ``logme/<probe>`` and ``logme_gain/<probe>``: the same for each of ``probes``; layers add ``/<layer>``.
 
     With several validation loaders, keys of the validation set end in Lightning's suffix ``/dataloader_idx_<i>``.
 
     During a pass, each source of D features needs a D × D matrix of float64 on the device, so L layers need L × D² × 8
-    bytes. This is for each validation loader and, with ``curve``, for each doubling of the samples. While there are
+    bytes. Each validation loader needs that much, and with ``curve`` each doubling of its samples. While there are
     fewer than D samples, the features themselves are kept instead.
 
     Checkpoints contain the history: see :func:`lightning_logme.read_history`.
@@ -88,7 +88,7 @@ class LogMECallback(AnyCallback):
             its loader, so shuffle a sorted set once. Samples of a probe are in a random order.
         probes: labelled loaders of other tasks, or :class:`~lightning_logme.Probe` objects, by name. At each validation
             (without validation: at the end of each epoch) the module's forward runs on them in eval mode and leaves no
-            trace. ``head`` or ``features`` also sets their feature. With ``layers`` and ``head="auto"``, a head is
+            trace. The feature is that of ``head`` or ``features``. With ``layers`` and ``head="auto"``, a head is
             sought only if the validation set is scored; without a head, the last layer takes its place. One batch of
             each probe runs in the sanity check (without validation: before the first step): mistakes surface early.
         probe_every: an integer k runs the probes at the first of every k validations; in between, monitors see the last

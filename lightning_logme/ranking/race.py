@@ -117,12 +117,12 @@ class Race:
             name: self.progress[name].rounds[index] for name in self.running if len(self.progress[name].rounds) > index
         }
         self._num_rows = max(self._num_rows, sum(len(one.scores) for one in rounds.values()))
-        errors = standard_errors_behind(rounds, quantile_to_drop(self._num_rows, index + 1))
+        behind = standard_errors_behind(rounds, quantile_to_drop(self._num_rows, index + 1))
         for name, one in rounds.items():
             known = [(name, source) for source, score in one.scores.items() if not math.isnan(score.logme)]
-            if known and all(row in errors for row in known):
+            if known and all(row in behind for row in known):
                 self.dropped[name] = (
-                    f"{min(errors[row] for row in known):.1f} standard errors behind at {one.num_samples} samples"
+                    f"{min(behind[row] for row in known):.1f} standard errors behind at {one.num_samples} samples"
                 )
                 self._finish(name)
                 self._report.line(f"{name} is dropped: {self.dropped[name]}.")

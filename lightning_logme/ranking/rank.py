@@ -69,16 +69,16 @@ def rank_backbones(
     samples are drawn without replacement from all that the loader's sampler would give, in an order set by ``seed``.
     They are stratified by class if the data set exposes its labels (``targets``, ``labels``, the tensors of a
     TensorDataset; also through Subset). Any other loader is a stream, which is read again for each candidate and round,
-    and must give the same batches each time. Blocks and early rounds take its samples in their order, so shuffle it
-    beforehand. With labels (N, T), each token whose label is not ``ignore_index`` counts as one sample.
+    and must give the same batches each time. Shuffle a stream beforehand, because blocks and early rounds follow its
+    order. With labels (N, T), each token whose label is not ``ignore_index`` counts as one sample.
 
     **The race.** The first round has 256 samples, or four per class if that is more. Each further round doubles the
     number. After each round, a candidate is dropped if all its rows are behind the leader by more than chance allows.
     The others continue where they stopped: moments add up, so no sample is computed twice. Among equally good
-    candidates, the chance that any is dropped in the whole race is at most 5 %. For this, the difference from the
-    leader is compared with a quantile of Student's t with seven degrees of freedom, and the 5 % are divided among all
-    pairs of rows and all rounds (Bonferroni). A dropped candidate keeps the score and the number of samples with which
-    it was dropped. Evidence grows with samples, so compare only scores on the same number of samples.
+    candidates, the chance that any is dropped in the whole race is at most 5 %. The difference from the leader is
+    measured in paired standard errors, and compared with a quantile of Student's t with seven degrees of freedom. The
+    5 % are divided among all pairs of rows and all rounds (Bonferroni). A dropped candidate keeps the score and the
+    number of samples with which it was dropped. Evidence grows with samples, so compare only scores on the same number.
 
     **Error bars.** Standard errors are those of a block jackknife: the samples form eight random blocks, and each block
     is left out once. All candidates see the same blocks, so their differences are paired, and far more certain than the

@@ -44,7 +44,7 @@ class RankingRow:
         feature: the scored feature: "input of 'fc'", "output" of the module, or "output of 'layer4'".
         num_features: D.
         num_parameters: number of parameters of the module.
-        num_samples: number of samples behind the score; both stay as they were when the candidate was dropped.
+        num_samples: number of samples behind the score. A dropped candidate keeps the values of its last round.
         seconds: time to build the module, run it and compute the evidence, over all layers.
         peak_memory: bytes of accelerator memory at most; None on a CPU.
         ended: "finished"; "dropped", because it was behind the leader by more than chance allows; "failed";

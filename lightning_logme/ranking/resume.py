@@ -184,8 +184,8 @@ class Store:
             warnings.warn(f"resume_from: {path} could not be written ({error}).", stacklevel=2)
 
     def _all_options(self, candidate: Candidate) -> dict[str, str]:
-        selection = {name: _named(value) for name, value in vars(candidate.selection).items()}
-        own = {"forward": _named(candidate.forward), "transform": _named(candidate.transform)}
+        selection = {name: _as_text(value) for name, value in vars(candidate.selection).items()}
+        own = {"forward": _as_text(candidate.forward), "transform": _as_text(candidate.transform)}
         return {name: str(value) for name, value in {**self._options, **selection, **own}.items()}
 
     def _path(self, candidate: Candidate) -> Path:
@@ -198,8 +198,8 @@ def warn_of_restart(candidate: Candidate, cause: str) -> None:
     warnings.warn(f"resume_from: {candidate.name!r} starts again, because {cause}.", stacklevel=2)
 
 
-def _named(value: Any) -> str:
+def _as_text(value: Any) -> str:
     """Return a value as text; a callable by its name, because its address differs between processes."""
     if isinstance(value, Mapping):
-        return str({key: _named(one) for key, one in value.items()})
+        return str({key: _as_text(one) for key, one in value.items()})
     return getattr(value, "__qualname__", type(value).__qualname__) if callable(value) else str(value)

@@ -19,7 +19,7 @@ def standing(race: Race) -> Ranking:
     comparable = _comparable(race)
     last = {name: progress.rounds[-1] if progress.rounds else _NO_ROUND for name, progress in race.progress.items()}
     pairs = [(name, source) for name, one in last.items() for source in one.scores]
-    trailing = standard_errors_behind(comparable, quantile_of_ties(len(pairs)))
+    behind = standard_errors_behind(comparable, quantile_of_ties(len(pairs)))
 
     def sort_key(pair: tuple[str, str]) -> tuple[int, int, float]:
         name, source = pair
@@ -32,7 +32,7 @@ def standing(race: Race) -> Ranking:
     ranking = Ranking([], {}, {})
     for name, source in sorted(pairs, key=sort_key):
         progress, row = race.progress[name], row_name(name, source)
-        is_tied = sort_key((name, source))[0] == 0 and (name, source) not in trailing
+        is_tied = sort_key((name, source))[0] == 0 and (name, source) not in behind
         ranking.rows.append(_row(race, name, source, last[name].scores[source], is_tied))
         if source in progress.evidence:
             ranking.evidence[row] = progress.evidence[source]

@@ -25,7 +25,7 @@ Row = dict[str, Any]
 
 _SHARDED_METADATA = "meta.pt"  # in the folder of a sharded checkpoint: everything but the weights
 _PER_OUTPUT = ("per_output", "null", "alpha", "beta", "effective_dim", "saturated")
-_NOTHING: dict[str, Any] = {"logme": math.nan, "gain": math.nan, "num_samples": 0}
+_NO_RESULT: dict[str, Any] = {"logme": math.nan, "gain": math.nan, "num_samples": 0}
 
 
 def is_key(key: Any, name: str, probe: str | None = None) -> bool:
@@ -135,11 +135,11 @@ class History:
     def _store(self, trainer: Trainer, suffix: str, result: Result | None, has_curve: bool) -> dict[str, float]:
         """Store one result (None becomes NaN), and return the values to log."""
         key = self.name + suffix
-        numbers = _NOTHING if result is None else _plain(result.evidence)
+        numbers = _NO_RESULT if result is None else _plain(result.evidence)
         epoch, global_step = self.position or (trainer.current_epoch, trainer.global_step)
         stage = str(trainer.state.fn.value) if trainer.state.fn is not None else ""
         row: Row = {"epoch": epoch, "global_step": global_step, "key": key, "stage": stage}
-        row |= {name: numbers[name] for name in _NOTHING}
+        row |= {name: numbers[name] for name in _NO_RESULT}
         if has_curve:
             row["curve"] = [] if result is None else [list(point) for point in result.curve]
         self.rows.append(row)

@@ -60,8 +60,8 @@ class Messages:
         if memory > _MUCH_MEMORY and "memory" not in self._reported:
             self._reported.add("memory")
             rank_zero_warn(
-                f"{self._name} will hold {memory / 2**30:.1f} GiB in {len(widths)} matrices of D × D, with curve=True "
-                "for each point of the curve; score fewer layers to save memory."
+                f"{self._name} will hold {memory / 2**30:.1f} GiB in {len(widths)} matrices of D × D (with curve=True, "
+                "for each point of the curve); score fewer layers to save memory."
             )
 
     def warn_of_errors(self, new: Mapping[str | None, str], batch_idx: int, is_final: bool) -> None:
@@ -81,7 +81,7 @@ class Messages:
         head = extractor.head
         extractor.drop_guess()
         if head is not None and head.outputs == extractor.num_outputs:
-            reason += f" Its number of outputs, {head.outputs}, is still used as K; give num_classes= if it is wrong."
+            reason += f" The head's number of outputs, {head.outputs}, is still used as K; num_classes= changes it."
         rank_zero_warn(f"{self._name} is logged for {', '.join(extractor.names)} only: {reason}")
 
     def warn_of_unseen(

@@ -33,7 +33,7 @@ class Probes:
         if not (isinstance(every, str) and every == "checkpoint") and (type(every) is not int or every < 1):
             raise ValueError(f"probe_every must be a positive integer or 'checkpoint', got {every!r}.")
         self.every = every
-        self._probes = _named(probes)
+        self._probes = _by_name(probes)
         self._prepared: dict[str, PreparedProbe] = {}
         self._validations = 0
         self._is_rehearsed = False
@@ -180,7 +180,7 @@ class Probes:
             history.record(trainer, module, current, scored, seconds, probe=name, head=head, is_saving=is_saving)
 
 
-def _named(probes: Mapping[str, Any] | None) -> dict[str, Probe]:
+def _by_name(probes: Mapping[str, Any] | None) -> dict[str, Probe]:
     """Return the probes by name. A plain loader becomes a multiclass probe."""
     if probes is None:
         return {}

@@ -185,7 +185,7 @@ class Validation:
         self._extractor: Extractor | None = None
         self._pass: Pass | None = None
         self._loaders: list[Any] = []
-        self._step_fetches_batches = False  # whether validation_step does; labels are then known only after it
+        self._step_fetches_batches = False  # whether labels are known only after validation_step
         self._wrong_guess: str | None = None  # why the guessed head is dropped
         # State of a batch
         self._labels: Labels | Exception | None = None
