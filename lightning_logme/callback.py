@@ -47,7 +47,7 @@ class LogMECallback(AnyCallback):
 
     - ``logme`` and ``logme_gain``: the score, and the score minus that of useless features, in nats per sample;
     - ``logme/<layer>`` and ``logme_gain/<layer>``: the same for each of ``layers``, and for ``layer_mean``;
-    - ``logme/<probe>`` and ``logme_gain/<probe>``: the same for each of ``probes``; layers add ``/<layer>``.
+    - ``logme/<probe>``, ``logme/<probe>/<layer>`` and their gains: the same for each of ``probes``.
 
     With several validation loaders, keys of the validation set end in Lightning's suffix ``/dataloader_idx_<i>``.
 

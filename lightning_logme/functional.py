@@ -41,7 +41,7 @@ def logme(
         target: (N,) integers for "binary" and "multiclass", (N, L) of 0 and 1 for "multilabel", (N,) or (N, M) for
             "regression".
         task: "binary", "multiclass", "multilabel" or "regression".
-        num_classes: K; None takes the largest label + 1. For "multilabel" the number of labels, or None.
+        num_classes: K; None takes the largest label + 1. For "multilabel" the number of labels; None counts columns.
         ignore_index: label of rows that are left out ("multilabel": rows with any such entry). Not accepted for
             "regression".
         fit_intercept: whether to centre features and targets first. The papers do not.
@@ -53,7 +53,8 @@ def logme(
 
     Raises:
         TypeError: an input is neither a tensor nor an array.
-        ValueError: a shape, dtype, label or option does not fit, or an input contains NaN or Inf.
+        ValueError: a shape, dtype, label or option does not fit, or an input contains NaN or Inf. The message names the
+            argument.
 
     Example:
         >>> import torch

@@ -116,8 +116,8 @@ def rank_backbones(
             mappings by layer.
         forward: callable(model, batch) -> output: one for all, or a mapping by candidate. None calls model(inputs), or
             model(**batch) with the entries of a mapping that the model accepts, without the labels.
-        transforms: callable(batch) -> batch by candidate, for its own preprocessing on the CPU, such as a tokenizer.
-            Labels are read before.
+        transforms: a callable(batch) -> batch for each candidate that needs preprocessing of its own on the CPU, such
+            as a tokenizer. Labels are read before it.
         fit_intercept: whether to centre features and targets first. The papers do not.
         ignore_index: label of samples, or tokens, that are left out. Not used in regression.
         normalize: whether to scale the features of each sample to length 1 first. The papers do not; on real tasks it

@@ -257,7 +257,7 @@ def test_from_the_shell(run, tmp_path, capsys):
     config = {
         "module": {"class_path": "models.Classifier", "init_args": {"lr": 0.2}},
         "paths": str(run),
-        "data": {"class_path": "test_score_checkpoints.Data"},
+        "data": {"class_path": "test_checkpoints.Data"},
         "accelerator": "cpu",
         "progress": False,
     }
