@@ -114,7 +114,7 @@ class Ranking:
 
     @property
     def scores(self) -> dict[str, float]:
-        """The LogME of each row that has one, in the order of ``rows``. See there for the number of samples behind it."""
+        """The LogME of each row that has one, in the order of ``rows``, which also give the number of samples."""
         return {row.name: row.logme for row in self.rows if not math.isnan(row.logme)}
 
     def head(self, name: str | None = None, dtype: torch.dtype | None = None) -> torch.nn.Linear:
