@@ -63,29 +63,28 @@ class LogMECallback(AnyCallback):
             output of the module's ``forward``.
         layers: dotted names of modules whose **output** is scored as well, or glob patterns such as
             "encoder.layer.*", where * matches anything but a dot.
-        layer_mean: whether to score the mean of the layers' pooled features as well.
+        layer_mean: score the mean of the layers' pooled features as well.
         features: callable(module, batch) -> features instead of ``head``. It runs a forward pass of its own.
         task: "binary", "multiclass", "multilabel" or "regression".
         num_classes: the number of classes or labels. None takes the number of outputs of the head.
         target: where the labels are in a batch: a key, an index, or a callable(batch) -> Tensor. None takes the second
-            item of a tuple, or an entry with a usual name such as "labels" or "target".
+            item of a tuple, or an entry such as "labels".
         pooling: how tokens (N, T, D) and maps (N, C, H, W) become vectors (N, D). "auto" and "mean" average over
             tokens inside the batch's attention mask, or over the positions of a map; the layers that made the map show
             which axis holds its channels. "channels_first" and "channels_last" average, too, and name that axis. "cls"
             takes the first token inside the mask, "last" the last one. A callable(Tensor) -> Tensor returns (N, D).
             Give one for all, or a mapping by layer (name or pattern; "head" for the head).
         name: prefix of all logged keys. Each callback of a Trainer needs its own.
-        fit_intercept: whether to centre features and targets first. The papers do not.
+        fit_intercept: centre features and targets first. The papers do not.
         ignore_index: label of rows that are left out, as in ``torch.nn.functional.cross_entropy``. Not used in
             regression.
-        normalize: whether to scale the features of each sample to length 1. The papers do not; on real tasks it ranks
-            better.
+        normalize: scale the features of each sample to length 1. The papers do not; on real tasks it ranks better.
         class_names: names of the outputs, for the figure.
         plots: whether loggers that can show them get histograms and figures at every validation. "auto" leaves out
             figures when drawing takes more than 5 % of the validation.
-        curve: whether to record the score of the first 32, 64, 128, … samples and of all (see ``curves``). With more
-            than 16 classes the curve starts at two samples per class. Samples of the validation set keep the order of
-            its loader, so shuffle a sorted set once. Samples of a probe are in a random order.
+        curve: record the score of the first 32, 64, 128, … samples and of all (see ``curves``). With more than 16
+            classes the curve starts at two samples per class. Samples of the validation set keep the order of its
+            loader, so shuffle a sorted set once. Samples of a probe are in a random order.
         probes: labelled loaders of other tasks, or :class:`~lightning_logme.Probe` objects, by name. At each validation
             (without validation: at the end of each epoch) the module's forward runs on them in eval mode and leaves no
             trace. The feature is that of ``head`` or ``features``. With ``layers`` and ``head="auto"``, a head is
@@ -95,7 +94,7 @@ class LogMECallback(AnyCallback):
             values. "checkpoint" runs them while a checkpoint is being saved. The results go into that checkpoint and to
             the loggers. They come too late for monitors, so no monitor may name a probe. Checkpoints saved with
             ``save_weights_only=True`` hold no state of callbacks and do not run the probes.
-        validation: whether to score the validation set itself. Use False if it has no labels and only probes count.
+        validation: score the validation set itself. Use False if it has no labels and only probes count.
 
     Raises:
         ValueError: an argument does not fit; at the start of a run, a module or the head is not found; on the first

@@ -44,8 +44,8 @@ def logme(
         num_classes: K; None takes the largest label + 1. For "multilabel" the number of labels; None counts columns.
         ignore_index: label of rows that are left out ("multilabel": rows with any such entry). Not accepted for
             "regression".
-        fit_intercept: whether to centre features and targets first. The papers do not.
-        normalize: whether to scale the features of each sample to length 1 first. The papers do not.
+        fit_intercept: centre features and targets first. The papers do not.
+        normalize: scale the features of each sample to length 1 first. The papers do not.
 
     Returns:
         A float64 scalar on the device of the features. It is NaN, with a warning that names the cause, if there is no

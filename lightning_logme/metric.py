@@ -53,8 +53,8 @@ class LogME(Metric):
         num_outputs: M, the number of columns of a "regression" target.
         ignore_index: label of rows that are left out ("multilabel": rows with any such entry). Not accepted for
             "regression".
-        fit_intercept: whether to centre features and targets first. The papers do not.
-        normalize: whether to scale the features of each sample to length 1 first. The papers do not.
+        fit_intercept: centre features and targets first. The papers do not.
+        normalize: scale the features of each sample to length 1 first. The papers do not.
         kwargs: see :class:`torchmetrics.Metric`.
 
     Raises:

@@ -30,7 +30,6 @@ class Candidate:
     """A network of a ranking, and how its features are extracted.
 
     Attributes:
-        name: name of the candidate.
         source: the module, or a factory that builds it.
         selection: which features to extract.
         forward: (module, batch) -> output; None calls the module with the inputs of the batch.
@@ -55,7 +54,6 @@ class Candidate:
         """Yield the network, ready to run. Afterwards, restore a module that the user passed in.
 
         Args:
-            fabric: the Fabric of this process.
             seed: seed of random weights, which must be the same each time the module is built.
             heads: names of the modules whose input is the feature; None if they are unknown.
         """
@@ -87,8 +85,6 @@ class Backbone:
     """The network of a candidate with hooks that capture its features, as a context manager.
 
     Args:
-        candidate: the candidate of the ranking.
-        module: its network, ready to be called.
         heads: names of the modules whose input is the feature, if an earlier round has found them.
 
     Attributes:

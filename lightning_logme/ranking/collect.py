@@ -69,10 +69,6 @@ def collect(
     """Accumulate this process's batches of the samples from ``start`` to ``stop``.
 
     Args:
-        backbone: extracts the features.
-        samples: samples of the target data set.
-        rules: settings of the ranking.
-        fabric: the Fabric of this process.
         start: number of samples that earlier rounds have read.
         stop: number of samples after this round.
         count: called with the number of samples of each batch, to show progress.

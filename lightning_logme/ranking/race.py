@@ -36,15 +36,10 @@ class Race:
     """A race of candidates, which see more and more of the same samples until one candidate is left.
 
     Args:
-        fabric: the Fabric of this process.
         candidates: candidates with different names.
-        samples: the same for all candidates.
-        rules: settings of the ranking.
         store: folder for results of candidates that finished or were dropped; None keeps none.
-        report: progress output.
 
     Attributes:
-        samples: the same for all candidates.
         progress: the state of each candidate, by name.
         dropped: how far a dropped candidate was behind, by name.
         failed: why a candidate failed, by name.

@@ -108,9 +108,9 @@ def rank_backbones(
         layers: dotted names of modules whose output is scored as well, or glob patterns such as "encoder.layer.*": one
             list for all, or a mapping by candidate. Each layer has a row of its own, ``<candidate>/<layer>``, and a
             candidate stays in the race as long as one of its rows does.
-        layer_mean: whether to score the mean of the layers' pooled features as well, for each candidate with layers.
+        layer_mean: score the mean of the layers' pooled features as well, for each candidate with layers.
         target: where the labels are in a batch: a key, an index, or a callable(batch) -> Tensor. None takes the second
-            item of a tuple, or an entry with a usual name such as "labels" or "target".
+            item of a tuple, or an entry such as "labels".
         pooling: how tokens (N, T, D) and maps (N, C, H, W) become vectors (N, D), as in
             :class:`~lightning_logme.LogMECallback`: one for all, or a mapping by candidate, whose values may be
             mappings by layer.
@@ -118,11 +118,10 @@ def rank_backbones(
             model(**batch) with the entries of a mapping that the model accepts, without the labels.
         transforms: a callable(batch) -> batch for each candidate that needs preprocessing of its own on the CPU, such
             as a tokenizer. Labels are read before it.
-        fit_intercept: whether to centre features and targets first. The papers do not.
+        fit_intercept: centre features and targets first. The papers do not.
         ignore_index: label of samples, or tokens, that are left out. Not used in regression.
-        normalize: whether to scale the features of each sample to length 1 first. The papers do not; on real tasks it
-            ranks better.
-        race: whether to drop candidates early. With False, all candidates see all samples.
+        normalize: scale each sample's features to length 1 first. The papers do not; on real tasks it ranks better.
+        race: drop candidates early. With False, all candidates see all samples.
         seed: seed of the order of the samples, and of the factories.
         resume_from: folder that keeps the results of candidates that finished or were dropped. A ranking that was
             killed reads them there, and computes the others. A candidate starts again, with a warning, if its options,

@@ -102,14 +102,9 @@ class History:
         """Log, store and draw the results of a pass, for each source and loader. All processes call this together.
 
         Args:
-            trainer: the trainer of the run.
-            module: the module whose ``log`` is called.
-            current: the pass.
-            sources: the sources that were scored.
             seconds: duration of the pass.
             probe: name of the probe; None for the validation set.
             head: the source that is logged as the head, such as the last layer if there is no head.
-            class_names: names of the outputs.
             is_saving: whether a checkpoint is being saved: ``module.log`` must not be called then.
         """
         results = current.results(trainer.strategy.root_device, alone=trainer.world_size == 1)

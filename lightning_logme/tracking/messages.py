@@ -92,7 +92,6 @@ class Messages:
         Args:
             all_unseen: the number of such batches, by loader.
             all_batches: the number of all batches, by loader.
-            extractor: captures from the modules.
 
         Returns:
             Why the other batches cannot be scored alone, or None if they can.

@@ -38,7 +38,7 @@ class Probe:
         num_classes: K for "multiclass", or the number of labels for "multilabel". None counts the labels of a data set
             that exposes them (``targets``, ``labels``, the tensors of a TensorDataset; also through Subset).
         target: where the labels are in a batch: a key, an index, or a callable(batch) -> Tensor. None takes the second
-            item of a tuple, or an entry with a usual name such as "labels" or "target".
+            item of a tuple, or an entry such as "labels".
         forward: callable(module, batch) that runs the module, if it is not called as module(inputs) or module(**batch).
         limit_batches: how many batches to use; None uses all.
         ignore_index: label of rows that are left out. Not used in regression.
@@ -108,12 +108,9 @@ class PreparedProbe:
         scoring: Scoring,
         limit_batches: int | None = None,
     ) -> tuple[Pass, set[str | None]]:
-        """Run the module on this process's share of the samples.
+        """Run the module on this process's share of the samples, and leave the module as it was.
 
         Args:
-            trainer: sets device, precision and processes.
-            module: is left as it was.
-            extractor: captures from the module.
             scoring: settings of the callback; the probe sets task, number of outputs and ``ignore_index``.
             limit_batches: how many batches to use, instead of the probe's own limit.
 

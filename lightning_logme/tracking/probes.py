@@ -157,16 +157,7 @@ class Probes:
         scoring: Scoring,
         is_saving: bool = False,
     ) -> None:
-        """Run all probes and record the results; NaN, with a warning, after an error. All processes call this together.
-
-        Args:
-            trainer: the trainer of the run.
-            module: is run, and left as it was.
-            extractor: captures from the module.
-            history: receives the results.
-            scoring: settings of the callback.
-            is_saving: whether a checkpoint is being saved.
-        """
+        """Run all probes and record results; NaN, with a warning, after an error. All processes call this together."""
         scored = list(dict.fromkeys([HEAD, *extractor.names]))
         head = HEAD if extractor.head is not None else extractor.layers[-1]
         limit = int(getattr(trainer, "fast_dev_run", 0)) * trainer.world_size

@@ -163,9 +163,6 @@ class Validation:
     """The scoring of a callback's validations: pairs the features of each batch with its labels, and accumulates them.
 
     Args:
-        name: prefix of the logged keys, for messages.
-        scoring: the task, and how to score.
-        target: where the labels are in a batch.
         class_names: names of the outputs; their number is checked.
         has_probes: whether there are probes, so that the validation set need not be scored.
     """
