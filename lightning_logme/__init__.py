@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from lightning_logme.tracking.history import read_evidence, read_history
     from lightning_logme.tracking.probe import Probe
 
-# Imported on first use (PEP 562): lightning_logme.functional needs neither Lightning nor torchmetrics.
-_HOMES = {
+# Imported on first use (PEP 562), because lightning_logme.functional needs neither Lightning nor torchmetrics.
+_MODULES = {
     "CurvePoint": "scores.curve",
     "Evidence": "scores.evidence",
     "LogME": "metric",
@@ -49,9 +49,9 @@ __version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     globals()[name] = value
     return value
 

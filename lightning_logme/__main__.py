@@ -1,4 +1,4 @@
-"""``python -m lightning_logme``"""
+"""Entry point of ``python -m lightning_logme``."""
 
 import sys
 

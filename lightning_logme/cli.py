@@ -1,4 +1,4 @@
-"""From the shell: ``python -m lightning_logme rank config.yaml``, or ``score_checkpoints``."""
+"""The command line: ``python -m lightning_logme``, with the commands ``rank`` and ``score_checkpoints``."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ Rank backbones, or checkpoints of one network, by how well their features suit a
     python -m lightning_logme rank config.yaml [--option value ...]
     python -m lightning_logme score_checkpoints config.yaml [--option value ...]
 
-config.yaml holds candidates and a LightningDataModule, in the form of LightningCLI:
+config.yaml lists candidates and a LightningDataModule, in the format of LightningCLI:
 
     candidates:
       small:
         class_path: my_project.SmallNet          # a torch.nn.Module
         init_args: {width: 64}
       minilm:
-        class_path: lightning_logme.cli.Made     # by any callable
+        class_path: lightning_logme.cli.Made     # the result of any callable
         init_args:
           by: transformers.AutoModel.from_pretrained
           arguments: {pretrained_model_name_or_path: ./all-MiniLM-L6-v2}
-    head: {minilm: null}                         # its output; the input of the others' classifier head
+    head: {minilm: null}                         # minilm: its output; the others: the input of their head
     data:
       class_path: my_project.MyDataModule
       init_args: {batch_size: 64}
     task: multiclass
     num_classes: 10
-    output: ranking                              # a folder for the table and the figures
+    output: ranking                              # folder for the table and the figures
 
-Every option may be given in the file or after it:
+Each option can be in the file or on the command line:
 
     python -m lightning_logme rank config.yaml --race false --devices 2
     python -m lightning_logme rank config.yaml --resume_from results --layers "[layer3, layer4]"
-    python -m lightning_logme rank --help        # this, and all options
+    python -m lightning_logme rank --help        # this text and all options
 
-For score_checkpoints, config.yaml holds a module and paths in place of candidates; the rest is the same:
+For score_checkpoints, config.yaml has a module and paths instead of candidates; the rest is the same:
 
     module:
       class_path: my_project.MyLightningModule
@@ -57,11 +57,11 @@ For score_checkpoints, config.yaml holds a module and paths in place of candidat
 
 
 class Made:
-    """A module made by a call, for callables that do not say in their types that they return one.
+    """A factory that makes a module with any callable, even if no annotation says that it returns a module.
 
     Args:
         by: dotted name of the callable, such as ``timm.create_model``.
-        arguments: by name.
+        arguments: keyword arguments of the call.
 
     Example:
         >>> Made("torch.nn.Linear", {"in_features": 3, "out_features": 2})()
@@ -76,17 +76,17 @@ class Made:
         return self._call(**self._arguments)
 
 
-_Makes = Callable[[], nn.Module] | Made
+_Factory = Callable[[], nn.Module] | Made
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit status."""
+    """Run a command line and return the exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command = arguments[0] if arguments else ""
     if command not in ("rank", "score_checkpoints"):
-        asked = command in ("-h", "--help")
-        print(_USAGE, file=sys.stdout if asked else sys.stderr)
-        return 0 if asked else 2
+        is_help = command in ("-h", "--help")
+        print(_USAGE, file=sys.stdout if is_help else sys.stderr)
+        return 0 if is_help else 2
     try:
         from jsonargparse import ArgumentError
     except ImportError:
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.output is not None:
             options.output.mkdir(parents=True, exist_ok=True)
         _publish(_run(command, options), options.output)
-    except Exception as error:  # a user of the shell needs no traceback
+    except Exception as error:  # a shell user needs the message, not a traceback
         return _fail(command, f"{type(error).__name__}: {error}", 1)
     return 0
 
@@ -108,17 +108,17 @@ def _parse(command: str, arguments: list[str]) -> Any:
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(prog=f"python -m lightning_logme {command} CONFIG", exit_on_error=False)
-    parser.add_argument("--config", action="config", help=f"a YAML file; the word after {command} is one")
+    parser.add_argument("--config", action="config", help=f"a YAML file; the word after {command} is read as one")
     if command == "rank":
-        parser.add_argument("--candidates", type=dict[str, _Makes], required=True, help="by name")
+        parser.add_argument("--candidates", type=dict[str, _Factory], required=True, help="networks, by name")
     else:
-        parser.add_argument("--module", type=_Makes, required=True, help="that the checkpoints belong to")
+        parser.add_argument("--module", type=_Factory, required=True, help="module of the checkpoints")
         parser.add_argument("--paths", type=str | list[str], required=True, help="checkpoints, or a folder of them")
-    parser.add_subclass_arguments(AnyDataModule, "data", required=True, help="gives the target's samples")
-    parser.add_argument("--split", type=Literal["train", "val", "test"], default="train", help="of the data module")
+    parser.add_subclass_arguments(AnyDataModule, "data", required=True, help="samples of the target task")
+    parser.add_argument("--split", type=Literal["train", "val", "test"], default="train", help="loader to use")
     parser.add_argument("--output", type=Path | None, default=None, help="folder for the table and the figures")
     parser.add_subclass_arguments((Logger, AnyLogger), "logger", required=False, help="for curves and the table")
-    # A candidate of score_checkpoints is a path, and has the same options.
+    # score_checkpoints has the same options; its candidates are paths.
     parser.add_function_arguments(rank_backbones, skip={"candidates", "dataloader", "forward", "logger"})
     if {"-h", "--help"} & set(arguments):
         print(_USAGE)
@@ -161,7 +161,7 @@ def _fail(command: str, message: str, status: int) -> int:
 
 
 def _imported(name: str) -> Any:
-    """What a dotted name names: a module's attribute, or an attribute of that."""
+    """Return the object that a dotted name refers to: an attribute of a module or a class."""
     parts = name.split(".")
     for length in range(len(parts) - 1, 0, -1):
         try:
@@ -178,12 +178,13 @@ def _imported(name: str) -> Any:
 
 
 def _check_keys(path: Path) -> None:
-    """YAML takes the last of two entries of one name, and a candidate would be lost in silence."""
+    """Raise ``ValueError`` if a key is repeated: YAML keeps the last entry, and a candidate would be lost silently."""
     for key in _repeated(yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)):
         raise ValueError(f"{path} has two entries named {key.value!r} (line {key.start_mark.line + 1}).")
 
 
 def _repeated(node: Any) -> Iterator[yaml.ScalarNode]:
+    """Yield each key that occurs a second time in its mapping, at any depth."""
     if isinstance(node, yaml.MappingNode):
         seen = set()
         for key, value in node.value:

@@ -1,4 +1,4 @@
-"""Arrays in, evidence out."""
+"""LogME of tensors or arrays, in one call."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def logme(
     fit_intercept: bool = False,
     normalize: bool = False,
 ) -> Tensor:
-    r"""Log of maximum evidence (LogME): how well features suit a target, without training anything.
+    r"""Return the log of maximum evidence (LogME): how well features suit a target, without any training.
 
     Each output (class one-vs-rest, label or regression target) is modelled by Bayesian linear regression,
     :math:`y \mid w \sim N(F w, \beta^{-1} I)` with :math:`w \sim N(0, \alpha^{-1} I)`. LogME is the mean over the
@@ -41,20 +41,20 @@ def logme(
         target: (N,) integers for "binary" and "multiclass", (N, L) of 0 and 1 for "multilabel", (N,) or (N, M) for
             "regression".
         task: "binary", "multiclass", "multilabel" or "regression".
-        num_classes: K; the largest label + 1 if None. For "multilabel", the number of labels, read off the target if
-            None.
-        ignore_index: rows with this label are left out ("multilabel": with any such entry). Has no meaning for
+        num_classes: K; None takes the largest label + 1. For "multilabel" the number of labels; None counts columns.
+        ignore_index: label of rows that are left out ("multilabel": rows with any such entry). Not accepted for
             "regression".
         fit_intercept: centre features and targets first. The papers do not.
         normalize: scale the features of each sample to length 1 first. The papers do not.
 
     Returns:
-        A float64 scalar on the device of the features. NaN, with a warning that names the cause, where there is no
-        evidence: no rows, or fewer than two classes present.
+        A float64 scalar on the device of the features. It is NaN, with a warning that names the cause, if there is no
+        evidence: no rows, or fewer than two classes.
 
     Raises:
-        TypeError: an input is neither tensor nor array.
-        ValueError: a shape, dtype, label or option does not fit, or an input holds NaN or Inf; the message names it.
+        TypeError: an input is neither a tensor nor an array.
+        ValueError: a shape, dtype, label or option does not fit, or an input contains NaN or Inf. The message names the
+            argument.
 
     Example:
         >>> import torch
@@ -89,7 +89,7 @@ def evidence(
     fit_intercept: bool = False,
     normalize: bool = False,
 ) -> Evidence:
-    """Everything behind :func:`logme`: the evidence of each output, the gain over the null, and the posterior.
+    """Return everything behind :func:`logme`: the evidence of each output, the gain over the null, and the posterior.
 
     Arguments and errors are those of :func:`logme`.
 
@@ -110,14 +110,14 @@ def evidence(
     labels = Target.checked(_as_tensor(target, "target"), task, num_outputs, ignore_index)
     rows = labels.rows(_as_tensor(features, "features"))
     for name, value in (("features", rows.features), ("target", rows.target)):
-        if not torch.isfinite(value.sum(dtype=torch.float64)):  # far cheaper than to look at each
+        if not torch.isfinite(value.sum(dtype=torch.float64)):  # one sum is far cheaper than a test of each value
             bad = int((~torch.isfinite(value)).sum())
             if bad:
                 raise ValueError(f"{name} must be finite, but {bad} of {value.numel()} values are NaN or Inf.")
     if normalize:
         rows = rows.normalized()
     rows = rows.to(moments_device(rows.features.device))
-    num_outputs = decide_num_outputs(task, num_classes, values=rows.target) or 1  # without samples
+    num_outputs = decide_num_outputs(task, num_classes, values=rows.target) or 1  # 1 if there are no samples
     return Evidence.of(rows, num_outputs, task, fit_intercept)
 
 
@@ -129,11 +129,11 @@ def _as_tensor(values: Tensor | np.ndarray[Any, Any], name: str) -> Tensor:
             raise ValueError(f"{name} must not hold masked values, got {np.ma.count_masked(values)}; drop those rows.")
         native = values.dtype.newbyteorder("=")
         try:
-            # torch takes neither negative strides nor, without a warning, memory that it must not write to.
+            # torch rejects negative strides, and warns about read-only memory.
             return torch.from_numpy(np.require(np.asarray(values), dtype=native, requirements=["C", "W"]))
         except TypeError as error:
             raise TypeError(
-                f"{name} must be an array of numbers that torch knows, got dtype {values.dtype}; convert it, as with "
+                f"{name} must have a dtype that torch supports, got {values.dtype}; convert it, as in "
                 f"{name}.astype('float64')."
             ) from error
     raise TypeError(f"{name} must be a torch.Tensor or a numpy.ndarray, got {type(values).__name__}.")

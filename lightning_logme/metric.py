@@ -1,6 +1,6 @@
-"""LogME as a torchmetrics metric whose states are the moments."""
+"""LogME as a torchmetrics metric, whose states are moments."""
 
-# Annotations are not postponed here: torch.jit.script cannot read those of a class that are strings.
+# No postponed annotations here: torch.jit.script cannot read class annotations that are strings.
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -25,41 +25,41 @@ _LISTS = ("held_features", "held_target")
 
 
 class LogME(Metric):
-    r"""Log of maximum evidence (LogME) of features for a target, accumulated over batches and processes.
+    r"""The log of maximum evidence (LogME) as a metric, accumulated over batches and processes.
 
     See :func:`lightning_logme.functional.logme` for the formula and the source. The states are float64 sums over
-    samples, :math:`F^T F` and :math:`F^T Y` above all, so that memory is O(D² + DK) whatever the number of samples, and
-    batches and processes combine by addition, exactly. Fewer than D samples are held as they are, which takes less
-    memory and time; the sums are then 0.
+    samples, mainly :math:`F^T F` and :math:`F^T Y`. Memory is therefore O(D² + DK) for any number of samples, and
+    batches and processes combine exactly, by addition. Fewer than D samples are held as they are, which takes less
+    memory and time; the sums are 0 until then.
 
-    As input to ``forward`` and ``update`` the metric accepts
+    ``forward`` and ``update`` accept
 
-    - ``features`` (:class:`~torch.Tensor`): (N, D) floating point of any precision, D = ``num_features``.
+    - ``features`` (:class:`~torch.Tensor`): (N, D) floating point of any precision, with D = ``num_features``.
     - ``target`` (:class:`~torch.Tensor`): (N,) integers for "binary" and "multiclass", (N, L) of 0 and 1 for
       "multilabel", (N,) or (N, M) for "regression".
 
-    As output ``compute`` returns a float64 scalar, nats per sample. It never raises on data it has accepted: where
-    there is no evidence (no samples, fewer than two classes, NaN or Inf in the features) it is NaN, and one warning
-    names the cause.
+    ``compute`` returns a float64 scalar in nats per sample. It never raises on data that ``update`` has accepted: if
+    there is no evidence (no samples, fewer than two classes, NaN or Inf in the features), it returns NaN, and one
+    warning names the cause.
 
-    The states stay float64 whatever ``half()``, ``to(dtype)`` or ``set_dtype`` ask for. ``forward`` computes the score
-    of the batch, at the price of an eigendecomposition each time: where only the total matters, call ``update``.
+    The states stay float64 under ``half()``, ``to(dtype)`` and ``set_dtype``. ``forward`` also computes the score of
+    the batch, which takes an eigendecomposition each time: call ``update`` if only the total matters.
 
     Args:
         task: "binary", "multiclass", "multilabel" or "regression".
         num_features: D.
         num_classes: K, needed for "multiclass".
         num_labels: L, needed for "multilabel".
-        num_outputs: M, the columns of a "regression" target.
-        ignore_index: rows with this label are left out ("multilabel": with any such entry). Has no meaning for
+        num_outputs: M, the number of columns of a "regression" target.
+        ignore_index: label of rows that are left out ("multilabel": rows with any such entry). Not accepted for
             "regression".
         fit_intercept: centre features and targets first. The papers do not.
         normalize: scale the features of each sample to length 1 first. The papers do not.
         kwargs: see :class:`torchmetrics.Metric`.
 
     Raises:
-        ValueError: an argument does not fit the task; in ``update``, a shape, dtype or label does not fit. Nothing is
-            accumulated then.
+        ValueError: an argument does not fit the task; in ``update``, a shape, dtype or label does not fit, and the
+            batch is not added.
 
     Example:
         >>> import torch
@@ -102,7 +102,7 @@ class LogME(Metric):
         normalize: bool = False,
         **kwargs: Any,
     ) -> None:
-        # torchmetrics would gather the matrices of all processes in each, and add them up there.
+        # By default, torchmetrics gathers the matrices of all processes in every process; an all-reduce does not.
         super().__init__(**{**kwargs, "dist_sync_fn": kwargs.get("dist_sync_fn") or _all_reduce})
         check_task(task)
         check_options(task, ignore_index, fit_intercept)
@@ -116,9 +116,10 @@ class LogME(Metric):
         self.fit_intercept = fit_intercept
         self.normalize = normalize
         self._evidence: Evidence | None = None
-        # A single zero until rows are folded: torchmetrics copies every state and its default, and D × D is much.
+        # A sum is a scalar 0 until rows are folded in: torchmetrics copies all states and defaults, and D × D is large.
         zero = torch.zeros((), dtype=torch.float64)
-        # A MetricCollection takes metrics with equal states for the same, by the first of them alone in old versions.
+        # A MetricCollection merges metrics with equal states (in old versions: an equal first state), but metrics that
+        # differ in these options must stay apart.
         options = torch.tensor([normalize, math.inf if ignore_index is None else ignore_index], dtype=torch.float64)
         self.add_state("options", default=options, dist_reduce_fx="max")
         self.add_state("count", default=zero, dist_reduce_fx="sum")
@@ -131,48 +132,49 @@ class LogME(Metric):
         self.add_state("held_target", default=[], dist_reduce_fx="cat")
 
     def update(self, features: Tensor, target: Tensor) -> None:
-        """Add a batch."""
+        """Add the features and labels of a batch."""
         checked = Target.checked(target, self.task, self.num_outputs, self.ignore_index)
         rows = checked.rows(features, self.num_features, self.normalize)
         accumulator = self._accumulator()
-        if not self._is_folded:  # they may be held, and their owner may overwrite them
+        if not self._is_folded:  # the rows may be held, and the caller may overwrite its tensors
             rows = Rows(rows.features.clone(), rows.target.clone())
         accumulator.add(rows)
         self._set(accumulator)
 
     def compute(self) -> Tensor:
-        """LogME of everything seen since the last reset, by all processes."""
+        """Return LogME of all samples since the last reset, in all processes."""
         self._evidence = self._accumulator().evidence(self.fit_intercept)
         return self._evidence.score
 
     def evidence(self) -> Evidence:
-        """Return everything behind :meth:`compute`, synchronised between processes in the same way."""
+        """Return the evidence behind :meth:`compute`, synchronised between processes in the same way."""
         self.compute()  # cached by torchmetrics until the next update
         assert self._evidence is not None
         return self._evidence
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
-        """Add the sums of another metric, or of its states as a dict."""
+        """Add the states of another metric, or a dict of its states."""
         super().merge_state(incoming_state)
-        # torchmetrics would go on to return what was computed before, or warn that nothing was ever added.
+        # Otherwise torchmetrics returns the value from before the merge, or warns that ``update`` was not called.
         self._computed = None
         self._update_count += 1
 
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
-        """Add states, as forward and merge_state do."""
-        missing: dict[str, Any] = {name: [] for name in _LISTS} | {"options": self.options}  # in version 0.1
+        """Add incoming states, for ``forward`` and ``merge_state``."""
+        # States of version 0.1 have neither lists nor options.
+        missing: dict[str, Any] = {name: [] for name in _LISTS} | {"options": self.options}
         super()._reduce_states({**missing, **incoming_state})
         self._set(self._accumulator())
 
     def _sync_dist(self, dist_sync_fn: Callable = gather_all_tensors, process_group: Any = None) -> None:
-        """Add up the sums of all processes."""
+        """Replace the states by their sums over all processes."""
         for name, value in vars(self.moments()).items():
             everyone = dist_sync_fn(value, group=process_group or self.process_group)
             setattr(self, name, functools.reduce(torch.add, everyone))
         self.held_features, self.held_target = [], []
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load copies of states that fit, and forget what was computed before."""
+        """Load copies of states whose shapes fit, and discard results that were computed before."""
         sums = vars(Moments.zeros(self.num_features, self.num_outputs, "meta")).items()
         states = [(name, tuple(value.shape), state_dict.get(prefix + name)) for name, value in sums]
         held = state_dict.get(prefix + "held_features", ())
@@ -180,22 +182,22 @@ class LogME(Metric):
         for name, shape, loaded in states:
             if loaded is not None and tuple(loaded.shape) not in (shape, ()):
                 raise ValueError(
-                    f"the state {name!r} must have shape {shape}, got {tuple(loaded.shape)}; load it into a metric of "
-                    "the same num_features and number of outputs."
+                    f"the state {name!r} must have shape {shape}, got {tuple(loaded.shape)}; load it into a metric "
+                    "with the same num_features and number of outputs."
                 )
         self._computed, self._evidence = None, None
-        if prefix + "count" in state_dict:  # version 0.1 had no lists
+        if prefix + "count" in state_dict:  # states of version 0.1 have no lists
             state_dict = {**{prefix + name: [] for name in _LISTS}, **state_dict}
         super()._load_from_state_dict(state_dict, prefix, *args)
         for name, value in self.metric_state.items():
             setattr(self, name, value.clone() if isinstance(value, Tensor) else [each.clone() for each in value])
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
-        """Plot one or several values, see :meth:`torchmetrics.Metric.plot`."""
+        """Plot one or several values; see :meth:`torchmetrics.Metric.plot`."""
         return self._plot(val, ax)
 
     def moments(self) -> Moments:
-        """Return the sums of what this process has seen, of all processes once they have been synchronised."""
+        """Return the sums over the samples of this process, or of all processes once they are synchronised."""
         sums = self._accumulator().moments().get(0)
         return Moments.zeros(self.num_features, self.num_outputs, self.count.device) if sums is None else sums
 
@@ -204,7 +206,7 @@ class LogME(Metric):
         return self.gram.ndim > 0
 
     def _accumulator(self) -> Accumulator:
-        """Return what the states hold. Either rows are held, or there are sums, never both between two calls."""
+        """Return an accumulator of the states. Between two calls, the states are either held rows or sums."""
         accumulator = Accumulator(self.task, self.num_features, self.num_outputs, self.count.device, sample_size=0)
         if self._is_folded:
             accumulator.sums = {0: Moments(**{field.name: getattr(self, field.name) for field in fields(Moments)})}
@@ -217,7 +219,7 @@ class LogME(Metric):
         return accumulator
 
     def _set(self, accumulator: Accumulator) -> None:
-        """Write the states, folded unless all samples are held and fewer than D."""
+        """Write an accumulator into the states. Rows become sums as soon as there are D samples."""
         if accumulator.sums or accumulator.num_samples >= self.num_features:
             for name, value in vars(accumulator.moments()[0]).items():
                 setattr(self, name, value)
@@ -225,7 +227,7 @@ class LogME(Metric):
         self.held_target = [held.rows.target for held in accumulator.held]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> Module:
-        """Let torch move the states between devices, never change their precision."""
+        """Let torch move the states between devices, but keep their precision."""
 
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(moments_device(fn(tensor.new_empty(0)).device))
@@ -235,8 +237,8 @@ class LogME(Metric):
 
 
 def _all_reduce(state: Tensor, group: Any = None) -> list[Tensor]:
-    """Return a list of one tensor, the sum over all processes; torchmetrics adds up what is in the list."""
-    # Metrics of one MetricCollection share their states: the sum must not be written to them.
+    """Return the sum over all processes, as a list of one tensor: torchmetrics adds up the items of a list."""
+    # A copy, because metrics of one MetricCollection share their states.
     total = state.clone()
     dist.all_reduce(total, group=group)
     return [total]

@@ -316,7 +316,7 @@ def test_validate_then_fit_then_validate(tmp_path):
 
 
 def test_no_validation_is_said_and_harmless(tmp_path):
-    with pytest.warns(UserWarning, match="this run has no validation: nothing will be logged"):
+    with pytest.warns(UserWarning, match="logs nothing in this run: .* has no validation"):
         trainer(tmp_path, LogMECallback(), limit_val_batches=0).fit(Classifier(), loader(), loader())
 
 
@@ -341,7 +341,7 @@ def test_says_how_tokens_were_pooled_and_what_else_could_be_labels(tmp_path, cap
     x, y = vectors().tensors
     batches = [{"x": a, "target": b.flip(0), "y": b} for a, b in zip(x.split(20), y.split(20), strict=True)]
     run = trainer(tmp_path, LogMECallback())
-    with caplog.at_level("INFO"), pytest.warns(UserWarning, match=r"took batch\['target'\] .* batch\['y'\] could be"):
+    with caplog.at_level("INFO"), pytest.warns(UserWarning, match=r"uses batch\['target'\] .* batch\['y'\] could"):
         run.validate(Tokens(), DataLoader(batches, batch_size=None), verbose=False)
     assert (
         "the labels are batch['target']; the head 'model.2': (20, 3, 32) averaged over tokens, 32 channels"
@@ -403,7 +403,7 @@ class TestErrors:
             ({"pooling": "max"}, "pooling must be"),
             ({"layers": "model.0"}, r"layers must be a sequence of names, got the string 'model.0'"),
             ({"num_classes": 0}, "num_classes must be a positive integer"),
-            ({"name": ""}, "name must not be empty"),
+            ({"name": ""}, "name must be a non-empty string"),
             (
                 {"head": nn.Identity()},
                 "head must be 'auto', the dotted name .* got Identity",
@@ -447,7 +447,7 @@ class TestErrors:
             (lambda: LogMECallback(target=0), r"target must have shape \(N,\) for task='multiclass', got \(20, 16\)"),
             (lambda: LogMECallback(target=7), "target=7 does not lead to labels in a batch that is a list of 2"),
             (lambda: LogMECallback(target=lambda b: b[1][:3]), "gave 20 features for 3 labels"),
-            (lambda: LogMECallback(class_names=["a"]), "class_names must hold one name for each of 4 outputs, got 1"),
+            (lambda: LogMECallback(class_names=["a"]), "class_names must have one name for each of 4 outputs, got 1"),
             (lambda: LogMECallback(layers=["unused"]), "layer 'unused' was not called for this batch"),
             (lambda: LogMECallback(layers=["shared"]), "layer 'shared' was called 2 times for one batch"),
             (lambda: LogMECallback(task="regression"), None),
@@ -569,7 +569,7 @@ class TestErrors:
         with torch.inference_mode():
             module(vectors().tensors[0][:20])
         callback = LogMECallback()
-        message = "4 of 5 batches called none of the modules .* likeliest first: the model was compiled .*force_eager"
+        message = "4 of 5 batches called none of the modules .* most likely first: the model was compiled .*force_eager"
         with pytest.warns(UserWarning, match=message):  # the last batch is of another shape, and compiled with hooks
             trainer(tmp_path, callback).validate(module, loader(), verbose=False)
         assert math.isnan(callback.history[0]["logme"])
@@ -621,7 +621,7 @@ class TestBatchesThatAreLeftOut:
         """Its samples would be missing."""
         rows, messages = self.scores(tmp_path, lambda _, batch_idx: batch_idx == 3)
         assert [math.isnan(row["logme"]) for row in rows] == [True, True]
-        assert all("called none of the modules that are scored, unlike the batches before" in m for m in messages)
+        assert all("called none of the modules that are scored, but earlier batches did" in m for m in messages)
         assert len(messages) == 2
 
     def test_one_of_two_loaders(self, tmp_path):
@@ -691,7 +691,7 @@ def test_a_head_wider_than_the_labels_is_reported_once(tmp_path, caplog, options
     run = trainer(tmp_path, LogMECallback(**options))
     with caplog.at_level("INFO"):
         run.fit(Classifier(), loader(), loader())
-    message = "the head 'model.0' has 32 outputs, and the labels have 4 classes (0 to 3)"
+    message = "the head 'model.0' has 32 outputs, but the labels have only 4 classes (0 to 3)"
     assert caplog.text.count(message) == int(said)
 
 
@@ -787,9 +787,9 @@ def test_a_monitor_that_takes_the_lowest_score_for_the_best_is_warned_of(tmp_pat
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             callback.setup(run, Classifier(), "fit")
-        messages = [str(warning.message) for warning in caught if "takes the lowest" in str(warning.message)]
+        messages = [str(warning.message) for warning in caught if "treats the lowest" in str(warning.message)]
         name, wrong = monitor.__name__, ours and mode != {"mode": "max"}
-        expected = f"takes the lowest {key!r} for the best, and higher is better; write {name}(monitor={key!r}, mode="
+        expected = f"treats the lowest {key!r} as the best, but higher is better; write {name}(monitor={key!r}, mode="
         assert messages == [f"monitor: {name} {expected}'max')."] * wrong
 
 
@@ -800,5 +800,5 @@ def test_a_run_warns_once_of_each_monitor(tmp_path):
         run = trainer(tmp_path, checkpoint, stopping, LogMECallback(), max_epochs=1)
         run.fit(Classifier(), loader(), loader())
         run.validate(Classifier(), loader(), verbose=False)
-    said = [str(warning.message) for warning in caught if "takes the lowest" in str(warning.message)]
+    said = [str(warning.message) for warning in caught if "treats the lowest" in str(warning.message)]
     assert [line.split()[1] for line in said] == ["EarlyStopping", "ModelCheckpoint"]

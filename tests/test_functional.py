@@ -198,7 +198,7 @@ def test_import_needs_neither_lightning_nor_torchmetrics():
 
 def test_public_names_are_listed_before_they_are_imported():
     assert set(lightning_logme.__all__) <= set(dir(lightning_logme))
-    assert set(lightning_logme._HOMES) == set(lightning_logme.__all__)
+    assert set(lightning_logme._MODULES) == set(lightning_logme.__all__)
     assert lightning_logme.CurvePoint(1, 2.0, 3.0).gain == 3.0
     with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
         _ = lightning_logme.Nothing

@@ -1,1 +1,1 @@
-"""Which backbone, or which checkpoint, has the best features for a task."""
+"""Rankings of backbones, or of checkpoints, by how well their features suit a task."""

@@ -1,4 +1,4 @@
-"""A candidate of a ranking: how its network is built, run and restored."""
+"""A candidate of a ranking: build, run and restore its network."""
 
 from __future__ import annotations
 
@@ -27,15 +27,14 @@ Transform = Callable[[Any], Any]
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A network and how its features are extracted.
+    """A network of a ranking, and how its features are extracted.
 
     Attributes:
-        name: of the row.
-        source: the module, or a factory that makes it.
-        selection: of its features.
-        forward: (module, batch) -> output; None calls the module on the inputs of the batch.
-        transform: of the loader's batches, on the CPU.
-        target: key of the labels, which are no input.
+        source: the module, or a factory that builds it.
+        selection: which features to extract.
+        forward: (module, batch) -> output; None calls the module with the inputs of the batch.
+        transform: preprocessing of the loader's batches, on the CPU.
+        target: where the labels are in a batch, so that the module does not get them.
     """
 
     name: str
@@ -47,53 +46,50 @@ class Candidate:
 
     @property
     def is_rebuilt(self) -> bool:
-        """Whether a factory makes the module anew whenever it is needed."""
+        """Whether a factory builds the module again each time it is needed."""
         return not isinstance(self.source, nn.Module)
 
     @contextmanager
     def on_device(self, fabric: Fabric, seed: int, heads: Sequence[str] | None) -> Iterator[Backbone]:
-        """Yield the network, ready to be run; afterwards a module that was passed in is as it was before.
+        """Yield the network, ready to run. Afterwards, restore a module that the user passed in.
 
         Args:
-            fabric: of the process.
-            seed: of random weights, which must be the same whenever the module is made.
-            heads: the modules whose input is the feature, where they are known.
+            seed: seed of random weights, which must be the same each time the module is built.
+            heads: names of the modules whose input is the feature; None if they are unknown.
         """
         if not isinstance(self.source, nn.Module):
             seed_generators(seed)
-            made = self.source()
-            if not isinstance(made, nn.Module):
-                raise TypeError(f"the factory must return a torch.nn.Module, got {type(made).__name__}.")
-            with Backbone(self, fabric.to_device(_converted(made, fabric)), heads) as backbone:
+            built = self.source()
+            if not isinstance(built, nn.Module):
+                raise TypeError(f"the factory must return a torch.nn.Module, got {type(built).__name__}.")
+            with Backbone(self, fabric.to_device(_converted(built, fabric)), heads) as backbone:
                 yield backbone
             return
         module = self.source
         devices = {tensor.device for tensor in (*module.parameters(), *module.buffers())}
-        training = {part: part.training for part in module.modules()}
+        training = {submodule: submodule.training for submodule in module.modules()}
         try:
             in_precision = _converted(module, fabric, keep=True)
-            # A module that somebody has spread over several devices stays there.
+            # A module that is spread over several devices stays there.
             moved = in_precision if len(devices) > 1 else fabric.to_device(in_precision)
             with Backbone(self, moved, heads) as backbone:
                 yield backbone
         finally:
             if len(devices) == 1:
                 module.to(devices.pop())
-            for part, mode in training.items():
-                part.training = mode
+            for submodule, mode in training.items():
+                submodule.training = mode
 
 
 class Backbone:
-    """A network that gives features by source while it lasts.
+    """The network of a candidate with hooks that capture its features, as a context manager.
 
     Args:
-        candidate: what it is made of.
-        module: ready to be called.
-        heads: the modules whose input is the feature, where an earlier round has found them.
+        heads: names of the modules whose input is the feature, if an earlier round has found them.
 
     Attributes:
-        num_parameters: of the module.
-        heads: the modules whose input is the feature, none for the output; None until the first batch shows it.
+        num_parameters: number of parameters of the module.
+        heads: names of the modules whose input is the feature; empty if it is the output; None before the first batch.
     """
 
     def __init__(self, candidate: Candidate, module: nn.Module, heads: Sequence[str] | None) -> None:
@@ -112,29 +108,30 @@ class Backbone:
     def __exit__(self, *_: object) -> None:
         self._extractor.remove()
 
-    @torch.no_grad()  # not inference mode, whose tensors a module may keep, and could not be trained with
+    @torch.no_grad()  # not inference mode: a module may keep its tensors, and could not be trained with them
     def rows(self, batch: Any, target: Target, fabric: Fabric) -> dict[str, Tensor]:
-        """Return by source one vector for each label of a batch as the loader made it.
+        """Return one vector for each label of a batch of the loader, by source.
 
         Raises:
-            ValueError: the module gives no features, or not one for each label.
+            ValueError: the module gives no features, or not one vector for each label.
         """
         try:
             is_unknown = self.heads is None
             prepared, labels = self._run(batch, target, fabric)
             head = self._extractor.head
             if is_unknown and head is not None and not all(capture.seen for capture in head.captures):
-                prepared, labels = self._run(batch, target, fabric)  # the input of the head that was found is not kept
+                # The first run found the head, but did not capture its input.
+                prepared, labels = self._run(batch, target, fabric)
             rows, errors = self._extractor.rows(prepared, labels)
         finally:
             self._extractor.stop()
         for source, error in errors.items():
-            with naming(source or ""):
+            with errors_naming(source or ""):
                 raise error
         return rows
 
     def _run(self, batch: Any, target: Target, fabric: Fabric) -> tuple[Any, Labels]:
-        """Run the module, and find at the first batch which layer makes its output."""
+        """Run the module. On the first batch, find the layer that makes its output."""
         batch = copied(batch)  # the module may write to it
         if self._candidate.transform is not None:
             batch = self._candidate.transform(batch)
@@ -143,31 +140,31 @@ class Backbone:
         self._extractor.start(labels)
         with OutputLayer(self._module) if self.heads is None else nullcontext() as layers, fabric.autocast():
             if self._candidate.forward is not None:
-                made = self._candidate.forward(self._module, prepared)
+                output = self._candidate.forward(self._module, prepared)
             else:
-                made = call(self._module, prepared, self._candidate.target)
+                output = call(self._module, prepared, self._candidate.target)
         if layers is not None:
-            self._find_head(layers, made)
-        if not self.heads and first_tensor(made) is None:
+            self._find_head(layers, output)
+        if not self.heads and first_tensor(output) is None:
             by = "the module" if self._candidate.forward is None else "forward"
             raise ValueError(
-                f"{by} returned {type(made).__name__} without a tensor in it; give forward=callable(model, batch) that "
-                "returns features as a torch.Tensor."
+                f"{by} returned {type(output).__name__} without a tensor in it; give forward=callable(model, batch) "
+                "that returns features as a torch.Tensor."
             )
-        self._extractor.give(made)
+        self._extractor.give(output)
         return prepared, labels
 
-    def _find_head(self, layers: OutputLayer, made: Any) -> None:
-        """Find the layer that makes the output, and take its input for the feature."""
+    def _find_head(self, layers: OutputLayer, output: Any) -> None:
+        """Find the layer that makes the output, and use its input as the feature."""
         if layers.is_blind and self._candidate.forward is None:
             raise ValueError(
-                f"head='auto': no layer of {type(self._module).__name__} was seen while it ran, as of a compiled or "
-                "scripted network; name the head, or write head=None to score the output."
+                f"head='auto': no layer of {type(self._module).__name__} called its hooks, as happens in compiled and "
+                "scripted networks; name the head, or write head=None to score the output."
             )
-        tensor = first_tensor(made)
+        tensor = first_tensor(output)
         name = None if tensor is None else layers.find(tensor)
         if self._candidate.forward is not None and name != self._classifier():
-            name = None  # a forward of the user's own returns features, unless it runs the classifier
+            name = None  # the user's forward returns features, unless it ends in the classifier
         self.heads = () if name is None else (name,)
         if name is not None:
             layers.replay(name, self._extractor.replace_head(get_module(self._module, name, "head"), name))
@@ -180,15 +177,15 @@ class Backbone:
 
 
 def _converted(module: nn.Module, fabric: Fabric, keep: bool = False) -> nn.Module:
-    """Return the module in the precision that was asked for; a copy where the module itself is to stay as it is."""
+    """Return the module in the requested precision. With ``keep`` the module itself stays as it is."""
     precision = fabric.strategy.precision
     is_changed = str(precision.precision).endswith("-true") and precision.precision != "32-true"
     return precision.convert_module(copy.deepcopy(module) if keep and is_changed else module)
 
 
 @contextmanager
-def naming(source: str) -> Iterator[None]:
-    """Say in the message of an error which layer it is about, where it does not say so."""
+def errors_naming(source: str) -> Iterator[None]:
+    """Add the source to the message of an error, unless the message names it."""
     try:
         yield
     except Exception as error:

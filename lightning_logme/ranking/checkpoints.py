@@ -1,4 +1,4 @@
-"""Checkpoints of one network as candidates."""
+"""The ranking of checkpoints of one network."""
 
 from __future__ import annotations
 
@@ -54,22 +54,22 @@ def score_checkpoints(
 ) -> Ranking:
     """Rank the checkpoints of one network by how well their features suit a target task, without training any.
 
-    One checkpoint at a time is loaded, into a copy of the module. Samples, error bars, the race and what happens to a
-    candidate that fails are those of :func:`~lightning_logme.rank_backbones`; a file that cannot be read, or does not
-    fit the module, is such a failure.
+    The checkpoints are loaded one at a time, into a copy of the module. Samples, error bars, the race and failures are
+    those of :func:`~lightning_logme.rank_backbones`. A file that cannot be read, or does not fit the module, is a
+    failure.
 
     Args:
-        module: the LightningModule, or any other module, that the checkpoints belong to; is left as it was.
-        paths: of checkpoints of Lightning, or of state dicts saved by ``torch.save``; or of one folder, for its
-            ``.ckpt`` files. They are read with ``weights_only=True``: nothing in them is executed.
-        dataloader: of the target task, as in :func:`~lightning_logme.rank_backbones`.
-        head: where the feature is, as in :func:`~lightning_logme.rank_backbones`; one for all, or a mapping by path.
+        module: the LightningModule, or any other module, of the checkpoints. It is left as it was.
+        paths: Lightning checkpoints or state dicts saved by ``torch.save``, or one folder of ``.ckpt`` files. They are
+            read with ``weights_only=True``, so no code in them is executed.
+        dataloader: a loader of the target task, as in :func:`~lightning_logme.rank_backbones`.
+        head: which feature is scored, as in :func:`~lightning_logme.rank_backbones`: one for all, or a mapping by path.
         task, num_classes, layers, layer_mean, target, pooling, forward, transforms, fit_intercept, ignore_index,
             normalize, race, seed, resume_from, accelerator, devices, strategy, precision, logger, progress: as in
             :func:`~lightning_logme.rank_backbones`. The keys of a mapping are paths, as strings.
 
     Returns:
-        A :class:`~lightning_logme.Ranking` whose rows are named by the paths as they were given.
+        A :class:`~lightning_logme.Ranking`. Its rows are named by the given paths.
 
     Raises:
         ValueError: an argument does not fit, or a folder holds no checkpoint.
@@ -93,7 +93,7 @@ def score_checkpoints(
         [('first.ckpt', 'finished'), ('second.ckpt', 'failed')]
     """
     if not isinstance(module, nn.Module):
-        raise ValueError(f"module must be the torch.nn.Module that the checkpoints belong to, got {module!r:.60}.")
+        raise ValueError(f"module must be the torch.nn.Module of the checkpoints, got {module!r:.60}.")
     names = _names(paths)
     if isinstance(head, Mapping):
         head = {os.fspath(path): value for path, value in head.items()}
@@ -132,11 +132,11 @@ def _names(paths: PathLike | Iterable[PathLike]) -> list[str]:
             return [os.fspath(paths)]
         found = sorted(str(path) for path in folder.glob("*.ckpt"))
         if not found:
-            raise ValueError(f"paths: the folder {str(folder)!r} holds no .ckpt file.")
+            raise ValueError(f"paths: the folder {str(folder)!r} holds no .ckpt file; give another folder, or files.")
         return found
     names = [os.fspath(path) for path in paths]
     if not names:
-        raise ValueError("paths is empty: pass the checkpoints to score, or a folder of .ckpt files.")
+        raise ValueError("paths is empty; give the checkpoints to score, or a folder of .ckpt files.")
     return names
 
 
@@ -145,7 +145,7 @@ def _loaded(module: nn.Module, path: str) -> nn.Module:
 
     Raises:
         ValueError: the file holds no weights, or the module cannot be copied.
-        RuntimeError: they do not fit.
+        RuntimeError: the weights do not fit the module.
     """
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     loaded: Any = _copy(module)
@@ -156,7 +156,7 @@ def _loaded(module: nn.Module, path: str) -> nn.Module:
             loaded.on_load_checkpoint(checkpoint)
         checkpoint = checkpoint["state_dict"]
     if not isinstance(checkpoint, dict) or not any(isinstance(value, torch.Tensor) for value in checkpoint.values()):
-        raise ValueError(f"{path!r} holds neither a checkpoint of Lightning nor a state dict.")
+        raise ValueError(f"{path!r} holds neither a Lightning checkpoint nor a state dict.")
     own = {plain_name(name): name for name in loaded.state_dict()}
     weights = {own.get(plain_name(name), name): value for name, value in checkpoint.items()}
     loaded.load_state_dict(weights, strict=getattr(loaded, "strict_loading", True))
@@ -164,13 +164,12 @@ def _loaded(module: nn.Module, path: str) -> nn.Module:
 
 
 def _copy(module: nn.Module) -> nn.Module:
-    """Return a copy that is not compiled: compiled code would go on with the weights of the original."""
+    """Return an uncompiled copy: compiled code would keep the weights of the original."""
     copied = uncompiled(module, copy.deepcopy)
-    for name, part in copied.named_modules():
-        if getattr(vars(part).get("forward"), "__closure__", None):
+    for name, submodule in copied.named_modules():
+        if getattr(vars(submodule).get("forward"), "__closure__", None):
             raise ValueError(
-                f"{name or 'the module'} has a forward of its own (a function set on this instance), which in a copy "
-                "would go on with the weights of the original; pass a module without it, and forward=callable(model, "
-                "batch)."
+                f"{name or 'the module'} has a forward function set on the instance, which would use the original's "
+                "weights in a copy; pass a module without it, and give forward=callable(model, batch)."
             )
     return copied

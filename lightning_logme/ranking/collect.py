@@ -1,4 +1,4 @@
-"""One pass of a candidate over some samples: rows are accumulated, and everything so far is scored."""
+"""One round of a candidate: accumulate its features, and score all samples so far."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from torch import Tensor
 from lightning_logme.features.isolation import seed_generators
 from lightning_logme.features.labels import Target
 from lightning_logme.features.sampling import FIRST_SAMPLES, Samples
-from lightning_logme.ranking.candidate import Backbone, naming
-from lightning_logme.ranking.resume import First, Score
+from lightning_logme.ranking.candidate import Backbone, errors_naming
+from lightning_logme.ranking.resume import FirstSamples, Score
 from lightning_logme.scores.accumulator import Accumulator, accumulate
 from lightning_logme.scores.evidence import Evidence
 from lightning_logme.scores.jackknife import jackknife
 from lightning_logme.scores.scoring import Scoring
 from lightning_logme.utilities.compat import Fabric
 
-_CONSTANT = 1e-10  # of the features' mean square: a smaller variance is rounding
+_CONSTANT = 1e-10  # a smaller variance, relative to the features' mean square, is rounding
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What is the same for all candidates.
+    """The settings that all candidates of a ranking share.
 
     Attributes:
-        scoring: of their features; the number of outputs is known.
-        race: whether candidates are dropped early.
-        seed: of random weights.
+        scoring: the task, and how to score; the number of outputs is set.
+        race: whether to drop candidates early.
+        seed: seed of random weights.
     """
 
     scoring: Scoring
@@ -41,14 +41,14 @@ class Rules:
 
 
 @dataclass
-class Part:
-    """What one process has accumulated from one pass.
+class Collected:
+    """The samples that one process has read in one round.
 
     Attributes:
-        accumulators: by source, with the block of each sample as the segment.
+        accumulators: their sums by source. The segment of a sample is its block of the jackknife.
         seen: number of samples.
         labels: digest of their labels.
-        skipped: digest of the labels of a stream that came before.
+        skipped: digest of the labels of earlier rounds, which a stream gives again.
     """
 
     accumulators: dict[str, Accumulator] = field(default_factory=dict)
@@ -65,58 +65,55 @@ def collect(
     start: int,
     stop: int,
     count: Callable[[int], object],
-) -> Part:
+) -> Collected:
     """Accumulate this process's batches of the samples from ``start`` to ``stop``.
 
     Args:
-        backbone: gives the features.
-        samples: of the target data set.
-        rules: of the ranking.
-        fabric: of the process.
-        start: number of samples that were read before.
-        stop: number of samples that have been read at the end.
-        count: is called with the number of samples of each batch.
+        start: number of samples that earlier rounds have read.
+        stop: number of samples after this round.
+        count: called with the number of samples of each batch, to show progress.
     """
-    part = Part()
+    collected = Collected()
     for portion in samples.portions(start, stop, fabric.global_rank, fabric.world_size):
         if portion.start < start:
-            part.skipped += portion.digest()
+            collected.skipped += portion.digest()
             continue
         number, target = len(portion.target), rules.target(portion.target)
         block, index = target.spread(portion.block), target.index(range(portion.start, portion.start + number))
         for source, features in backbone.rows(portion.batch, target, fabric).items():
-            with naming(source):
+            with errors_naming(source):
                 rows = target.rows(features, normalize=rules.scoring.normalize)
-                accumulate(part.accumulators, source, rows, rules.scoring, block, index)
-        part.seen += number
-        part.labels += portion.digest()
+                accumulate(collected.accumulators, source, rows, rules.scoring, block, index)
+        collected.seen += number
+        collected.labels += portion.digest()
         count(number)
-    return part
+    return collected
 
 
-def first_samples(backbone: Backbone, samples: Samples, rules: Rules, fabric: Fabric) -> First:
-    """Return the labels and the features of the first samples, by which a network and a data set are recognised."""
+def first_samples(backbone: Backbone, samples: Samples, rules: Rules, fabric: Fabric) -> FirstSamples:
+    """Return the labels and features of the first samples, to recognise a network and a data set later."""
     labels = samples.first.target[:FIRST_SAMPLES]
     target = rules.target(samples.first.target).first(len(labels))
-    seed_generators(rules.seed)  # the network may draw random numbers when it runs
+    seed_generators(rules.seed)  # the forward pass may draw random numbers
     rows = backbone.rows(samples.first.batch, target, fabric)
-    return First(labels, {source: target.rows(features).features.float().cpu() for source, features in rows.items()})
+    features = {source: target.rows(values).features.float().cpu() for source, values in rows.items()}
+    return FirstSamples(labels, features)
 
 
 def score(
     new: dict[str, Accumulator], earlier: dict[str, Accumulator], fit_intercept: bool
 ) -> Iterator[tuple[str, Score, Evidence]]:
-    """Add what a round has accumulated to what was there, and yield the score of everything so far by source.
+    """Add earlier rounds to a new one, and yield the score and the evidence of all samples so far, by source.
 
     Args:
-        new: the accumulators of the round; afterwards they hold everything, on the CPU.
-        earlier: those of the rounds before, which are used up.
+        new: accumulators of the new round. Afterwards they hold all rounds, on the CPU.
+        earlier: accumulators of the earlier rounds, which are used up.
         fit_intercept: as in :class:`~lightning_logme.Evidence`.
     """
     if not any(accumulator.is_finite for accumulator in new.values()):
         raise ValueError("the features contain NaN or Inf")
     for source, accumulator in sorted(new.items()):
-        with naming(source):
+        with errors_naming(source):
             if source in earlier:
                 accumulator.merge_(earlier[source])
             evidence, replicates = jackknife(accumulator, fit_intercept)

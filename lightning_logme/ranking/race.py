@@ -1,4 +1,4 @@
-"""Round after round, twice the samples for those candidates that may still be the best."""
+"""The race: in each round, the candidates that may still be the best see twice as many samples."""
 
 from __future__ import annotations
 
@@ -13,10 +13,18 @@ import torch
 from lightning_logme.features.isolation import same_generators
 from lightning_logme.features.sampling import SAME_SAMPLES, Samples, total
 from lightning_logme.ranking.candidate import Backbone, Candidate
-from lightning_logme.ranking.collect import Part, Rules, collect, first_samples, is_constant, score
+from lightning_logme.ranking.collect import Collected, Rules, collect, first_samples, is_constant, score
 from lightning_logme.ranking.report import Report
 from lightning_logme.ranking.result import in_words, row_name
-from lightning_logme.ranking.resume import First, Progress, Round, Score, Store, behind, warn_of_restart
+from lightning_logme.ranking.resume import (
+    FirstSamples,
+    Progress,
+    Round,
+    Score,
+    Store,
+    standard_errors_behind,
+    warn_of_restart,
+)
 from lightning_logme.scores.evidence import Evidence
 from lightning_logme.scores.jackknife import quantile_to_drop
 from lightning_logme.scores.reduction import reduced
@@ -25,22 +33,17 @@ from lightning_logme.utilities.distributed import Failure, gathered, together
 
 
 class Race:
-    """Candidates that see more and more of the same samples until one is left.
+    """A race of candidates, which see more and more of the same samples until one candidate is left.
 
     Args:
-        fabric: of the process.
-        candidates: with names of their own.
-        samples: the same for all.
-        rules: of the ranking.
-        store: keeps the results of candidates that are through, if they are kept.
-        report: what the user sees.
+        candidates: candidates with different names.
+        store: folder for results of candidates that finished or were dropped; None keeps none.
 
     Attributes:
-        samples: the same for all.
-        progress: of each candidate.
-        dropped: by name, how far a dropped candidate trailed.
-        failed: by name, why a candidate could not go on.
-        interrupted: whether it ended by Ctrl-C.
+        progress: the state of each candidate, by name.
+        dropped: how far a dropped candidate was behind, by name.
+        failed: why a candidate failed, by name.
+        interrupted: whether Ctrl-C ended the race.
     """
 
     def __init__(
@@ -60,7 +63,7 @@ class Race:
         self._store = store if fabric.is_global_zero else None
         self._is_resumed = store is not None
         self._report = report
-        self._labels: dict[int, int] = {}  # by round
+        self._labels: dict[int, int] = {}  # digest of the labels, by round
         self._num_rows = len(candidates)
         self.progress = {name: Progress() for name in self._candidates}
         self.dropped: dict[str, str] = {}
@@ -69,11 +72,11 @@ class Race:
 
     @property
     def running(self) -> list[str]:
-        """Candidates that may go on."""
+        """The names of the candidates that have neither been dropped nor failed."""
         return [name for name in self._candidates if name not in self.dropped and name not in self.failed]
 
     def run(self) -> None:
-        """Go on until one candidate is left, or the samples are used up, or Ctrl-C."""
+        """Run until one candidate is left, the samples are used up, or the user presses Ctrl-C."""
         try:
             with same_generators():
                 if self._is_resumed:
@@ -90,7 +93,7 @@ class Race:
             self.interrupted = True
 
     def _rounds(self) -> Iterable[tuple[int, int]]:
-        """Return the number of each round, and of the samples that have been read at its end."""
+        """Yield the index of each round, and the number of samples that have been read at its end."""
         return enumerate(self.samples.rounds(self._rules.scoring.num_outputs))
 
     def _run_by_rounds(self) -> None:
@@ -104,27 +107,28 @@ class Race:
                 return
 
     def _drop(self, index: int) -> None:
-        """Drop the candidates all of whose rows trail the leader."""
+        """Drop each candidate whose rows are all behind the leader by more than chance allows."""
         rounds = {
             name: self.progress[name].rounds[index] for name in self.running if len(self.progress[name].rounds) > index
         }
         self._num_rows = max(self._num_rows, sum(len(one.scores) for one in rounds.values()))
-        errors = behind(rounds, quantile_to_drop(self._num_rows, index + 1))
+        behind = standard_errors_behind(rounds, quantile_to_drop(self._num_rows, index + 1))
         for name, one in rounds.items():
             known = [(name, source) for source, score in one.scores.items() if not math.isnan(score.logme)]
-            if known and all(row in errors for row in known):
+            if known and all(row in behind for row in known):
                 self.dropped[name] = (
-                    f"{min(errors[row] for row in known):.1f} standard errors behind at {one.num_samples} samples"
+                    f"{min(behind[row] for row in known):.1f} standard errors behind at {one.num_samples} samples"
                 )
                 self._finish(name)
                 self._report.line(f"{name} is dropped: {self.dropped[name]}.")
 
     def _advance(self, name: str, until: int | None = None) -> None:
-        """Take a candidate through its next rounds, to the number ``until`` or to the end of the samples."""
+        """Run a candidate until it has ``until`` rounds, or to the end of the samples."""
         before, started = self.progress[name], time.perf_counter()
         if before.is_complete or (until is not None and len(before.rounds) >= until):
             return
-        if not before.accumulators:  # results in the folder, of a candidate that was dropped and has to go on now
+        if not before.accumulators:
+            # An earlier ranking dropped this candidate, and the folder holds only its results. It starts again.
             before = self.progress[name] = Progress()
         with self._failures(name), self._built(name) as backbone:
             for index, stop in itertools.islice(self._rounds(), len(before.rounds), until):
@@ -135,7 +139,7 @@ class Race:
 
     @contextmanager
     def _failures(self, name: str) -> Iterator[None]:
-        """Note that a candidate fails, in all processes, and let the others go on."""
+        """Record the failure of a candidate in all processes, and let the other candidates go on."""
         try:
             yield
         except Failure as failure:
@@ -144,11 +148,11 @@ class Race:
             self._report.line(f"{name} failed: {failure}")
         finally:
             if self._fabric.device.type == "cuda":
-                torch.cuda.empty_cache()  # or the next candidate could not have the memory of this one
+                torch.cuda.empty_cache()  # so that the next candidate can use this one's memory
 
     @contextmanager
     def _built(self, name: str) -> Iterator[Backbone]:
-        """Build the network of a candidate. A factory must give the same weights every time."""
+        """Build the network of a candidate, and check that a factory gives the same weights every time."""
         candidate, before = self._candidates[name], self.progress[name]
         if self._fabric.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._fabric.device)
@@ -159,36 +163,35 @@ class Race:
                     cause = before.first.difference(self._first(backbone))
                     if cause is not None:
                         raise ValueError(
-                            f"its factory made another network than before ({cause}); a factory must give the same "
-                            "weights every time, as it does where it draws them from torch's generator, which is "
-                            "seeded."
+                            f"its factory built another network than before ({cause}); it must give the same weights "
+                            "every time, for example by drawing them from torch's generator, which is seeded."
                         )
             yield backbone
 
-    def _first(self, backbone: Backbone) -> First:
+    def _first(self, backbone: Backbone) -> FirstSamples:
         return first_samples(backbone, self.samples, self._rules, self._fabric)
 
     def _run_round(self, name: str, backbone: Backbone, index: int, stop: int, started: float) -> None:
-        """Take a candidate through one round. Its progress is replaced at the end, or stays as it was."""
+        """Run a candidate through one round. Its progress changes only when the round has succeeded."""
         before, first = self.progress[name], self.progress[name].first
         with self._report.bar(name, before.seen, stop) as count, together(self._alone):
-            part = collect(backbone, self.samples, self._rules, self._fabric, before.seen, stop, count)
+            collected = collect(backbone, self.samples, self._rules, self._fabric, before.seen, stop, count)
             if first is None and (self._is_resumed or (self._rules.race and self._candidates[name].is_rebuilt)):
                 first = self._first(backbone)
-        seen, labels = self._agree(name, index, before, part)
-        if seen == before.seen:  # the stream ended with the round before
+        seen, labels = self._agree(name, index, before, collected)
+        if seen == before.seen:  # the stream ended exactly with the round before
             before.is_complete = True
             self._finish(name)
             return
-        scores, evidence = self._score(backbone, before, part)
+        scores, evidence = self._score(backbone, before, collected)
         num_samples = max(whole.num_samples for whole in evidence.values())
         self.progress[name] = Progress(
             [*before.rounds, Round(seen, num_samples, labels, scores)],
             evidence,
-            part.accumulators,
+            collected.accumulators,
             first,
             None if backbone.heads is None else list(backbone.heads),
-            [source for source, accumulator in part.accumulators.items() if is_constant(accumulator)],
+            [source for source, accumulator in collected.accumulators.items() if is_constant(accumulator)],
             backbone.num_parameters,
             before.seconds + time.perf_counter() - started,
             self._peak_memory(before),
@@ -198,13 +201,13 @@ class Race:
         if self.progress[name].is_complete:
             self._finish(name)
 
-    def _agree(self, name: str, index: int, before: Progress, part: Part) -> tuple[int, int]:
+    def _agree(self, name: str, index: int, before: Progress, collected: Collected) -> tuple[int, int]:
         """Return the number of samples that all processes have read, and the digest of their labels.
 
         Raises:
-            ValueError: the labels are not those that other candidates were given, or there are too few samples.
+            ValueError: the labels differ from those of other candidates, or there are too few samples.
         """
-        counts = zip(*gathered(self._alone, (part.seen, part.labels, part.skipped)), strict=True)
+        counts = zip(*gathered(self._alone, (collected.seen, collected.labels, collected.skipped)), strict=True)
         number, labels, skipped = map(total, counts)
         earlier = before.rounds[-1].labels if before.rounds else 0
         self._check_labels(name, self.samples.number is not None or skipped == earlier)
@@ -216,15 +219,18 @@ class Race:
         self.samples.check_number(before.seen + number)
         return before.seen + number, labels
 
-    def _score(self, backbone: Backbone, before: Progress, part: Part) -> tuple[dict[str, Score], dict[str, Evidence]]:
-        """Add up what all processes have accumulated, and return the score and the evidence of everything by source."""
-        device = self._fabric.device
-        part.accumulators, mismatches = reduced(part.accumulators, self.samples.task, device, self._alone)
+    def _score(
+        self, backbone: Backbone, before: Progress, collected: Collected
+    ) -> tuple[dict[str, Score], dict[str, Evidence]]:
+        """Add up the sums of all processes, and return score and evidence of all samples so far, by source."""
+        device, task = self._fabric.device, self.samples.task
+        collected.accumulators, mismatches = reduced(collected.accumulators, task, device, self._alone)
         with together(self._alone):
             for source, reason in mismatches.items():
                 raise ValueError(f"{in_words(source, backbone.heads)}: {reason}")
             scores, evidence = {}, {}
-            for source, one, whole in score(part.accumulators, before.accumulators, self._rules.scoring.fit_intercept):
+            fit_intercept = self._rules.scoring.fit_intercept
+            for source, one, whole in score(collected.accumulators, before.accumulators, fit_intercept):
                 scores[source], evidence[source] = one, whole
         return scores, evidence
 
@@ -234,7 +240,7 @@ class Race:
         return max(before.peak_memory or 0, torch.cuda.max_memory_allocated(self._fabric.device))
 
     def _finish(self, name: str) -> None:
-        """Keep the results of a candidate that is through, and give up its accumulators."""
+        """Save the results of a candidate that is finished or dropped, and free its accumulators."""
         if self.progress[name].accumulators:
             self.progress[name].accumulators = {}
             if self._store is not None:
@@ -245,12 +251,12 @@ class Race:
         self._report.point(scores, one.num_samples)
 
     def _check_labels(self, name: str, is_same: bool) -> None:
-        """Raise where samples differ between candidates: their scores do not compare."""
+        """Raise if samples differ between candidates, because their scores are then not comparable."""
         if not is_same:
-            raise ValueError(f"{name!r} was given other labels than when samples were read before; {SAME_SAMPLES}")
+            raise ValueError(f"{name!r} got other labels than in an earlier pass; {SAME_SAMPLES}")
 
     def _resume(self, name: str) -> None:
-        """Take up what the folder holds of a candidate, if it is still the same."""
+        """Load the results of a candidate from the folder, if its first features are still the same."""
         candidate = self._candidates[name]
         saved = self._fabric.broadcast(None if self._store is None else self._store.load(candidate))
         if saved is None or saved.first is None:

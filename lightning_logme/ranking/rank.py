@@ -1,4 +1,4 @@
-"""The call that ranks backbones."""
+"""The function that ranks backbones."""
 
 from __future__ import annotations
 
@@ -60,58 +60,83 @@ def rank_backbones(
     logger: Logger | Iterable[Logger] | None = None,
     progress: bool = True,
 ) -> Ranking:
-    """Rank backbones by the log of maximum evidence (LogME) of their features for a target, without fine-tuning.
+    """Rank backbones by the log of maximum evidence (LogME) of their features for a target, without any training.
 
-    All candidates see the same samples in the same order. After 256 samples (four a class, where that is more), and
-    every time their number has doubled, those that trail the leader by more than chance allows are dropped: see
-    ``race``. Nothing is computed twice, for moments add up. LogME is that of You et al., ICML 2021, see
-    :func:`lightning_logme.functional.logme`; the standard errors are a block jackknife's over 8 random blocks of the
-    samples, paired between candidates.
+    LogME is that of You et al., ICML 2021: see :func:`lightning_logme.functional.logme`.
+    :class:`~lightning_logme.Ranking` explains how to read the result.
+
+    **Samples.** All candidates see the same samples, in the same order and the same blocks. From a map-style data set,
+    samples are drawn without replacement from all that the loader's sampler would give, in an order set by ``seed``.
+    They are stratified by class if the data set exposes its labels (``targets``, ``labels``, the tensors of a
+    TensorDataset; also through Subset). Any other loader is a stream, which is read again for each candidate and round,
+    and must give the same batches each time. Shuffle a stream beforehand, because blocks and early rounds follow its
+    order. With labels (N, T), each token whose label is not ``ignore_index`` counts as one sample.
+
+    **The race.** The first round has 256 samples, or four per class if that is more. Each further round doubles the
+    number. After each round, a candidate is dropped if all its rows are behind the leader by more than chance allows.
+    The others continue where they stopped: moments add up, so no sample is computed twice. Among equally good
+    candidates, the chance that any is dropped in the whole race is at most 5 %. The difference from the leader is
+    measured in paired standard errors, and compared with a quantile of Student's t with seven degrees of freedom. The
+    5 % are divided among all pairs of rows and all rounds (Bonferroni). A dropped candidate keeps the score and the
+    number of samples with which it was dropped. Evidence grows with samples, so compare only scores on the same number.
+
+    **Error bars.** Standard errors are those of a block jackknife: the samples form eight random blocks, and each block
+    is left out once. All candidates see the same blocks, so their differences are paired, and far more certain than the
+    error bars of single candidates suggest. Rows whose paired difference from the best is within chance are ``tied``.
+    If samples are stratified, the error bars describe samples with these class counts. A standard error is itself
+    uncertain by about a quarter. Above D = 256 it comes from the 256 leading directions of the features. A class that
+    occurs in only one block adds nothing to it.
+
+    **Failures.** A candidate that runs out of memory, cannot be loaded or gives NaN has its error in its row, and the
+    others go on. Ctrl-C ends the race, and the results so far are returned.
+
+    **Memory.** Each device holds the whole model of a candidate. Each row in the race needs eight D × D matrices of
+    float64 in main memory (105 MB at D = 1280), or its features while there are fewer than 8 D samples.
 
     Args:
-        candidates: by name, a module, or a factory that makes one: then one at a time is in memory, made anew every
-            round from a seeded generator. Modules that are passed in are left as they were.
-        dataloader: gives batches with labels. Of a map-style data set, samples are drawn without replacement from all
-            that its sampler would give, stratified by class where the data set has its labels at hand (``targets``,
-            ``labels``, the tensors of a TensorDataset; also through Subset). Anything else is streamed: it must give
-            the same batches every time it is iterated over.
+        candidates: modules, or factories that build one, by name. Only one factory's module is in memory at a time; it
+            is built again in each round, with a seeded generator. Modules that you pass are left as they were.
+        dataloader: a loader of batches with labels.
         task: "binary", "multiclass", "multilabel" or "regression".
-        num_classes: K of "multiclass", or labels of "multilabel"; None takes it from labels at hand.
-        head: where the feature is: "auto" runs one batch, and takes the input of the linear layer or 1 × 1 convolution
-            that makes the module's output; where there is none, as in an encoder without a head, the output itself. A
-            dotted name names the module whose input it is; several names stand for several heads, whose inputs are
-            concatenated; None takes the output. One for all, or a mapping by candidate. The table says which it was.
-        layers: dotted names of modules whose output is scored as well, or glob patterns such as "encoder.layer.*"; one
+        num_classes: K for "multiclass", or the number of labels for "multilabel". None counts them if the data set
+            exposes its labels.
+        head: which feature is scored. "auto" runs one batch, and scores the input of the linear layer or 1 × 1
+            convolution that makes the module's output. If there is none, as in an encoder without a head, it scores the
+            output. A dotted name names the module whose input is scored. Several names stand for several heads, whose
+            inputs are concatenated. None scores the output. Give one value for all, or a mapping by candidate. The
+            table shows what was scored.
+        layers: dotted names of modules whose output is scored as well, or glob patterns such as "encoder.layer.*": one
             list for all, or a mapping by candidate. Each layer has a row of its own, ``<candidate>/<layer>``, and a
             candidate stays in the race as long as one of its rows does.
-        layer_mean: score the mean of the layers' pooled features, too, for each candidate with layers.
-        target: where the labels are in a batch: a key, an index, or a callable(batch) -> Tensor; None finds them in
-            the usual forms.
-        pooling: how tokens (N, T, D) and maps (N, C, H, W) become (N, D), as in
-            :class:`~lightning_logme.LogMECallback`; one for all, or a mapping by candidate, whose values may be
+        layer_mean: score the mean of the layers' pooled features as well, for each candidate with layers.
+        target: where the labels are in a batch: a key, an index, or a callable(batch) -> Tensor. None takes the second
+            item of a tuple, or an entry such as "labels".
+        pooling: how tokens (N, T, D) and maps (N, C, H, W) become vectors (N, D), as in
+            :class:`~lightning_logme.LogMECallback`: one for all, or a mapping by candidate, whose values may be
             mappings by layer.
-        forward: callable(model, batch) -> output, for modules that are not called as model(inputs) or
-            model(**batch); one for all, or a mapping by candidate.
-        transforms: by candidate, callable(batch) -> batch: the preprocessing of its own, on the CPU. Labels are read
-            before it.
+        forward: callable(model, batch) -> output: one for all, or a mapping by candidate. None calls model(inputs), or
+            model(**batch) with the entries of a mapping that the model accepts, without the labels.
+        transforms: a callable(batch) -> batch for each candidate that needs preprocessing of its own on the CPU, such
+            as a tokenizer. Labels are read before it.
         fit_intercept: centre features and targets first. The papers do not.
-        ignore_index: samples, or tokens, with this label are left out; not used in regression.
+        ignore_index: label of samples, or tokens, that are left out. Not used in regression.
         normalize: scale each sample's features to length 1 first. The papers do not; on real tasks it ranks better.
-        race: drop candidates early. Among equally good ones, the chance that any is dropped in the whole race is at
-            most 5 %. If False all see all samples.
-        seed: of the order of the samples, and of factories.
-        resume_from: folder in which the results of candidates that are through are kept, and from which a ranking that
-            was killed takes them. Candidates whose features or options have changed start anew, with a warning.
+        race: drop candidates early. With False, all candidates see all samples.
+        seed: seed of the order of the samples, and of the factories.
+        resume_from: folder that keeps the results of candidates that finished or were dropped. A ranking that was
+            killed reads them there, and computes the others. A candidate starts again, with a warning, if its options,
+            or its features of the first samples, have changed.
         accelerator: as in :class:`lightning.fabric.Fabric`.
-        devices: the same; several devices give the same result as one.
-        strategy: the same; one that keeps a whole model on every device, such as "ddp".
-        precision: the same.
-        logger: one or several of Lightning's: curves while it runs, then the table and the figures.
+        devices: as in Fabric. Several devices give the same result as one.
+        strategy: as in Fabric. It must keep a whole model on each device, as "ddp" does.
+        precision: as in Fabric.
+        logger: one Lightning logger, or several. They get the curves as they grow, and in the end scores, curves and
+            table on one page, as an image. TensorBoard shows the curves under Custom Scalars, and the table also under
+            Text.
         progress: whether to show bars, and which candidates are dropped.
 
     Returns:
-        A :class:`~lightning_logme.Ranking`. A candidate that fails has its error in its row, and does not stop the
-        others; Ctrl-C ends the race, and what is known is returned.
+        A :class:`~lightning_logme.Ranking`, even if candidates failed or the race was interrupted.
 
     Raises:
         ValueError: an argument does not fit; the first batch has no labels, or wrong ones; the loader gives candidates
@@ -144,23 +169,23 @@ def rank_backbones(
     if resume_from is not None and not isinstance(resume_from, (str, os.PathLike)):
         raise ValueError(f"resume_from must be the path of a folder or None, got {resume_from!r}.")
     if logger is not None and not isinstance(logger, (AnyLogger, Iterable)):
-        raise ValueError(f"logger must be a Lightning logger, or several, got {logger!r}.")
-    several: Any = [] if logger is None else [logger] if isinstance(logger, AnyLogger) else logger
+        raise ValueError(f"logger must be one Lightning logger or several, got {logger!r}.")
+    loggers: Any = [] if logger is None else [logger] if isinstance(logger, AnyLogger) else logger
     pairs = _pairs(candidates)
     names = [name for name, _ in pairs]
     heads = _by_candidate("head", head, names, AUTO)
-    if isinstance(layers, Iterator):  # which could be read for one candidate only
+    if isinstance(layers, Iterator):  # an iterator could be read only once, for one candidate
         layers = tuple(layers)
     layer_lists = _by_candidate("layers", layers, names, ())
     poolings = _by_candidate("pooling", pooling, names, "auto")
     forwards = _by_candidate("forward", forward, names, None, check=True)
-    several_transforms = _by_candidate("transforms", transforms, names, None, check=True)
+    transform_by_name = _by_candidate("transforms", transforms, names, None, check=True)
     entries = []
     for name, source in pairs:
         own = layer_lists[name]
         is_mean = layer_mean and bool(own or not any(layer_lists.values()))
         selection = Selection(heads[name], own, is_mean, pooling=poolings[name])
-        entries.append(Candidate(name, source, selection, forwards[name], several_transforms[name], target))
+        entries.append(Candidate(name, source, selection, forwards[name], transform_by_name[name], target))
     for name, other in itertools.permutations(names, 2):
         if layer_lists[name] and other.startswith(f"{name}/"):
             raise ValueError(f"candidates: {other!r} could be the row of a layer of {name!r}; rename one of them.")
@@ -172,7 +197,7 @@ def rank_backbones(
     fabric = Fabric(accelerator=accelerator, devices=devices, strategy=strategy, precision=precision)
     scoring = Scoring(task, num_outputs, ignore_index, fit_intercept, normalize, sample_size=SAMPLE_SIZE)
     rules = Rules(scoring, race and len(entries) > 1, seed)
-    return pickle.loads(fabric.launch(partial(_run, entries, samples, rules, resume_from, list(several), progress)))
+    return pickle.loads(fabric.launch(partial(_run, entries, samples, rules, resume_from, list(loggers), progress)))
 
 
 def _run(
@@ -184,10 +209,10 @@ def _run(
     progress: bool,
     fabric: Fabric,
 ) -> bytes:
-    """Do what every process does. The ranking is pickled, as it may come from a process that ends."""
+    """Run the ranking in one process. The result is pickled, because this process may be a child that ends."""
     store = None
     if resume_from is not None:
-        # Not whether there is a race: a candidate has the same results in a race and without one.
+        # ``race`` is left out, because a candidate's results are the same with and without a race.
         options = {**samples.fingerprint(), **vars(rules.scoring), "seed": rules.seed}
         options["precision"] = fabric.strategy.precision.precision
         store = Store(resume_from, {**options, "rounds": next(samples.rounds(rules.scoring.num_outputs))})
@@ -199,7 +224,7 @@ def _run(
         causes = "; ".join(f"{name}: {cause}" for name, cause in race.failed.items())
         raise RuntimeError(f"every candidate failed: {causes}")
     if race.interrupted and first:
-        warnings.warn("the ranking was interrupted: it holds what was known by then.", stacklevel=2)
+        warnings.warn("the ranking was interrupted: it holds the results so far.", stacklevel=2)
     ranking = standing(race)
     with suppress(KeyboardInterrupt):  # Ctrl-C while drawing must not lose the ranking
         report.finish(ranking)
@@ -216,12 +241,12 @@ def _pairs(candidates: Any) -> list[tuple[str, Source]]:
         )
     pairs = list(candidates)
     if not pairs:
-        raise ValueError("candidates is empty: pass at least one module or factory, as in {'resnet50': model}.")
+        raise ValueError("candidates is empty; give at least one module or factory, as in {'resnet50': model}.")
     seen = set()
     for pair in pairs:
         if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], str) or not pair[0]:
             raise ValueError(
-                "candidates must be a mapping from names (strings) to modules or factories, or pairs of both, got "
+                "candidates must be a mapping from names (strings) to modules or factories, or pairs of the two, got "
                 f"{pair!r:.60}."
             )
         name, source = pair
@@ -230,21 +255,21 @@ def _pairs(candidates: Any) -> list[tuple[str, Source]]:
         seen.add(name)
         if not callable(source):
             raise ValueError(
-                f"candidates[{name!r}] must be a torch.nn.Module or a callable that makes one, got "
+                f"candidates[{name!r}] must be a torch.nn.Module or a callable that builds one, got "
                 f"{type(source).__name__}."
             )
     return pairs
 
 
 def _by_candidate(argument: str, value: Any, names: list[str], default: Any, check: bool = False) -> dict[str, Any]:
-    """Return one value for each candidate, from a mapping or from one for all; ``check`` that they can be called."""
+    """Return a value for each candidate, from one for all or a mapping; with ``check`` it must be callable or None."""
     if not isinstance(value, Mapping):
         values = dict.fromkeys(names, value)
     else:
         unknown = [name for name in value if name not in names]
         if unknown:
             raise ValueError(
-                f"{argument} names {', '.join(map(repr, unknown))}, and there are only the candidates "
+                f"{argument} names {', '.join(map(repr, unknown))}, but the only candidates are "
                 f"{', '.join(map(repr, names))}."
             )
         values = {name: value.get(name, default) for name in names}

@@ -1,4 +1,4 @@
-"""What the user sees while a ranking runs: bars, lines, and curves in a logger. Only the first process reports."""
+"""The progress output of a ranking: bars, lines, and curves in a logger. Only rank 0 reports."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lightning_logme.utilities.loggers import Board
 
 
 class Report:
-    """The progress of a ranking.
+    """The progress output of a ranking.
 
     Args:
-        progress: whether there are bars and lines.
-        loggers: get a point of every curve when it is known, and the table at the end.
+        progress: whether to show bars and lines.
+        loggers: receive each point of a curve when it is known, and the table at the end.
     """
 
     def __init__(self, progress: bool, loggers: Sequence[Logger]) -> None:
@@ -27,8 +27,8 @@ class Report:
 
     @contextmanager
     def bar(self, name: str, start: int, stop: int | None) -> Iterator[Callable[[int], object]]:
-        """Yield what counts samples in a bar from ``start`` to ``stop``."""
-        disable = None if self._progress else True  # None: only where there is no terminal
+        """Show a bar from ``start`` to ``stop``, and yield a function that advances it by a number of samples."""
+        disable = None if self._progress else True  # with None, tqdm shows the bar only in a terminal
         with tqdm(total=stop, initial=start, desc=name, unit=" samples", leave=False, disable=disable) as bar:
             yield bar.update
 
@@ -38,7 +38,7 @@ class Report:
             tqdm.write(text)
 
     def point(self, scores: Mapping[str, tuple[float, float]], num_samples: int) -> None:
-        """Log the score and the gain of rows, by name, after a round."""
+        """Log the score and the gain of rows after a round, by name."""
         values = {
             _tag(what, name): value
             for name, pair in scores.items()
@@ -47,7 +47,7 @@ class Report:
         self._board.scalars(values, num_samples)
 
     def finish(self, ranking: Ranking) -> None:
-        """Show the table and the pictures, where a logger can, on one page."""
+        """Log the table and, on one page, the figures, in loggers that can show them."""
         names = [row.name for row in ranking.rows]
         charts = {what: ["Multiline", [_tag(what, name) for name in names]] for what in ("gain", "logme")}
         self._board.layout({"against the number of samples": charts})

@@ -1,4 +1,4 @@
-"""The folder of a ranking that can be resumed: the results of candidates that are through."""
+"""The folder from which a ranking is resumed: results of candidates that finished or were dropped."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from lightning_logme.scores.accumulator import Accumulator
 from lightning_logme.scores.evidence import Evidence
 from lightning_logme.scores.jackknife import trailing
 
-# Relative difference of features in a later process: other devices, threads and libraries round differently.
-_SAME = 1e-3
+# Relative tolerance for features in a later process: other devices, threads and libraries round differently.
+_TOLERANCE = 1e-3
 
 
 @dataclass
@@ -28,9 +28,9 @@ class Score:
     """The score of one source of a candidate at the end of a round.
 
     Attributes:
-        logme: of the samples so far.
-        gain: of them.
-        replicates: the scores with one block left out.
+        logme: LogME of the samples so far.
+        gain: their gain.
+        replicates: for each block of the jackknife, the score without it.
     """
 
     logme: float
@@ -40,13 +40,13 @@ class Score:
 
 @dataclass
 class Round:
-    """A candidate's results at the end of a round.
+    """The results of a candidate at the end of a round.
 
     Attributes:
         seen: number of samples read so far.
-        num_samples: number of those that were scored; tokens count one by one.
-        labels: digest of the labels of all samples read.
-        scores: by source of features.
+        num_samples: number of samples scored so far; tokens count one by one.
+        labels: digest of the labels of all samples read so far.
+        scores: the scores, by source of features.
     """
 
     seen: int
@@ -56,21 +56,21 @@ class Round:
 
 
 @dataclass(frozen=True, eq=False)
-class First:
-    """The first samples, by which a network and a data set are recognised.
+class FirstSamples:
+    """The first samples, which show later whether a network and a data set are still the same.
 
     Attributes:
         labels: (n, …), on the CPU.
-        features: by source, (n, D), or the tokens that count; float32, on the CPU.
+        features: (n, D) features by source, or those of the tokens that count; float32, on the CPU.
     """
 
     labels: Tensor
     features: dict[str, Tensor]
 
-    def difference(self, now: First) -> str | None:
-        """Return why the first samples now are not these, or None if they are. Batches may be of another size.
+    def difference(self, now: FirstSamples) -> str | None:
+        """Return how the first samples differ now, or None if they do not. The batch size may differ.
 
-        Features depend on the weights, on the samples and on all that is done to them.
+        Features depend on the weights, the samples and their preprocessing.
         """
         common = min(len(self.labels), len(now.labels))
         if not torch.equal(self.labels[:common].double(), now.labels[:common].double()):
@@ -80,33 +80,33 @@ class First:
         for source, then in self.features.items():
             rows = min(len(then), len(now.features[source]))
             then, features = then[:rows], now.features[source][:rows]
-            atol = _SAME * float(then.abs().mean())
-            if features.shape != then.shape or not torch.allclose(features, then, _SAME, atol, equal_nan=True):
-                return "its features of the first samples changed: its weights, the samples, or what is done to them"
+            atol = _TOLERANCE * float(then.abs().mean())
+            if features.shape != then.shape or not torch.allclose(features, then, _TOLERANCE, atol, equal_nan=True):
+                return "its features of the first samples changed: weights, samples or preprocessing differ"
         return None
 
 
 @dataclass(eq=False)
 class Progress:
-    """All that goes on from one round to the next.
+    """The state of a candidate between two rounds.
 
     Attributes:
-        rounds: finished ones.
-        evidence: by source, of the last round.
-        accumulators: by source, of the samples so far, on the CPU; none once nothing will be added to them.
-        first: the first samples; None if nobody will ask for them.
-        heads: the modules whose input is the feature, none for the output of the module.
+        rounds: the finished rounds.
+        evidence: evidence of the last round, by source.
+        accumulators: sums over the samples so far, by source, on the CPU; empty if no round will follow.
+        first: the first samples, if they are needed.
+        heads: names of the modules whose input is the feature; empty if it is the output.
         constant: sources whose features are the same for every sample.
-        num_parameters: of the module.
-        seconds: spent.
-        peak_memory: bytes of the accelerator's memory, where it has one.
-        is_complete: whether it has seen all samples.
+        num_parameters: number of parameters of the module.
+        seconds: time spent so far.
+        peak_memory: bytes of accelerator memory at most; None on a CPU.
+        is_complete: whether all samples have been seen.
     """
 
     rounds: list[Round] = field(default_factory=list)
     evidence: dict[str, Evidence] = field(default_factory=dict)
     accumulators: dict[str, Accumulator] = field(default_factory=dict)
-    first: First | None = None
+    first: FirstSamples | None = None
     heads: list[str] | None = None
     constant: list[str] = field(default_factory=list)
     num_parameters: int | None = None
@@ -123,12 +123,12 @@ class Progress:
         return self.rounds[-1].num_samples if self.rounds else 0
 
 
-def behind(rounds: Mapping[str, Round], quantile: float) -> dict[tuple[str, str], float]:
-    """Return by how many paired standard errors sources trail the leader, by candidate and source.
+def standard_errors_behind(rounds: Mapping[str, Round], quantile: float) -> dict[tuple[str, str], float]:
+    """Return how many paired standard errors rows are behind the leader, by candidate and source.
 
     Args:
-        rounds: by candidate, a round of the same samples.
-        quantile: those that trail by less are left out.
+        rounds: results of each candidate on the same samples.
+        quantile: only rows that are more than so many standard errors behind are returned.
     """
     scores = {(name, source): score for name, one in rounds.items() for source, score in one.scores.items()}
     values = {row: score.logme for row, score in scores.items()}
@@ -139,8 +139,8 @@ class Store:
     """A folder with the results of candidates that finished or were dropped.
 
     Args:
-        folder: is made where it does not exist.
-        options: what all results depend on; a file that was written with different options is not used.
+        folder: its path; it is created if it does not exist.
+        options: options on which all results depend. A file with different options is not used.
     """
 
     def __init__(self, folder: str | os.PathLike[str], options: Mapping[str, Any]) -> None:
@@ -149,7 +149,7 @@ class Store:
         self._options = dict(options)
 
     def load(self, candidate: Candidate) -> Progress | None:
-        """Return the results of a candidate; None, with a warning that names the cause, where they cannot be used."""
+        """Return the results of a candidate. If they cannot be used, warn why and return None."""
         path = self._path(candidate)
         if not path.exists():
             return None
@@ -161,7 +161,7 @@ class Store:
                 for one in values["rounds"]
             ]
             values["evidence"] = {source: Evidence(**one) for source, one in values["evidence"].items()}
-            values["first"] = First(**values["first"])
+            values["first"] = FirstSamples(**values["first"])
             progress = Progress(**values)
         except Exception as error:
             warn_of_restart(candidate, f"{path} cannot be read ({type(error).__name__}: {error})")
@@ -174,7 +174,7 @@ class Store:
         return progress
 
     def save(self, candidate: Candidate, progress: Progress) -> None:
-        """Write the results of a candidate; a process that is killed meanwhile leaves the file that there was."""
+        """Write the results of a candidate. If the process is killed meanwhile, the old file stays."""
         path = self._path(candidate)
         unfinished = path.with_suffix(".unfinished")
         try:
@@ -184,8 +184,8 @@ class Store:
             warnings.warn(f"resume_from: {path} could not be written ({error}).", stacklevel=2)
 
     def _all_options(self, candidate: Candidate) -> dict[str, str]:
-        selection = {name: _named(value) for name, value in vars(candidate.selection).items()}
-        own = {"forward": _named(candidate.forward), "transform": _named(candidate.transform)}
+        selection = {name: _as_text(value) for name, value in vars(candidate.selection).items()}
+        own = {"forward": _as_text(candidate.forward), "transform": _as_text(candidate.transform)}
         return {name: str(value) for name, value in {**self._options, **selection, **own}.items()}
 
     def _path(self, candidate: Candidate) -> Path:
@@ -194,12 +194,12 @@ class Store:
 
 
 def warn_of_restart(candidate: Candidate, cause: str) -> None:
-    """Warn that results in the folder are not used."""
-    warnings.warn(f"resume_from: {candidate.name!r} starts anew, as {cause}.", stacklevel=2)
+    """Warn that the results in the folder are not used."""
+    warnings.warn(f"resume_from: {candidate.name!r} starts again, because {cause}.", stacklevel=2)
 
 
-def _named(value: Any) -> str:
-    """Return a callable's name: its address differs between processes."""
+def _as_text(value: Any) -> str:
+    """Return a value as text; a callable by its name, because its address differs between processes."""
     if isinstance(value, Mapping):
-        return str({key: _named(one) for key, one in value.items()})
+        return str({key: _as_text(one) for key, one in value.items()})
     return getattr(value, "__qualname__", type(value).__qualname__) if callable(value) else str(value)

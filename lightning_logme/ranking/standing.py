@@ -1,4 +1,4 @@
-"""From a race, finished or not, to the ranking."""
+"""The ranking that results from a race, whether it has ended or was interrupted."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from lightning_logme.features.extractor import HEAD
 from lightning_logme.ranking.race import Race
 from lightning_logme.ranking.result import Ended, Ranking, RankingRow, in_words, row_name
-from lightning_logme.ranking.resume import Progress, Round, Score, behind
+from lightning_logme.ranking.resume import Progress, Round, Score, standard_errors_behind
 from lightning_logme.scores.curve import CurvePoint
 from lightning_logme.scores.jackknife import quantile_of_ties, standard_error
 
@@ -15,13 +15,13 @@ _NO_ROUND = Round(0, 0, 0, {HEAD: Score(math.nan, math.nan, [])})
 
 
 def standing(race: Race) -> Ranking:
-    """Order the rows: those of candidates still in the race by score, then of the dropped, then without a result."""
+    """Return the ranking: candidates still in the race by score, then dropped ones, then rows without result."""
     comparable = _comparable(race)
     last = {name: progress.rounds[-1] if progress.rounds else _NO_ROUND for name, progress in race.progress.items()}
     pairs = [(name, source) for name, one in last.items() for source in one.scores]
-    trailing = behind(comparable, quantile_of_ties(len(pairs)))
+    behind = standard_errors_behind(comparable, quantile_of_ties(len(pairs)))
 
-    def place(pair: tuple[str, str]) -> tuple[int, int, float]:
+    def sort_key(pair: tuple[str, str]) -> tuple[int, int, float]:
         name, source = pair
         one = comparable.get(name, last[name])
         logme = one.scores[source].logme
@@ -30,9 +30,9 @@ def standing(race: Race) -> Ranking:
         return 0 if name in comparable else 1 if name in race.dropped else 2, -one.num_samples, -logme
 
     ranking = Ranking([], {}, {})
-    for name, source in sorted(pairs, key=place):
+    for name, source in sorted(pairs, key=sort_key):
         progress, row = race.progress[name], row_name(name, source)
-        is_tied = place((name, source))[0] == 0 and (name, source) not in trailing
+        is_tied = sort_key((name, source))[0] == 0 and (name, source) not in behind
         ranking.rows.append(_row(race, name, source, last[name].scores[source], is_tied))
         if source in progress.evidence:
             ranking.evidence[row] = progress.evidence[source]
@@ -42,7 +42,7 @@ def standing(race: Race) -> Ranking:
 
 
 def _comparable(race: Race) -> dict[str, Round]:
-    """Return the last round that all candidates still in the race have finished, of each of them."""
+    """Return the last round that all candidates still in the race have finished, by candidate."""
     rounds = {name: race.progress[name].rounds for name in race.running if race.progress[name].rounds}
     common = min(map(len, rounds.values()), default=0)
     return {name: finished[common - 1] for name, finished in rounds.items()}
@@ -77,10 +77,10 @@ def _end(race: Race, name: str, source: str, progress: Progress) -> tuple[Ended,
     if race.interrupted and not progress.is_complete:
         return "interrupted", ""
     if math.isnan(float(progress.evidence[source].score)):
-        return "finished", "there is no evidence in these samples; a warning says why"
+        return "finished", "there is no evidence in these samples; a warning gives the cause"
     if source in progress.constant:
         return "finished", "its features are the same for every sample"
     saturated = int(progress.evidence[source].saturated.sum())
     if saturated:
-        return "finished", f"a perfect fit of {saturated} outputs, whose evidence has no bound: are labels leaked?"
+        return "finished", f"a perfect fit of {saturated} outputs, whose evidence has no bound: do labels leak?"
     return "finished", ""

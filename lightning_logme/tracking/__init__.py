@@ -1,1 +1,1 @@
-"""The parts of :class:`~lightning_logme.LogMECallback`."""
+"""The modules behind :class:`~lightning_logme.LogMECallback`."""

@@ -1,4 +1,4 @@
-"""The results of a callback: logged, remembered, drawn, kept in checkpoints, and read from them."""
+"""The results of a callback: log, store and draw them, and read them from checkpoints."""
 
 from __future__ import annotations
 
@@ -23,20 +23,21 @@ from lightning_logme.utilities.plots import gain_by_layer, gain_by_output, gain_
 
 Row = dict[str, Any]
 
-_OF_SHARDS = "meta.pt"
+_SHARDED_METADATA = "meta.pt"  # in the folder of a sharded checkpoint: everything but the weights
 _PER_OUTPUT = ("per_output", "null", "alpha", "beta", "effective_dim", "saturated")
-_NOTHING: dict[str, Any] = {"logme": math.nan, "gain": math.nan, "num_samples": 0}
+_NO_RESULT: dict[str, Any] = {"logme": math.nan, "gain": math.nan, "num_samples": 0}
 
 
-def is_key(key: Any, name: str, part: str = "") -> bool:
-    """Return whether a score or a gain is logged under a key, such as that of a monitor.
+def is_key(key: Any, name: str, probe: str | None = None) -> bool:
+    """Return whether a callback logs a score or a gain under a key.
 
     Args:
-        key: of the monitor.
-        name: prefix of all keys.
-        part: "/" and the name of a probe, for the keys of that probe alone.
+        key: the key, such as the one that a monitor names.
+        name: prefix of all keys of the callback.
+        probe: name of a probe, to consider its keys only.
     """
-    return any(key == start or str(key).startswith(f"{start}/") for start in (f"{name}{part}", f"{name}_gain{part}"))
+    end = "" if probe is None else f"/{probe}"
+    return any(key == start or str(key).startswith(f"{start}/") for start in (name + end, f"{name}_gain{end}"))
 
 
 class History:
@@ -44,13 +45,13 @@ class History:
 
     Args:
         name: prefix of all keys.
-        plots: whether loggers that can show them get histograms and figures; "auto" leaves out slow figures.
+        plots: whether loggers get histograms and figures; "auto" leaves out slow figures.
 
     Attributes:
-        rows: one dict a pass and key, oldest first.
-        evidence: by key, the last.
-        curves: by key, the last.
-        position: epoch and step of the weights, where they are not the trainer's own.
+        rows: one dict for each pass and key, oldest first.
+        evidence: the last evidence of each key.
+        curves: the last curve of each key.
+        position: epoch and step of weights from a checkpoint; None uses those of the trainer.
     """
 
     def __init__(self, name: str, plots: bool | Literal["auto"]) -> None:
@@ -64,24 +65,24 @@ class History:
         self._numbers: dict[str, dict[str, Any]] = {}
 
     def prepare(self) -> None:
-        """Begin a new run."""
+        """Prepare for a new run."""
         self.position, self._board = None, None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return plain numbers, which torch loads with ``weights_only=True``."""
+        """Return the history and the evidence as plain numbers, which torch loads with ``weights_only=True``."""
         return {"history": list(self.rows), "evidence": dict(self._numbers)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take up what a checkpoint holds. A run that continues from it drops the rows that came later."""
+        """Load the state of a checkpoint. A fit that resumes from it drops all later rows."""
         if not _is_state(state_dict):
             warnings.warn(
-                f"{self.name}: the checkpoint holds a history in a form that is not known; it is left out.",
+                f"{self.name}: the checkpoint holds a history in an unknown format, which is ignored.",
                 stacklevel=2,
             )
             state_dict = {"history": [], "evidence": {}}
         if self.position is None:
             self.rows, self._numbers = [], {}
-        known = set(map(repr, state_dict["history"]))  # NaN is not equal to itself, but its text is
+        known = set(map(repr, state_dict["history"]))  # as text, because NaN does not equal itself
         self.rows = list(state_dict["history"]) + [row for row in self.rows if repr(row) not in known]
         self._numbers = {**state_dict["evidence"], **self._numbers}
 
@@ -98,18 +99,13 @@ class History:
         class_names: Sequence[str] | None = None,
         is_saving: bool = False,
     ) -> None:
-        """Log, remember and draw the results of a pass, by source and loader. All processes call this in step.
+        """Log, store and draw the results of a pass, for each source and loader. All processes call this together.
 
         Args:
-            trainer: of the run.
-            module: logs.
-            current: the pass.
-            sources: names of what was scored.
-            seconds: that the pass took.
-            probe: whose samples they were; None for the validation set.
-            head: the source that stands for the head's input, which a module may not have.
-            class_names: for the figure.
-            is_saving: whether a checkpoint is being saved, when ``module.log`` must not be called.
+            seconds: duration of the pass.
+            probe: name of the probe; None for the validation set.
+            head: the source that is logged as the head, such as the last layer if there is no head.
+            is_saving: whether a checkpoint is being saved: ``module.log`` must not be called then.
         """
         results = current.results(trainer.strategy.root_device, alone=trainer.world_size == 1)
         prefix = "" if probe is None else f"/{probe}"
@@ -123,22 +119,22 @@ class History:
                 loader = "the validation loader" if probe is None else "its loader"
                 warnings.warn(f"{self.name}{prefix}{ending} is NaN: {loader} gave no batch.", stacklevel=2)
             suffixes = {source: prefix + (f"/{source}" if source else "") + ending for source in sources}
-            known = {source: results.get((source or head, index)) for source in sources}
+            of_loader = {source: results.get((source or head, index)) for source in sources}
             for source, suffix in suffixes.items():
-                values = self._remember(trainer, suffix, known[source], current.scoring.curve)
-                in_bar = probe is None and not source  # what belongs to a layer or a probe would crowd it
+                values = self._store(trainer, suffix, of_loader[source], current.scoring.curve)
+                in_bar = probe is None and not source  # keys of layers and probes would crowd the bar
                 self._log(trainer, module, values, in_bar, is_saving)
             if self._board is not None:
-                self._draw(self._board, logged_step(trainer), prefix + ending, suffixes, known, class_names)
+                self._draw(self._board, logged_step(trainer), prefix + ending, suffixes, of_loader, class_names)
 
-    def _remember(self, trainer: Trainer, suffix: str, result: Result | None, has_curve: bool) -> dict[str, float]:
-        """Remember one result, None for NaN; return what is to be logged."""
+    def _store(self, trainer: Trainer, suffix: str, result: Result | None, has_curve: bool) -> dict[str, float]:
+        """Store one result (None becomes NaN), and return the values to log."""
         key = self.name + suffix
-        numbers = _NOTHING if result is None else _plain(result.evidence)
+        numbers = _NO_RESULT if result is None else _plain(result.evidence)
         epoch, global_step = self.position or (trainer.current_epoch, trainer.global_step)
         stage = str(trainer.state.fn.value) if trainer.state.fn is not None else ""
         row: Row = {"epoch": epoch, "global_step": global_step, "key": key, "stage": stage}
-        row |= {name: numbers[name] for name in _NOTHING}
+        row |= {name: numbers[name] for name in _NO_RESULT}
         if has_curve:
             row["curve"] = [] if result is None else [list(point) for point in result.curve]
         self.rows.append(row)
@@ -155,10 +151,10 @@ class History:
             return
         for key, value in values.items():
             try:
-                # The values are equal in all processes; sync_dist tells Lightning so.
+                # All processes have the same values; sync_dist tells Lightning so.
                 is_synced = trainer.world_size > 1
                 module.log(key, value, prog_bar=in_bar, sync_dist=is_synced, add_dataloader_idx=False)
-            except Exception as error:  # as where the module logs something under the same key
+            except Exception as error:  # for example, the module logs something else under this key
                 warnings.warn(f"{key} could not be logged: {type(error).__name__}: {error}", stacklevel=2)
 
     def _draw(
@@ -167,12 +163,12 @@ class History:
         step: int,
         suffix: str,
         suffixes: Mapping[str, str],
-        known: Mapping[str, Result | None],
+        of_loader: Mapping[str, Result | None],
         class_names: Sequence[str] | None,
     ) -> None:
         """Draw the results of one loader."""
         keys = {source: self.name + ending for source, ending in suffixes.items()}
-        results = {source: result for source, result in known.items() if result is not None}
+        results = {source: result for source, result in of_loader.items() if result is not None}
         for source, (evidence, _) in results.items():
             key, gains = keys[source], (evidence.per_output - evidence.null)
             if not bool(gains.isfinite().any()):
@@ -191,7 +187,7 @@ class History:
             board.figure(f"{self.name}{suffix}/gain_by_samples", lambda: gain_by_samples(points), step)
 
     def _gains(self, keys: Sequence[str]) -> list[list[float]]:
-        """Return the gain under each key, by validation."""
+        """Return one list for each validation, with the gain under each key."""
         validations: dict[tuple[Any, ...], dict[str, float]] = {}
         for row in self.rows:
             if row["key"] in keys:
@@ -201,7 +197,7 @@ class History:
 
 
 def _plain(evidence: Evidence) -> dict[str, Any]:
-    """Return the numbers of an evidence, without its large tensors, as plain floats."""
+    """Return an evidence as plain numbers, without its large tensors."""
     return {
         "logme": float(evidence.score),
         "gain": float(evidence.gain),
@@ -214,29 +210,30 @@ def read_history(path: str | PathLike[str]) -> list[Row]:
     """Return the history of LogME in a Lightning checkpoint.
 
     Args:
-        path: of a ``.ckpt`` file, or of the folder that sharded strategies write. It is read with
-            ``weights_only=True``: nothing in it is executed.
+        path: a ``.ckpt`` file, or the folder that a sharded strategy writes. It is read with ``weights_only=True``, so
+            no code in it is executed.
 
     Returns:
-        One dict a validation and key, oldest first: ``epoch``, ``global_step``, ``key`` (the logged name), ``logme``,
-        ``gain`` (nats per sample), ``num_samples`` and ``stage`` ("fit" or "validate").
+        One dict for each validation and key, oldest first: ``epoch``, ``global_step``, ``key`` (the logged name),
+        ``logme`` and ``gain`` (nats per sample), ``num_samples`` and ``stage`` ("fit" or "validate").
 
     Raises:
-        ValueError: the file holds no such history, is no whole checkpoint, or holds objects that could run code.
-        OSError: there is no such file, or it must not be read.
+        ValueError: the file has no LogME history, is not a complete checkpoint, or holds objects that could run code.
+        OSError: the file does not exist or cannot be opened.
     """
     return [row for state in _states(path) for row in state["history"]]
 
 
 def read_evidence(path: str | PathLike[str]) -> dict[str, dict[str, Any]]:
-    """Return the last evidence behind every logged key in a Lightning checkpoint, as plain numbers.
+    """Return the last evidence of each logged key in a Lightning checkpoint, as plain numbers.
 
     Args:
-        path: of a checkpoint, read as in :func:`read_history`.
+        path: a checkpoint, read as in :func:`read_history`.
 
     Returns:
-        By key: ``logme``, ``gain``, ``num_samples``, and one number an output in the lists ``per_output``, ``null``,
-        ``alpha``, ``beta``, ``effective_dim`` and ``saturated``, as in :class:`~lightning_logme.Evidence`.
+        A dict for each key: ``logme``, ``gain`` and ``num_samples``, and lists with one number for each output:
+        ``per_output``, ``null``, ``alpha``, ``beta``, ``effective_dim`` and ``saturated``, as in
+        :class:`~lightning_logme.Evidence`.
 
     Raises:
         ValueError, OSError: as in :func:`read_history`.
@@ -245,7 +242,7 @@ def read_evidence(path: str | PathLike[str]) -> dict[str, dict[str, Any]]:
 
 
 def _is_state(value: Any) -> bool:
-    """Return whether this has the form of what a callback leaves in a checkpoint."""
+    """Return whether a value has the form of a LogMECallback's state."""
     if not (isinstance(value, Mapping) and {"history", "evidence"} <= value.keys()):
         return False
     history, evidence = value["history"], value["evidence"]
@@ -254,21 +251,21 @@ def _is_state(value: Any) -> bool:
 
 
 def _is_plain(row: Row) -> bool:
-    named = (row.get(name) for name in ("key", "stage", "epoch", "global_step"))
-    return all(isinstance(part, (str, int, NoneType)) for part in named)
+    values = (row.get(name) for name in ("key", "stage", "epoch", "global_step"))
+    return all(isinstance(value, (str, int, NoneType)) for value in values)
 
 
 def _states(path: str | PathLike[str]) -> list[dict[str, Any]]:
     file = Path(path)
-    if file.is_dir():  # of a sharded strategy: what is not weights is in one file
-        file /= _OF_SHARDS
+    if file.is_dir():
+        file /= _SHARDED_METADATA
     with file.open("rb") as opened:
         try:
             checkpoint = torch.load(opened, map_location="cpu", weights_only=True)
         except Exception as error:
             cause = (str(error).splitlines() or [""])[0]
             raise ValueError(
-                f"{str(path)!r} cannot be read: it is no whole checkpoint, or holds objects that could run code "
+                f"{str(path)!r} cannot be read: it is not a complete checkpoint, or holds objects that could run code "
                 f"({type(error).__name__}: {cause})."
             ) from error
     callbacks = checkpoint.get("callbacks") if isinstance(checkpoint, dict) else None

@@ -1,4 +1,4 @@
-"""Labelled samples of another task, and how a module in training is run on them."""
+"""A probe: labelled samples of another task, and a run of the module on them."""
 
 from __future__ import annotations
 
@@ -21,28 +21,27 @@ from lightning_logme.utilities.checks import Task, check_options, check_task, po
 from lightning_logme.utilities.compat import LightningModule, Trainer, prepared_batch
 from lightning_logme.utilities.distributed import reason_of, release
 
-_PATIENCE = 2.0  # seconds of a pass after which there is a bar
+_BAR_DELAY = 2.0  # seconds before a progress bar appears
 
 
 class Probe:
     """A labelled loader of a target task, for :class:`~lightning_logme.LogMECallback`.
 
-    Samples are read as in :func:`~lightning_logme.rank_backbones`. A map-style data set gives all samples that its
-    sampler would give, each once, in a fixed random order stratified by class. Any other loader is read as it comes, by
-    every process, and each process keeps its share of the batches. Batches go through the hooks of the module and its
-    data module, such as ``on_after_batch_transfer``, as those of validation do; labels are read before.
+    Samples are read as in :func:`~lightning_logme.rank_backbones`. From a map-style data set, the probe takes all
+    samples that the sampler would give, each once, in a fixed random order, stratified by class. From any other loader,
+    every process reads all batches in their order and keeps its share. Batches pass through the batch hooks of the
+    module and its data module, such as ``on_after_batch_transfer``, as in validation. Labels are read before that.
 
     Args:
-        dataloader: gives batches with labels; can be iterated over again and again.
+        dataloader: a loader of batches with labels, which can be iterated over repeatedly.
         task: "binary", "multiclass", "multilabel" or "regression".
-        num_classes: K of "multiclass", or labels of "multilabel"; None counts the labels of data sets that have them at
-            hand (``targets``, ``labels``, the tensors of a TensorDataset, also through Subset).
-        target: where the labels are in a batch: a key, an index, or a callable(batch) -> Tensor; None finds them in
-            the usual forms.
-        forward: callable(module, batch) that runs the module, where it is not to be called as module(inputs) or
-            module(**batch).
-        limit_batches: how many batches to take; None takes all.
-        ignore_index: rows with this label are left out; not used in regression.
+        num_classes: K for "multiclass", or the number of labels for "multilabel". None counts the labels of a data set
+            that exposes them (``targets``, ``labels``, the tensors of a TensorDataset; also through Subset).
+        target: where the labels are in a batch: a key, an index, or a callable(batch) -> Tensor. None takes the second
+            item of a tuple, or an entry such as "labels".
+        forward: callable(module, batch) that runs the module, if it is not called as module(inputs) or module(**batch).
+        limit_batches: how many batches to use; None uses all.
+        ignore_index: label of rows that are left out. Not used in regression.
 
     Raises:
         ValueError: an argument does not fit.
@@ -55,7 +54,7 @@ class Probe:
         >>> callback = LogMECallback(probes={"ratings": Probe(DataLoader(data), task="regression")})
     """
 
-    # No dataclass: LightningCLI's parser takes those for groups of options, and nests no loader in them.
+    # Not a dataclass: LightningCLI's parser treats a dataclass as a group of options, in which no loader can be nested.
     def __init__(
         self,
         dataloader: DataLoader | Iterable[Any],
@@ -84,10 +83,10 @@ class Probe:
 
 
 class PreparedProbe:
-    """A probe whose first batch has been read, so that wrong labels are found before training starts.
+    """A probe whose first batch has been read, so that wrong labels surface before training starts.
 
     Raises:
-        ValueError: there are no labels, or they do not fit the task, or the number of classes is not known; the message
+        ValueError: there are no labels, they do not fit the task, or the number of classes is unknown. The message
             names the probe.
     """
 
@@ -109,17 +108,14 @@ class PreparedProbe:
         scoring: Scoring,
         limit_batches: int | None = None,
     ) -> tuple[Pass, set[str | None]]:
-        """Run the module on this process's share of the samples.
+        """Run the module on this process's share of the samples, and leave the module as it was.
 
         Args:
-            trainer: whose device, precision and number of processes it is.
-            module: is left as it was.
-            extractor: attached to the module.
-            scoring: of the callback; the task is the probe's own.
-            limit_batches: how many batches to take, in place of the probe's own number.
+            scoring: settings of the callback; the probe sets task, number of outputs and ``ignore_index``.
+            limit_batches: how many batches to use, instead of the probe's own limit.
 
         Returns:
-            The pass, which holds the errors of what fails on the way, and the sources whose module was not called.
+            The pass, with the errors that occurred in it, and the sources whose module was not called.
         """
         probe, uncalled = self._probe, set()
         scoring = replace(scoring, task=probe.task, num_outputs=self._num_outputs, ignore_index=probe.ignore_index)
@@ -143,7 +139,7 @@ class PreparedProbe:
     def _add(
         self, current: Pass, portion: Portion, trainer: Trainer, module: LightningModule, extractor: Extractor
     ) -> Errors:
-        """Add the rows of a batch; return the errors of sources that failed."""
+        """Add the rows of a batch, and return the errors of sources that failed."""
         scoring = current.scoring
         target = Target.checked(portion.target, scoring.task, scoring.num_outputs, scoring.ignore_index)
         batch = prepared_batch(copied(portion.batch), trainer, module)  # the module may write to it
@@ -156,14 +152,15 @@ class PreparedProbe:
         return call(module, batch, self._probe.target)
 
     def _portions(self, trainer: Trainer, limit_batches: int | None) -> Iterator[Portion]:
-        """Yield this process's batches, with a bar if they take their time."""
-        rank, world = trainer.global_rank, trainer.world_size
+        """Yield this process's batches, with a progress bar if they take long."""
+        rank, world_size = trainer.global_rank, trainer.world_size
         is_shown = rank == 0 and getattr(trainer.progress_bar_callback, "is_enabled", False)
         with tqdm(
-            desc=f"probe {self._name}", delay=_PATIENCE, leave=False, disable=not is_shown, unit=" batches"
+            desc=f"probe {self._name}", delay=_BAR_DELAY, leave=False, disable=not is_shown, unit=" batches"
         ) as bar:
-            for index, portion in enumerate(self._samples.portions(0, None, rank, world)):
-                if limit_batches is not None and rank + index * world >= limit_batches:  # batches are dealt out in turn
+            for index, portion in enumerate(self._samples.portions(0, None, rank, world_size)):
+                # Processes take batches in turn.
+                if limit_batches is not None and rank + index * world_size >= limit_batches:
                     return
                 yield portion
                 bar.update()

@@ -1,4 +1,4 @@
-"""When probes are run, and what is done with their results."""
+"""The probes of a callback: when they run, and how their results are recorded."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Probes:
     """The probes of a callback.
 
     Args:
-        probes: by name, loaders or :class:`~lightning_logme.Probe`.
-        every: at the first of every so many validations, or "checkpoint" for whenever a checkpoint is saved.
+        probes: loaders or :class:`~lightning_logme.Probe` objects, by name.
+        every: k for the first of every k validations, or "checkpoint" for each saved checkpoint.
 
     Raises:
         ValueError: a name or an option does not fit.
@@ -33,11 +33,11 @@ class Probes:
         if not (isinstance(every, str) and every == "checkpoint") and (type(every) is not int or every < 1):
             raise ValueError(f"probe_every must be a positive integer or 'checkpoint', got {every!r}.")
         self.every = every
-        self._probes = _named(probes)
+        self._probes = _by_name(probes)
         self._prepared: dict[str, PreparedProbe] = {}
         self._validations = 0
         self._is_rehearsed = False
-        self._saved_at: int | None = None  # step of the last checkpoint that they were run for
+        self._saved_at: int | None = None  # step of the last checkpoint for which the probes ran
 
     def __bool__(self) -> bool:
         return bool(self._probes)
@@ -46,9 +46,8 @@ class Probes:
         """Read the first batch of each probe, for a new run.
 
         Raises:
-            ValueError: a probe has no labels, or wrong ones, in one process or more; or the strategy is one under
-                which processes must make as many forward passes as each other; or a monitor waits for a probe that
-                runs only when a checkpoint is saved.
+            ValueError: in at least one process, a probe has no labels or wrong ones; the strategy needs equally many
+                forward passes in all processes; or a monitor names a probe that runs only when a checkpoint is saved.
         """
         if not self:
             return
@@ -58,17 +57,17 @@ class Probes:
             self._prepared = {name: PreparedProbe(name, probe) for name, probe in self._probes.items()}
 
     def _check_run(self, trainer: Any, owner: Callback, name: str) -> None:
-        """Raise, or warn of, what in a run does not go with probes."""
+        """Raise or warn if the settings of a run do not suit the probes."""
         if is_sharded(trainer):
             raise ValueError(
-                f"probes cannot be run under {type(trainer.strategy).__name__}, whose processes must make as many "
-                "forward passes as each other; save checkpoints, and score them afterwards with score_checkpoints."
+                f"probes: they cannot run under {type(trainer.strategy).__name__}, where all processes must run the "
+                "same number of forward passes; save checkpoints, and score them later with score_checkpoints."
             )
         monitors = [callback for callback in trainer.callbacks if self._is_monitored_by(callback, name)]
         if monitors and self.every not in (1, "checkpoint"):
             rank_zero_warn(
-                f"{type(monitors[0]).__name__} monitors a probe, and with probe_every={self.every} it takes the value "
-                "of an earlier validation for a new one."
+                f"probe_every={self.every}: {type(monitors[0]).__name__} monitors a probe, and in validations without "
+                "the probes it sees an old value; write probe_every=1 to avoid that."
             )
         if trainer.state.fn != "fit":
             return
@@ -82,36 +81,36 @@ class Probes:
         ):
             rank_zero_warn(
                 "probe_every='checkpoint': no ModelCheckpoint saves checkpoints with the state of callbacks "
-                "(save_weights_only=False), so the probes will not be run."
+                "(save_weights_only=False), so the probes will not run."
             )
         before = trainer.callbacks[: trainer.callbacks.index(owner)] if trainer.enable_validation else trainer.callbacks
         if any(is_one_of(callback, ("WeightAveraging",)) for callback in before):
             rank_zero_warn(
-                "probes will see the weights in training and not their average, which is there during validation only: "
-                "put LogMECallback before WeightAveraging in the Trainer's callbacks."
+                "probes: they will run on the current weights, not on their average, which is in place only during "
+                "validation; put LogMECallback before WeightAveraging in the Trainer's callbacks."
             )
 
     def _is_monitored_by(self, callback: Any, name: str) -> bool:
         monitor = getattr(callback, "monitor", None)
-        return any(is_key(monitor, name, f"/{probe}") for probe in self._probes)
+        return any(is_key(monitor, name, probe) for probe in self._probes)
 
     def check_names(self, extractor: Extractor) -> None:
-        """Raise ``ValueError`` where two results would be logged under one key."""
+        """Raise ``ValueError`` if two results would be logged under one key."""
         taken = set(extractor.names)
         for name in self._probes:
             keys = {f"{name}/{source}" if source else name for source in [HEAD, *extractor.names]}
             if keys & taken:
                 raise ValueError(
-                    f"probes has the name {name!r}, and {sorted(keys & taken)[0]!r} is logged for a layer or another "
-                    "probe as well; give it another name."
+                    f"probes: the name {name!r} leads to the key {sorted(keys & taken)[0]!r}, which is logged for a "
+                    "layer or another probe as well; rename the probe."
                 )
             taken |= keys
 
     def rehearse(self, trainer: Trainer, module: LightningModule, extractor: Extractor) -> None:
-        """Run one batch of each probe before training, once a run, so that mistakes surface early.
+        """Run one batch of each probe before training, once in a run, so that mistakes surface early.
 
         Raises:
-            ValueError: a probe cannot be scored, in one process or more: raised in all.
+            ValueError: a probe cannot be scored in at least one process. All processes raise it.
         """
         if self._is_rehearsed:
             return
@@ -134,15 +133,15 @@ class Probes:
         guess = first_reason(gathered(trainer.world_size == 1, guess))
         if guess is not None:
             extractor.drop_guess()
-            rank_zero_warn(f"probes: '{extractor.layers[-1]}' stands for the head: {guess}")
+            rank_zero_warn(f"probes: the layer '{extractor.layers[-1]}' is scored instead of the head: {guess}")
 
     def is_due(self, trainer: Trainer, is_saving: bool) -> bool:
-        """Return whether the probes are to be run now, at a validation or while a checkpoint is being saved."""
+        """Return whether the probes run now, at a validation or while a checkpoint is being saved."""
         if not self._prepared:
             return False
         if self.every == "checkpoint":
             if not is_saving:
-                return trainer.state.fn != "fit"  # no checkpoint will be saved
+                return trainer.state.fn != "fit"  # outside a fit no checkpoint is saved
             is_new = self._saved_at != trainer.global_step
             self._saved_at = trainer.global_step
             return is_new
@@ -158,22 +157,13 @@ class Probes:
         scoring: Scoring,
         is_saving: bool = False,
     ) -> None:
-        """Score all probes; a result is NaN, with a warning, where something fails. All processes call this in step.
-
-        Args:
-            trainer: of the run.
-            module: is run, and left as it was.
-            extractor: of its features.
-            history: for the results.
-            scoring: of the callback.
-            is_saving: whether a checkpoint is being saved.
-        """
+        """Run all probes and record results; NaN, with a warning, after an error. All processes call this together."""
         scored = list(dict.fromkeys([HEAD, *extractor.names]))
         head = HEAD if extractor.head is not None else extractor.layers[-1]
-        few = int(getattr(trainer, "fast_dev_run", 0)) * trainer.world_size
+        limit = int(getattr(trainer, "fast_dev_run", 0)) * trainer.world_size
         for name, prepared in self._prepared.items():
             started = time.perf_counter()
-            current, _ = prepared.run(trainer, module, extractor, scoring, few or None)
+            current, _ = prepared.run(trainer, module, extractor, scoring, limit or None)
             seconds = time.perf_counter() - started
             for source, reason in current.errors.items():
                 key = f"{history.name}/{name}" + (f"/{source}" if source else "")
@@ -181,8 +171,8 @@ class Probes:
             history.record(trainer, module, current, scored, seconds, probe=name, head=head, is_saving=is_saving)
 
 
-def _named(probes: Mapping[str, Any] | None) -> dict[str, Probe]:
-    """Return the probes by name, a plain loader as a probe with classes."""
+def _by_name(probes: Mapping[str, Any] | None) -> dict[str, Probe]:
+    """Return the probes by name. A plain loader becomes a multiclass probe."""
     if probes is None:
         return {}
     if not isinstance(probes, Mapping):
@@ -193,7 +183,7 @@ def _named(probes: Mapping[str, Any] | None) -> dict[str, Probe]:
     for name in probes:
         if not isinstance(name, str) or not name or name == LAYER_MEAN or name.startswith("dataloader_idx_"):
             raise ValueError(
-                f"probes has the name {name!r}; a name must be a string that is not empty, and neither {LAYER_MEAN!r} "
-                "nor 'dataloader_idx_…', which are logged for something else."
+                f"probes: the name {name!r} cannot be used; give a non-empty string other than {LAYER_MEAN!r} and "
+                "'dataloader_idx_…', which are keys of other results."
             )
     return {name: probe if isinstance(probe, Probe) else Probe(probe) for name, probe in probes.items()}

@@ -1,4 +1,4 @@
-"""Whether a strategy with several processes can be scored."""
+"""Checks whether a run with several processes can be scored."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ def is_sharded(trainer: Trainer) -> bool:
     return trainer.world_size > 1 and is_one_of(trainer.strategy, _SHARDED)
 
 
-def why_out_of_step(trainer: Trainer, module: LightningModule) -> str | None:
-    """Return why processes could wait in vain or cannot reach each other; None where nothing is in the way."""
+def why_not_scored(trainer: Trainer, module: LightningModule) -> str | None:
+    """Return why processes could wait for each other forever or cannot communicate; None if the run can be scored."""
     if trainer.world_size == 1:
         return None
     if not (dist.is_available() and dist.is_initialized()):
         return (
             f"the {trainer.world_size} processes of {type(trainer.strategy).__name__} are not connected by "
-            "torch.distributed, so that their sums cannot be added up"
+            "torch.distributed, so their sums cannot be added up"
         )
     mesh: Any = getattr(trainer.strategy, "device_mesh", None)
     if "tensor_parallel" in (getattr(mesh, "mesh_dim_names", None) or ()) and mesh["tensor_parallel"].size() > 1:
         return (
-            "under tensor parallelism a process holds parts of the features of samples that others see as well; save "
-            "checkpoints, and score them afterwards with score_checkpoints"
+            "under tensor parallelism several processes see the same samples, and each holds only part of their "
+            "features; save checkpoints, and score them later with score_checkpoints"
         )
     if validates_by_clock(trainer):
         return (
-            "with a time for val_check_interval each process goes by its own clock, and one that validates earlier "
-            "would wait for the others; give a number of batches"
+            "with a time for val_check_interval each process uses its own clock, and one that validates early would "
+            "wait for the others; give a number of batches"
         )
     if getattr(module, _UNEVEN, False) or getattr(getattr(trainer, "datamodule", None), _UNEVEN, False):
         return (
-            f"with {_UNEVEN}=True a process whose loader has length 0 passes over the validation, and the others would "
-            "wait for it; give each a batch, or a loader without a length"
+            f"with {_UNEVEN}=True a process whose loader has length 0 skips the validation, and the others would wait "
+            "for it; give each process a batch, or a loader without a length"
         )
     return None

@@ -1,4 +1,4 @@
-"""Pairs the captured features with the labels of each validation batch, and accumulates them."""
+"""Scoring of validations: captured features are paired with the labels of each batch, and accumulated."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Result(NamedTuple):
     """The result of a pass for one source of features.
 
     Attributes:
-        evidence: of all samples, on the CPU.
-        curve: points at each doubling of the samples, where it was asked for.
+        evidence: the evidence of all samples, on the CPU.
+        curve: a point for each doubling of the samples; empty without ``curve=True``.
     """
 
     evidence: Evidence
@@ -43,26 +43,20 @@ class Result(NamedTuple):
 
 
 class Pass:
-    """One pass over labelled samples: an accumulator for every source of features and every loader.
+    """One pass over labelled samples, with an accumulator for each source of features and each loader.
 
-    For a curve each doubling of the samples is a segment: the score of the first 64 is that of the sums of the first 32
-    and of the next 32, in however many processes.
-
-    Args:
-        scoring: of the task.
-        rank: of this process.
-        world: the number of processes.
-        num_loaders: of the samples.
+    For a curve, each doubling of the samples is a segment. The sums of the first 32 samples and of the next 32 give the
+    score of the first 64, in any number of processes.
 
     Attributes:
-        errors: by source, or None for all sources, why there is no result; shared between processes at the end.
-        batches: by loader, the batches that this process has had from it.
-        rows: by loader, the samples in them, padding included.
-        unseen: by loader, the batches in which no module was called.
-        accumulators: by source and loader.
+        errors: why a source has no result, by source; None stands for all sources. Processes share them at the end.
+        batches: number of batches that this process has read, by loader.
+        rows: number of samples in these batches, by loader, padding included.
+        unseen: number of the first batches in which no scored module was called, by loader.
+        accumulators: the sums, by source and loader.
     """
 
-    def __init__(self, scoring: Scoring, rank: int = 0, world: int = 1, num_loaders: int = 1) -> None:
+    def __init__(self, scoring: Scoring, rank: int = 0, world_size: int = 1, num_loaders: int = 1) -> None:
         self.scoring = scoring
         self.num_loaders = num_loaders
         self.errors: dict[str | None, str] = {}
@@ -70,18 +64,18 @@ class Pass:
         self.rows: Counter[int] = Counter()
         self.unseen: Counter[int] = Counter()
         self.accumulators: dict[Key, Accumulator] = {}
-        self._rank, self._world = rank, world
-        self._columns: dict[int, int] = {}  # by loader, K
-        self._scored: Counter[int] = Counter()  # by loader, the rows of this process that count
-        self._counted_here: set[int] = set()  # loaders whose rows are not one for each sample
+        self._rank, self._world_size = rank, world_size
+        self._columns: dict[int, int] = {}  # K by loader
+        self._scored: Counter[int] = Counter()  # number of rows of this process that count, by loader
+        self._uneven: set[int] = set()  # loaders with batches in which rows and samples are not one to one
 
-    def add(self, rows: Mapping[str, Tensor], labels: Labels, places: range, loader: int = 0) -> Errors:
-        """Add the rows of a batch; return the errors of the sources whose rows could not be added.
+    def add(self, rows: Mapping[str, Tensor], labels: Labels, positions: range, loader: int = 0) -> Errors:
+        """Add the rows of a batch, and return the errors of sources whose rows could not be added.
 
         Args:
-            rows: by source, (n, D), or tokens (n, T, D).
-            labels: of the batch.
-            places: of its samples among those of all processes.
+            rows: features (n, D), or tokens (n, T, D), by source.
+            labels: labels of the batch.
+            positions: positions of its samples among those of all processes.
             loader: index of the loader.
         """
         target = labels.target
@@ -89,8 +83,8 @@ class Pass:
         self._columns[loader] = num_outputs
         scoring = replace(self.scoring, num_outputs=num_outputs)
         errors: Errors = {}
-        segment = self._segment(len(target.values), places, loader, num_outputs) if self.scoring.curve else 0
-        index = target.index(places)
+        segment = self._segment(len(target.values), positions, loader, num_outputs) if self.scoring.curve else 0
+        index = target.index(positions)
         for source, features in rows.items():
             try:
                 kept = target.rows(features, normalize=scoring.normalize)
@@ -100,30 +94,28 @@ class Pass:
         return errors
 
     def num_outputs(self, loader: int) -> int | None:
-        """Return K of a loader, None where no batch has shown it: loaders may have labels with different columns."""
+        """Return K of a loader, which may differ between loaders; None if no batch has shown it."""
         return self._columns.get(loader, self.scoring.num_outputs)
 
-    def _segment(self, number: int, places: range, loader: int, num_outputs: int) -> Tensor:
-        """Return the segment of the curve of each row.
-
-        A process does not know how many rows of the other processes count, and assumes as many as its own.
-        """
-        positions = torch.arange(places.start, places.stop, places.step)
-        if number != len(places):  # tokens count one by one, and rows that are ignored do not
-            self._counted_here.add(loader)
-        if loader in self._counted_here:
-            positions = (self._scored[loader] + torch.arange(number)) * self._world + self._rank
+    def _segment(self, number: int, positions: range, loader: int, num_outputs: int) -> Tensor:
+        """Return the segment of the curve to which each row belongs."""
+        indices = torch.arange(positions.start, positions.stop, positions.step)
+        if number != len(positions):  # tokens count one by one, and ignored rows do not count
+            self._uneven.add(loader)
+        if loader in self._uneven:
+            # This process does not know how many rows of the others count, and assumes as many as its own.
+            indices = (self._scored[loader] + torch.arange(number)) * self._world_size + self._rank
         self._scored[loader] += number
-        return segments(positions, self.scoring.task, num_outputs)
+        return segments(indices, self.scoring.task, num_outputs)
 
     def results(self, device: torch.device, alone: bool) -> dict[Key, Result | None]:
-        """Return the result of every key that any process has met, summed over processes; None after an error.
+        """Return the result of each source and loader, summed over processes; None after an error.
 
-        All processes call this in step.
+        All processes call this together.
 
         Args:
-            device: for the sums.
-            alone: whether the run has but one process.
+            device: where the sums over processes are computed.
+            alone: whether the run has only one process.
         """
         accumulators = self.accumulators if alone else self._reduced(device)
         return {
@@ -133,7 +125,7 @@ class Pass:
         }
 
     def _reduced(self, device: torch.device) -> Mapping[Key, Accumulator]:
-        """Share errors and accumulators between processes."""
+        """Share errors between processes, and return the accumulators summed over processes."""
         mine, everyone = set(self.errors), gathered(False, self.errors)
         try:
             accumulators, mismatches = reduced(self.accumulators, self.scoring.task, device, alone=False)
@@ -160,7 +152,7 @@ class Pass:
 
 
 class Stage(Enum):
-    """How far the validations of a run have come: errors end the run at first, and only warn later."""
+    """How far the validations of a run have come. Early errors end the run; later ones only cause a warning."""
 
     UNPROVEN = "this process has not scored a batch yet"
     PROVEN = "this process has scored a batch"
@@ -168,14 +160,11 @@ class Stage(Enum):
 
 
 class Validation:
-    """Pairs the features of each batch with its labels, and accumulates them.
+    """The scoring of a callback's validations: pairs the features of each batch with its labels, and accumulates them.
 
     Args:
-        name: of the score, for messages.
-        scoring: of the labels.
-        target: where they are in a batch.
-        class_names: are checked against the labels.
-        has_probes: whether the validation set need not be scored.
+        class_names: names of the outputs; their number is checked.
+        has_probes: whether there are probes, so that the validation set need not be scored.
     """
 
     def __init__(
@@ -186,45 +175,45 @@ class Validation:
         self._class_names = class_names
         self._has_probes = has_probes
         self._messages = Messages(name)
-        # Of a run
-        self._alone = True  # whether this is the only process: if not, all must raise together, or some would wait
+        # State of a run
+        self._alone = True  # whether this is the only process; several must raise together, or some would wait forever
         self._stage = Stage.UNPROVEN
-        # Of a validation
+        # State of a validation
         self._extractor: Extractor | None = None
         self._pass: Pass | None = None
         self._loaders: list[Any] = []
-        self._fetches_batches = False  # whether validation_step does, so that labels are known only after it
+        self._step_fetches_batches = False  # whether labels are known only after validation_step
         self._wrong_guess: str | None = None  # why the guessed head is dropped
-        # Of a batch
+        # State of a batch
         self._labels: Labels | Exception | None = None
 
     def prepare(self, alone: bool) -> None:
-        """Begin a new run, in one process alone or in several."""
+        """Prepare for a new run, with one process or several."""
         self._alone, self._stage = alone, Stage.UNPROVEN
 
     def open(self, extractor: Extractor, trainer: Trainer, module: LightningModule) -> None:
-        """Begin a new validation."""
+        """Start a validation."""
         self._extractor, self._loaders = extractor, validation_loaders(trainer)
         scoring = replace(self._scoring, num_outputs=extractor.num_outputs)
         self._pass = Pass(scoring, trainer.global_rank, trainer.world_size, len(self._loaders))
-        self._fetches_batches = "dataloader_iter" in inspect.signature(module.validation_step).parameters
+        self._step_fetches_batches = "dataloader_iter" in inspect.signature(module.validation_step).parameters
 
     def drop(self) -> None:
-        """Forget what has been accumulated."""
+        """Discard what has been accumulated."""
         self._extractor, self._pass, self._wrong_guess, self._labels = None, None, None, None
 
     def start_batch(self, batch: Any, loader: int) -> None:
-        """Read the labels before ``validation_step``, which may take them out of the batch, and capture."""
+        """Start to capture, and read the labels, which ``validation_step`` may remove from the batch."""
         if self._extractor is None or self._pass is None or None in self._pass.errors:
             return
-        self._labels = None if self._fetches_batches else self._read(batch, self._pass.num_outputs(loader))
+        self._labels = None if self._step_fetches_batches else self._read(batch, self._pass.num_outputs(loader))
         self._extractor.start(self._labels if isinstance(self._labels, Labels) else None)
 
     def end_batch(self, trainer: Trainer, batch: Any, batch_idx: int, loader: int) -> None:
-        """Add what has been captured from a batch.
+        """Add the features that were captured from a batch.
 
-        Nothing is decided by a loader's first batches in which no module was called: ``validation_step`` may leave out
-        the first batch, or all of the sanity check.
+        It is no error if a loader's first batches call no scored module: ``validation_step`` may skip the first batch,
+        or the whole sanity check.
 
         Raises:
             Exception: the first batch cannot be scored. Later errors must not end the run.
@@ -239,8 +228,8 @@ class Validation:
                 errors = self._add(extractor, current, trainer, batch, loader)
             elif not is_first:
                 raise ValueError(
-                    "it called none of the modules that are scored, unlike the batches before; only the first batches "
-                    "of a validation can be left out"
+                    "it called none of the modules that are scored, but earlier batches did; only the first batches of "
+                    "a validation can be left out"
                 )
         except Exception as error:
             errors = {None: error}
@@ -257,38 +246,41 @@ class Validation:
             self._stage = Stage.PROVEN
 
     def _add(self, extractor: Extractor, current: Pass, trainer: Trainer, batch: Any, loader: int) -> Errors:
-        """Add the rows of a batch; return the errors of sources that failed."""
-        labels = self._read(batch, current.num_outputs(loader)) if self._fetches_batches else self._labels
+        """Add the rows of a batch, and return the errors of sources that failed."""
+        labels = self._read(batch, current.num_outputs(loader)) if self._step_fetches_batches else self._labels
         if not isinstance(labels, Labels):
-            raise labels or ValueError("its labels are not known")
+            raise labels or ValueError("its labels are unknown")
         with trainer.precision_plugin.forward_context():
             rows, errors = extractor.rows(batch, labels)
-        number, world = labels.target.shape[0], trainer.world_size
-        real = number if world == 1 else rows_without_padding(self._loaders[loader], current.batches[loader], number)
+        number, world_size = labels.target.shape[0], trainer.world_size
+        real: int | None = number
+        if world_size > 1:
+            real = rows_without_padding(self._loaders[loader], current.batches[loader], number)
         if real is None:
             self._messages.warn_of_padding()
             real = number
         if real < number:
             labels = labels._replace(target=labels.target.first(real))
-        first = current.rows[loader] * world + trainer.global_rank  # dealt out in turn, as DistributedSampler does
-        errors |= current.add(rows, labels, range(first, first + real * world, world), loader)
+        # Processes take samples in turn, as in DistributedSampler.
+        first = current.rows[loader] * world_size + trainer.global_rank
+        errors |= current.add(rows, labels, range(first, first + real * world_size, world_size), loader)
         current.rows[loader] += number
-        if not self._messages.are_labels_explained:
+        if not self._messages.are_labels_reported:
             num_outputs = current.num_outputs(loader)
             if self._class_names is not None and len(self._class_names) != num_outputs:
                 raise ValueError(
-                    f"class_names must hold one name for each of {num_outputs} outputs, got {len(self._class_names)}."
+                    f"class_names must have one name for each of {num_outputs} outputs, got {len(self._class_names)}."
                 )
-            self._messages.explain_labels(extractor.poolings)
+            self._messages.report_labels(extractor.poolings)
             widths = [accumulator.num_features for accumulator in current.accumulators.values()]
             self._messages.check_memory(widths * len(self._loaders))
         return errors
 
     def close(self, is_sanity_check: bool) -> Pass | None:
-        """Return what was accumulated. All processes call this in step.
+        """End the validation, and return what was accumulated. All processes call this together.
 
         Raises:
-            ValueError: the first batch could not be scored, in one process or more: raised in all.
+            ValueError: the first batch could not be scored in at least one process. All processes raise it.
         """
         current, extractor, guess = self._pass, self._extractor, self._wrong_guess
         self._extractor, self._pass, self._wrong_guess = None, None, None
@@ -303,7 +295,7 @@ class Validation:
         return current
 
     def _settle(self, current: Pass, extractor: Extractor, guess: str | None) -> None:
-        """Agree with the other processes on whether the validation set can be scored."""
+        """Agree with the other processes whether the validation set can be scored, and raise if it cannot."""
         is_proven = self._stage is Stage.PROVEN
         error = None if is_proven else next(iter(current.errors.values()), None)
         if not self._alone:
@@ -317,25 +309,25 @@ class Validation:
             self._messages.warn_of_dropped_guess(extractor, guess)
 
     def _read(self, batch: Any, num_outputs: int | None) -> Labels | Exception:
-        """Return the labels; an error is raised once it is known that the batch is not left out."""
+        """Return the labels, or the error of reading them, which is raised later unless the batch is skipped."""
         try:
-            if not self._messages.are_labels_explained:
+            if not self._messages.are_labels_reported:
                 self._messages.note_origin(batch, self._target)
             return read_labels(batch, self._target, self._scoring.task, num_outputs, self._scoring.ignore_index)
         except Exception as error:
             if self._has_probes and isinstance(error, ValueError):
-                return ValueError(f"{error} If only the probes are to be scored, write validation=False.")
+                return ValueError(f"{error} To score only the probes, write validation=False.")
             return error
 
     def _is_wrong_guess(self, extractor: Extractor, current: Pass, errors: Errors) -> bool:
-        """Return whether a head that was guessed is not called, where layers were."""
+        """Return whether a guessed head was not called, although layers were."""
         if self._stage is Stage.SETTLED or not extractor.layers or not extractor.is_head_guessed:
             return False
         is_scored = any(source == HEAD for source, _ in current.accumulators)
         return isinstance(errors.get(HEAD), NotCalledError) and not is_scored
 
     def _note(self, current: Pass, batch_idx: int, errors: Errors) -> None:
-        """Raise the first error of a run, or remember what failed, and warn."""
+        """Raise the first error of a run; otherwise record what failed, and warn."""
         is_final = self._stage is Stage.UNPROVEN
         if is_final and self._alone:
             raise next(iter(errors.values()))

@@ -184,7 +184,7 @@ def test_a_curve_is_drawn_where_there_is_a_new_one(tmp_path):
 
 def test_much_memory_is_announced(tmp_path, monkeypatch):
     monkeypatch.setattr(lightning_logme.tracking.messages, "_MUCH_MEMORY", 3 * 16 * 16 * 8)
-    with pytest.warns(UserWarning, match="logme will hold 0.0 GiB of D × D matrices, for 4 sources"):
+    with pytest.warns(UserWarning, match="logme will hold 0.0 GiB in 4 matrices of D × D"):
         trainer(tmp_path, LogMECallback(layers=["model.blocks.*"])).validate(
             Classifier(Deep(3)), loader(), verbose=False
         )

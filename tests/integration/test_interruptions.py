@@ -194,7 +194,7 @@ def test_half_a_checkpoint_is_told(tmp_path):
     content = path.read_bytes()
     for part in (len(content) // 2, 10, 0):
         path.write_bytes(content[:part])
-        with pytest.raises(ValueError, match=r"epoch=1.ckpt' cannot be read: it is no whole checkpoint"):
+        with pytest.raises(ValueError, match=r"epoch=1.ckpt' cannot be read: it is not a complete checkpoint"):
             read_history(path)
 
 

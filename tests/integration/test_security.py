@@ -84,7 +84,7 @@ def test_resuming_runs_nothing(tmp_path, trap):
     assert len(files) == 3  # also of the one that was left
     saved = torch.load(files[0], weights_only=True)
     torch.save({**saved, "trap": Runs(trap)}, files[0])
-    with pytest.warns(UserWarning, match=r"starts anew, as .* cannot be read"):
+    with pytest.warns(UserWarning, match=r"starts again, because .* cannot be read"):
         again = rank(resume_from=folder)
     assert again.scores == first.scores
 

@@ -113,7 +113,7 @@ def test_a_factory_that_changes_is_found_out():
         ("new", "failed", 256),
     ]
     assert re.match(
-        r"its factory made another network than before \(its features of the first samples changed: .*\); a factory",
+        r"its factory built another network than before \(its features of the first samples changed: .*\); it must",
         ranking.rows[1].message,
     )
     assert ranking.rows[1].logme == ranking.curves["new"][0].logme
@@ -268,7 +268,7 @@ class TestWhichFeature:
     @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
     def test_a_network_that_hooks_cannot_see_into_needs_a_head(self):
         scripted = torch.jit.script(nn.Sequential(nn.Linear(WIDTH, 8), nn.ReLU(), nn.Linear(8, 3)))
-        with pytest.raises(RuntimeError, match="head='auto': no layer of .* was seen while it ran.*head=None"):
+        with pytest.raises(RuntimeError, match="head='auto': no layer of .* called its hooks.*head=None"):
             rank({"net": scripted}, race=False)
         ranking = rank({"net": scripted}, head=None, race=False)
         assert (ranking.rows[0].feature, ranking.rows[0].num_features) == ("output", 3)

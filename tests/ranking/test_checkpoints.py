@@ -77,7 +77,7 @@ def test_broken_files_are_rows(run, tmp_path):
     failed = {Path(row.name).name: row.message for row in ranking.rows if row.ended == "failed"}
     assert set(failed) == {f"{name}.ckpt" for name in ("broken", "other", "list", "wider", "unsafe", "missing")}
     assert "Missing key" in failed["other.ckpt"]
-    assert "neither a checkpoint of Lightning nor a state dict" in failed["list.ckpt"]
+    assert "neither a Lightning checkpoint nor a state dict" in failed["list.ckpt"]
     assert "size mismatch" in failed["wider.ckpt"]
     assert "Weights only load failed" in failed["unsafe.ckpt"]
     assert "FileNotFoundError" in failed["missing.ckpt"]
@@ -132,7 +132,7 @@ class TestTheModuleAsItWas:
         module = Classifier()
         original = module.forward
         module.forward = lambda x: original(x)
-        with pytest.raises(RuntimeError, match="has a forward of its own"):
+        with pytest.raises(RuntimeError, match="has a forward function set on the instance"):
             score_checkpoints(module, run, loader(target()), **QUIET)
 
     def test_checkpoints_of_a_compiled_network(self, run, tmp_path):
@@ -257,7 +257,7 @@ def test_from_the_shell(run, tmp_path, capsys):
     config = {
         "module": {"class_path": "models.Classifier", "init_args": {"lr": 0.2}},
         "paths": str(run),
-        "data": {"class_path": "test_score_checkpoints.Data"},
+        "data": {"class_path": "test_checkpoints.Data"},
         "accelerator": "cpu",
         "progress": False,
     }

@@ -81,7 +81,7 @@ class TestLayers:
         assert ranking.scores["a/high.1"] == pytest.approx(
             float(logme(Net().features(target_set().tensors[0])["/high"], target_set().tensors[1])), abs=1e-6
         )
-        with pytest.raises(ValueError, match="layers names 'd', and there are only the candidates 'a', 'b', 'c'"):
+        with pytest.raises(ValueError, match="layers names 'd', but the only candidates are 'a', 'b', 'c'"):
             rank(candidates, layers={"d": ["low"]})
         with pytest.raises(ValueError, match=r"layers must be a sequence of names, got the string 'low'"):
             rank(candidates, layers="low")
@@ -344,7 +344,10 @@ class TestTokens:
         for row in ranking.rows:
             assert math.isnan(row.logme)
             assert math.isnan(row.stderr)
-            assert (row.num_samples, row.message) == (0, "there is no evidence in these samples; a warning says why")
+            assert (row.num_samples, row.message) == (
+                0,
+                "there is no evidence in these samples; a warning gives the cause",
+            )
 
     def test_features_of_sequences_do_not_fit_labels_of_tokens(self):
         data = DataLoader(tokens(), 32)

@@ -86,7 +86,7 @@ class TestResult:
             guess = ranking.head()(good_to_bad()["good"](x)).argmax(1)
         assert (guess == y).float().mean() > 0.8
         assert ranking.head("bad").in_features == 8
-        with pytest.raises(KeyError, match="no evidence for 'ugly'; there is for 'good'"):
+        with pytest.raises(KeyError, match="no evidence for 'ugly', only for 'good'"):
             ranking.head("ugly")
 
     def test_table_and_csv(self, tmp_path):
@@ -243,7 +243,7 @@ class TestBadInput:
         [
             ({}, "candidates is empty"),
             ([("a", nn.Identity()), ("a", nn.Identity())], "candidates has two entries named 'a'"),
-            ({"a": "resnet50"}, r"candidates\['a'\] must be a torch.nn.Module or a callable that makes one, got str"),
+            ({"a": "resnet50"}, r"candidates\['a'\] must be a torch.nn.Module or a callable that builds one, got str"),
             ([nn.Identity()], r"candidates must be a mapping from names \(strings\) to modules or factories"),
             ({1: nn.Identity()}, r"candidates must be a mapping from names \(strings\) .* got \(1, Identity"),
             (nn.Identity(), "candidates must be a mapping from names to modules .* got Identity"),
@@ -258,7 +258,7 @@ class TestBadInput:
         ("options", "message"),
         [
             ({"task": "ranking"}, "task must be one of"),
-            ({"head": {"god": "fc"}}, "head names 'god', and there are only the candidates 'bad', 'fair', 'good'"),
+            ({"head": {"god": "fc"}}, "head names 'god', but the only candidates are 'bad', 'fair', 'good'"),
             ({"transforms": {"god": None}}, "transforms names 'god'"),
             ({"pooling": "max"}, "pooling must be"),
             ({"race": "false"}, "race must be True or False, got 'false'"),
@@ -271,7 +271,7 @@ class TestBadInput:
             ({"seed": True}, "seed must be an integer, got True"),
             ({"seed": 1.0}, "seed must be an integer, got 1.0"),
             ({"resume_from": True}, "resume_from must be the path of a folder or None, got True"),
-            ({"logger": True}, "logger must be a Lightning logger, or several, got True"),
+            ({"logger": True}, "logger must be one Lightning logger or several, got True"),
             ({"head": 3}, "head must be 'auto', the dotted name of a module .* got 3"),
             ({"forward": {"good": "x"}}, "forward of 'good' must be callable or None, got 'x'"),
             ({"transforms": {"good": "x"}}, "transforms of 'good' must be callable or None, got 'x'"),

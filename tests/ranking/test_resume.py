@@ -32,7 +32,7 @@ def starts_anew(name, cause):
     with pytest.warns(UserWarning, match="resume_from") as warned:
         yield
     messages = [str(warning.message) for warning in warned]
-    assert any(re.match(f"resume_from: '{name}' starts anew, as .*({cause})", message) for message in messages), (
+    assert any(re.match(f"resume_from: '{name}' starts again, because .*({cause})", message) for message in messages), (
         messages
     )
 

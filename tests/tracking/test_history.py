@@ -173,7 +173,7 @@ def test_a_state_of_another_form_is_left_out_and_ends_nothing(run, tmp_path, sta
     checkpoint["callbacks"][key] = state
     torch.save(checkpoint, path)
     callback = LogMECallback()
-    with pytest.warns(UserWarning, match="logme: the checkpoint holds a history in a form that is not known"):
+    with pytest.warns(UserWarning, match="logme: the checkpoint holds a history in an unknown format"):
         trainer(tmp_path, callback, max_epochs=3).fit(Classifier(), loader(), loader(), ckpt_path=path)
     assert [row["epoch"] for row in callback.history] == [2]
     with pytest.raises(ValueError, match="holds no history of LogME"):

@@ -661,12 +661,12 @@ class TestBadInput:
         ("options", "message"),
         [
             ({"probes": [loader()]}, "probes must be a mapping"),
-            ({"probes": {"": loader()}}, "probes has the name ''"),
-            ({"probes": {"layer_mean": loader()}}, "probes has the name 'layer_mean'"),
-            ({"probes": {"dataloader_idx_0": loader()}}, "probes has the name 'dataloader_idx_0'"),
+            ({"probes": {"": loader()}}, "probes: the name ''"),
+            ({"probes": {"layer_mean": loader()}}, "probes: the name 'layer_mean'"),
+            ({"probes": {"dataloader_idx_0": loader()}}, "probes: the name 'dataloader_idx_0'"),
             ({"probes": {"a": loader()}, "probe_every": 0}, "probe_every must be a positive integer or 'checkpoint'"),
             ({"probes": {"a": loader()}, "probe_every": "epoch"}, "probe_every must be"),
-            ({"validation": False}, "nothing to score without probes"),
+            ({"validation": False}, "without probes nothing would be scored"),
             ({"layer_mean": True}, "layer_mean is the mean of layers"),
             ({"features": 3}, "features must be a callable"),
             ({"features": len, "head": "fc"}, "replaces head"),
@@ -690,7 +690,7 @@ class TestBadInput:
 
     def test_a_probe_named_as_a_layer(self, tmp_path):
         callback = LogMECallback(layers=["model"], probes={"model": loader(other())})
-        with pytest.raises(ValueError, match="probes has the name 'model', and 'model' is logged for a layer"):
+        with pytest.raises(ValueError, match="probes: the name 'model' leads to the key 'model', which is logged"):
             trainer(tmp_path, callback).fit(Classifier(), loader(), loader())
 
 
@@ -738,7 +738,7 @@ def test_attention_mask_beside_the_labels(tmp_path):
 
 @pytest.mark.parametrize("shown", [True, False])
 def test_a_bar_for_those_that_take_their_time(tmp_path, monkeypatch, capsys, shown):
-    monkeypatch.setattr(lightning_logme.tracking.probe, "_PATIENCE", 0.0)
+    monkeypatch.setattr(lightning_logme.tracking.probe, "_BAR_DELAY", 0.0)
     callback = LogMECallback(probes={"news": loader(other())})
     trainer(tmp_path, callback, enable_progress_bar=shown).validate(Classifier(), loader(), verbose=False)
     assert ("probe news" in capsys.readouterr().err) == shown
@@ -870,7 +870,7 @@ class TestWarnings:
     def test_a_monitor_of_what_is_not_always_scored(self, tmp_path):
         stopping = EarlyStopping("logme/news", mode="max", patience=1)
         callback = LogMECallback(probes={"news": loader(other())}, probe_every=2)
-        with pytest.warns(UserWarning, match="EarlyStopping monitors a probe, and with probe_every=2"):
+        with pytest.warns(UserWarning, match="probe_every=2: EarlyStopping monitors a probe"):
             trainer(tmp_path, callback, stopping).validate(Classifier(), loader(), verbose=False)
 
     def test_a_monitor_of_another_key_that_begins_alike(self, tmp_path):
@@ -915,7 +915,7 @@ class TestWarnings:
 
     def test_two_things_of_one_key(self, tmp_path):
         callback = LogMECallback(layers=["model.0"], probes={"a": loader(other()), "a/model.0": loader(other())})
-        with pytest.raises(ValueError, match="'a/model.0' is logged for a layer or another probe as well"):
+        with pytest.raises(ValueError, match="'a/model.0', which is logged for a layer or another probe as well"):
             trainer(tmp_path, callback).validate(Classifier(), loader(), verbose=False)
 
     def test_broken_data_sets_name_their_probe(self, tmp_path):
@@ -940,7 +940,7 @@ def test_sharded_strategies_are_refused(tmp_path):
 
     probes = Probes({"news": loader(other())}, 1)
     fsdp = SimpleNamespace(world_size=2, strategy=FSDPStrategy(), callbacks=[])
-    with pytest.raises(ValueError, match="probes cannot be run under FSDPStrategy.*score_checkpoints"):
+    with pytest.raises(ValueError, match="probes: they cannot run under FSDPStrategy.*score_checkpoints"):
         probes.prepare(fsdp, LogMECallback(), "logme")
 
 

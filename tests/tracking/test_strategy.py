@@ -72,7 +72,7 @@ def test_forward_passes_of_its_own_are_refused_where_weights_are_shared_out(tmp_
     """Shown with a stand-in of that name: of the strategies only one runs without a GPU."""
     run = SimpleNamespace(world_size=2, strategy=type(name, (), {})())
     callback = LogMECallback(features=lambda module, batch: batch[0], num_classes=4)
-    with pytest.raises(ValueError, match=f"features=callable makes forward passes .* under {name}"):
+    with pytest.raises(ValueError, match=f"features: a callable runs extra forward passes, but under {name}"):
         callback.setup(run, Classifier(), "fit")
 
 
