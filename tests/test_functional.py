@@ -207,3 +207,15 @@ def test_public_names_are_listed_before_they_are_imported():
 def test_nothing_left_after_ignoring():
     with pytest.warns(UserWarning, match="no samples"):
         assert math.isnan(logme(F, torch.full((20,), -1), ignore_index=-1))
+
+
+def test_each_token_with_a_label_is_a_sample():
+    features, labels = problem(60, 5, 3)
+    tokens, target = features.reshape(12, 5, 5), labels.reshape(12, 5)
+    assert float(logme(tokens, target)) == pytest.approx(float(logme(features, labels)), rel=1e-12)
+    with pytest.raises(ValueError, match="features must have shape"):
+        logme(tokens, target % 2, "multilabel")
+    with pytest.raises(ValueError, match="target must have shape"):
+        logme(features, np.stack([labels, labels], 1))
+    with pytest.raises(ValueError, match="features must have shape"):
+        logme(tokens, target[:, :4])

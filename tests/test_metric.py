@@ -8,12 +8,12 @@ import warnings
 import pytest
 import torch
 from oracles import problem
+from spawned import spawn
 from torchmetrics import MetricCollection, MetricTracker
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_logme import LogME
 from lightning_logme.functional import evidence, logme
-from lightning_logme.scores.moments import moments_device
 
 FEATURES, TARGET = map(torch.as_tensor, problem(200, 8, 4, noise=2.0))
 FEATURES = FEATURES.float()
@@ -196,11 +196,6 @@ def test_states_stay_exact_whatever_is_cast(cast):
     assert float(metric.compute()) == pytest.approx(EXPECTED, rel=1e-12)
     metric.reset()
     assert metric.gram.dtype == torch.float64
-
-
-def test_moments_live_where_float64_is():
-    assert moments_device(torch.device("mps")) == torch.device("cpu")
-    assert moments_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
 
 
 def test_collection_shares_one_update_between_equal_states():
@@ -436,3 +431,25 @@ def test_a_module_that_holds_one_can_be_scripted():
     module.metric(x, torch.arange(20) % 4)
     torch.testing.assert_close(torch.jit.script(module)(x), module(x))
     torch.jit.script(module.metric)
+
+
+def _add_up(rank, world, number, width):
+    features, labels = map(torch.as_tensor, problem(number, width, 4))
+    metric = LogME("multiclass", width, num_classes=4, compute_with_cache=False)
+    if rank:  # Process 0 sees no data.
+        metric.update(features[rank - 1 :: world - 1], labels[rank - 1 :: world - 1])
+    else:
+        metric.update(features[:0], labels[:0])
+    for _ in range(2):
+        torch.testing.assert_close(metric.compute(), evidence(features, labels).score, rtol=1e-8, atol=0)
+    metric.update(features[:4], labels[:4])
+    assert metric.evidence().num_samples == number + 4 * world
+    metric.reset()
+    metric.sync()
+    assert math.isclose(float(metric.count), 0)
+    metric.unsync()
+
+
+@pytest.mark.parametrize(("number", "width"), [(30, 50), (30, 12), (90, 50)])
+def test_processes_with_few_rows_or_none_give_the_total(number, width):
+    spawn(_add_up, number, width, world=3)
