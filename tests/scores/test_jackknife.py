@@ -170,21 +170,21 @@ def test_ties_survive(candidates, races):
 
 
 @pytest.mark.parametrize(("n", "d"), [(100, 40), (100, 300)])
-def test_held_rows_and_sums_give_the_same_scores(self, n, d):
+def test_held_rows_and_sums_give_the_same_scores(n, d):
     features, labels = tensors(n, d, 3, noise=2.0)
     held, folded = (in_blocks(features, labels, batch=30) for _ in range(2))
     folded.moments()
     assert jackknife(held)[1] == pytest.approx(jackknife(folded)[1], rel=1e-7)
 
 
-def test_few_rows_are_not_summed(self):
+def test_few_rows_are_not_summed():
     accumulator = in_blocks(*tensors(100, 300, 3, noise=2.0), batch=16)
     jackknife(accumulator)
     assert not accumulator.sums
     assert accumulator.nbytes == 100 * (300 + 1) * 8
 
 
-def test_scores_of_a_single_block_are_nan(self):
+def test_scores_of_a_single_block_are_nan():
     accumulator = Accumulator("multiclass", 5, 3)
     accumulator.add(rows_of(*tensors(60, 5, 3)))
     scores = jackknife(accumulator)[1]
