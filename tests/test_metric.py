@@ -8,7 +8,6 @@ import warnings
 import pytest
 import torch
 from oracles import problem
-from spawned import spawn
 from torchmetrics import MetricCollection, MetricTracker
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -419,25 +418,3 @@ def test_module_that_holds_a_metric_can_be_scripted():
     module.metric(x, torch.arange(20) % 4)
     torch.testing.assert_close(torch.jit.script(module)(x), module(x))
     torch.jit.script(module.metric)
-
-
-def _add_up(rank, world, number, width):
-    features, labels = map(torch.as_tensor, problem(number, width, 4))
-    metric = LogME("multiclass", width, num_classes=4, compute_with_cache=False)
-    if rank:  # Process 0 sees no data.
-        metric.update(features[rank - 1 :: world - 1], labels[rank - 1 :: world - 1])
-    else:
-        metric.update(features[:0], labels[:0])
-    for _ in range(2):
-        torch.testing.assert_close(metric.compute(), evidence(features, labels).score, rtol=1e-8, atol=0)
-    metric.update(features[:4], labels[:4])
-    assert metric.evidence().num_samples == number + 4 * world
-    metric.reset()
-    metric.sync()
-    assert math.isclose(float(metric.count), 0)
-    metric.unsync()
-
-
-@pytest.mark.parametrize(("number", "width"), [(30, 50), (30, 12), (90, 50)])
-def test_processes_with_few_rows_or_none_give_the_total(number, width):
-    spawn(_add_up, number, width, world=3)

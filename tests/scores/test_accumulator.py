@@ -15,6 +15,8 @@ from lightning_logme.functional import evidence, logme
 from lightning_logme.scores.accumulator import Accumulator
 from lightning_logme.scores.jackknife import jackknife
 from lightning_logme.scores.moments import Moments, Rows
+from lightning_logme.scores.reduction import reduced
+from lightning_logme.utilities.distributed import Failure, together
 
 
 def data(n, d, k=3, seed=0, dtype=torch.float64):
@@ -238,3 +240,21 @@ class TestDevice:
         assert accumulator.to("cpu") is accumulator
         assert Accumulator("binary", 3, 2, torch.device("mps")).device == torch.device("cpu")
         assert Accumulator("binary", 3, 2, "cuda:1").device == torch.device("cuda", 1)
+
+
+def test_single_process_exchanges_nothing():
+    mine = {("a", 0): filled(*data(20, 40))}
+    results, broken = reduced(mine, "multiclass", torch.device("cpu"), alone=True)
+    assert results == mine
+    assert broken == {}
+    assert not results["a", 0].sums
+
+
+def test_failure_in_a_single_process_keeps_its_message_and_no_traceback():
+    with pytest.raises(Failure, match="^too few$") as caught, together(alone=True):
+        raise ValueError("too few")
+    assert caught.value.__context__.__traceback__ is None
+    with pytest.raises(Failure, match="^RuntimeError: no memory$"), together(alone=True):
+        raise RuntimeError("no memory")
+    with pytest.raises(KeyboardInterrupt), together(alone=True):
+        raise KeyboardInterrupt

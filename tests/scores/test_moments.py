@@ -98,7 +98,7 @@ def test_moments_are_on_a_device_with_float64():
     assert moments_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
 
 
-def test_normalizing_keeps_nan_in_its_row(self):
+def test_normalizing_keeps_nan_in_its_row():
     features = torch.ones(3, 2)
     features[1, 0] = math.nan
     found = Rows(features, torch.arange(3)).normalized().features.isnan()

@@ -1,4 +1,6 @@
-"""Accumulators are reduced, and failures shared, over two or three real processes."""
+"""Accumulators and agreement in two or three real processes."""
+
+import math
 
 import pytest
 import torch
@@ -7,6 +9,8 @@ from oracles import problem
 from spawned import spawn
 from streamed import rows_of
 
+from lightning_logme import LogME
+from lightning_logme.functional import evidence
 from lightning_logme.scores.accumulator import Accumulator
 from lightning_logme.scores.jackknife import jackknife
 from lightning_logme.scores.reduction import reduced
@@ -46,7 +50,7 @@ def _equals_one_process(rank, world, n, d, empty_rank):
 
 
 @pytest.mark.parametrize(("n", "d", "empty_rank", "world"), [(200, 8, None, 2), (50, 60, 0, 2), (200, 8, 1, 3)])
-def test_reduction_over_processes_equals_one_process(n, d, empty_rank, world):
+def test_reduced_is_as_one_process(n, d, empty_rank, world):
     spawn(_equals_one_process, n, d, empty_rank, world=world)
 
 
@@ -58,7 +62,7 @@ def _different_shapes(rank, world):
     assert "a" not in results
 
 
-def test_different_shapes_break_only_their_own_key():
+def test_shapes_that_differ_break_only_their_key():
     spawn(_different_shapes)
 
 
@@ -79,23 +83,28 @@ def _failures(rank, world):
     dist.barrier()
 
 
-def test_failure_in_one_process_fails_in_all():
+def test_what_fails_in_one_process_fails_in_all():
     spawn(_failures)
 
 
-def test_single_process_exchanges_nothing():
-    mine = {("a", 0): accumulated(20, 40, torch.arange(20), k=3)}
-    results, broken = reduced(mine, "multiclass", torch.device("cpu"), alone=True)
-    assert results == mine
-    assert broken == {}
-    assert not results["a", 0].sums
+def _metric_of_few_rows(rank, world, number, width):
+    features, labels = map(torch.as_tensor, problem(number, width, 4))
+    metric = LogME("multiclass", width, num_classes=4)
+    if rank:  # the first process sees no data
+        metric.update(features[rank - 1 :: world - 1], labels[rank - 1 :: world - 1])
+    else:
+        metric.update(features[:0], labels[:0])
+    for _ in range(2):
+        torch.testing.assert_close(metric.compute(), evidence(features, labels).score, rtol=1e-8, atol=0)
+        metric._computed = None
+    metric.update(features[:4], labels[:4])
+    assert metric.evidence().num_samples == number + 4 * world
+    metric.reset()
+    metric.sync()
+    assert math.isclose(float(metric.count), 0)
+    metric.unsync()
 
 
-def test_failure_in_a_single_process_keeps_its_message_and_no_traceback():
-    with pytest.raises(Failure, match="^too few$") as caught, together(alone=True):
-        raise ValueError("too few")
-    assert caught.value.__context__.__traceback__ is None
-    with pytest.raises(Failure, match="^RuntimeError: no memory$"), together(alone=True):
-        raise RuntimeError("no memory")
-    with pytest.raises(KeyboardInterrupt), together(alone=True):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize(("number", "width"), [(30, 50), (30, 12), (90, 50)])
+def test_metric_of_few_rows(number, width):
+    spawn(_metric_of_few_rows, number, width, world=3)
