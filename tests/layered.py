@@ -1,4 +1,4 @@
-"""Networks of which several layers are scored."""
+"""Networks with several layers to score."""
 
 from models import CLASSES
 from torch import Tensor, nn

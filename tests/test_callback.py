@@ -757,7 +757,7 @@ def test_two_callbacks_need_two_names(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:(`torch.jit|`LightningModule.to_torchscript` has been)")
 @pytest.mark.parametrize("method", ["script", "trace"])
-def test_export_to_torchscript_during_a_run(tmp_path, method):
+def test_module_can_be_exported_to_torchscript_during_a_run(tmp_path, method):
     """The module is exported while its hooks are attached, and the run goes on with them."""
 
     class Exports(Classifier):

@@ -21,7 +21,7 @@ def test_every_validation_has_figures_of_layers_and_samples(tmp_path):
 
 
 @pytest.mark.parametrize("curve", [False, True])
-def test_validation_with_nan_has_no_figure_by_output_and_later_ones_have(tmp_path, curve):
+def test_nan_in_one_validation_does_not_end_the_figures(tmp_path, curve):
     class Sometimes(Classifier):
         def forward(self, x):
             return super().forward(x * float("nan") if self.current_epoch == 1 and not self.training else x)

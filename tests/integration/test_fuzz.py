@@ -53,7 +53,7 @@ def changed(name: str, *changes: Callable[[Any], Any]) -> Malformation:
 
 
 def spoilt(name: str, *numbers: float) -> Malformation:
-    """Return a malformation that replaces one number of a tensor by an invalid one."""
+    """Return a malformation that puts an invalid number into a tensor."""
 
     def change(rng: random.Random, arguments: Arguments) -> None:
         values = arguments[name].double().clone()

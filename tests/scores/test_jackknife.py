@@ -90,7 +90,7 @@ def test_class_present_in_a_single_block_does_not_inflate_the_error():
 
 
 def test_error_bars_match_the_spread_of_fresh_samples():
-    """This holds for the score, and for the difference of two candidates on the same samples, which varies less."""
+    """The difference of two candidates on the same samples varies less than the scores."""
     n, classes, draws = 400, 4, 60
     generator = torch.Generator().manual_seed(0)
     means = torch.randn(classes, WIDTH, generator=generator, dtype=torch.float64)
