@@ -1,4 +1,4 @@
-"""Independent ways to the evidence: slow, plain, and sharing no code with the package."""
+"""Independent computations of the evidence. They are slow and plain, and share no code with the package."""
 
 import numpy as np
 from scipy.linalg import helmert
@@ -9,18 +9,18 @@ from sklearn.linear_model import BayesianRidge
 
 
 def log_density(features: np.ndarray, y: np.ndarray, log_alpha: float, log_beta: float) -> float:
-    """log N(y; 0, β⁻¹ I + α⁻¹ F Fᵀ)."""
+    """Return log N(y; 0, β⁻¹ I + α⁻¹ F Fᵀ)."""
     covariance = np.exp(-log_beta) * np.eye(len(y)) + np.exp(-log_alpha) * features @ features.T
     try:
         return float(multivariate_normal(cov=Covariance.from_cholesky(np.linalg.cholesky(covariance))).logpdf(y))
-    except np.linalg.LinAlgError:  # too little noise for float64
+    except np.linalg.LinAlgError:  # The noise is too small for float64.
         return -np.inf
 
 
 def brute_force(features: np.ndarray, y: np.ndarray) -> float:
-    """Maximised log evidence per sample, by a dense search over both precisions and a polish of the best points."""
+    """Return the maximal log evidence per sample: a dense search over both precisions, refined at the best points."""
     features, y = np.asarray(features, float), np.asarray(y, float)
-    # Precisions in units of the data, so that one grid does for all scales.
+    # The precisions are in units of the data, so that one grid suits all scales.
     alphas = np.log(np.linalg.norm(features, 2) ** 2 / (y @ y)) + np.linspace(-12, 25, 38)
     betas = np.log(len(y) / (y @ y)) + np.linspace(-2, 22, 25)
     values = {(a, b): log_density(features, y, a, b) for a in alphas for b in betas}
@@ -33,7 +33,7 @@ def brute_force(features: np.ndarray, y: np.ndarray) -> float:
 
 
 def by_singular_values(features: np.ndarray, y: np.ndarray) -> float:
-    """Maximised log evidence per sample, by a dense search over α/β; no condition number is squared."""
+    """Return the maximal log evidence per sample: a dense search over α/β that squares no condition number."""
     features, y = np.asarray(features, float), np.asarray(y, float)
     n = len(features)
     left, singular, _ = np.linalg.svd(features, full_matrices=False)
@@ -57,19 +57,19 @@ def by_singular_values(features: np.ndarray, y: np.ndarray) -> float:
 
 
 def without_mean(matrix: np.ndarray) -> np.ndarray:
-    """The n − 1 contrasts that are left when a mean is taken out."""
+    """Return the n − 1 contrasts that remain without the mean."""
     return helmert(len(matrix)) @ matrix
 
 
 def bayesian_ridge(features: np.ndarray, y: np.ndarray) -> float:
-    """scikit-learn's maximised log evidence per sample."""
+    """Return scikit-learn's maximal log evidence per sample."""
     flat = {"alpha_1": 0, "alpha_2": 0, "lambda_1": 0, "lambda_2": 0}
     model = BayesianRidge(fit_intercept=False, compute_score=True, max_iter=20000, tol=1e-12, **flat)
     return float(model.fit(features, y).scores_[-1]) / len(y)
 
 
 def papers_fixed_point(features: np.ndarray, y: np.ndarray, rounds: int = 11) -> float:
-    """The iteration of You et al. (2021), algorithm 1, written out for n > D."""
+    """Return the result of algorithm 1 of You et al. (2021), written out for n > D."""
     n, d = features.shape
     u, s, _ = np.linalg.svd(features, full_matrices=False)
     sigma, x2 = s**2, (u.T @ y) ** 2
@@ -93,14 +93,14 @@ def one_hot(labels: np.ndarray, num_classes: int) -> np.ndarray:
 
 
 def digits_features(num_features: int) -> tuple[np.ndarray, np.ndarray]:
-    """Random rectified features of scikit-learn's digits."""
+    """Return random rectified features of scikit-learn's digits, and the labels."""
     pixels, labels = load_digits(return_X_y=True)
     weights = np.random.default_rng(0).normal(size=(64, num_features)) / 8
     return np.maximum((pixels / 16) @ weights, 0).astype(np.float32), labels
 
 
 def problem(n: int, d: int, k: int, seed: int = 0, noise: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-    """Features of k classes, and labels in which every class is present."""
+    """Return features of k classes, and labels with every class present."""
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(n) % k)
     return rng.normal(size=(k, d))[labels] + noise * rng.normal(size=(n, d)), labels

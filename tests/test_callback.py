@@ -1,10 +1,11 @@
-"""The callback in real Trainer runs."""
+"""The callback in runs of a real Trainer."""
 
 import copy
 import gc
 import math
 import warnings
 import weakref
+from contextlib import nullcontext
 
 import lightning.pytorch as pl
 import pytest
@@ -16,10 +17,12 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_logme import LogMECallback
+from lightning_logme.features.hooks import Capture
 from lightning_logme.functional import evidence, logme
+from lightning_logme.scores.accumulator import Accumulator
 
 
-def test_score_is_that_of_the_input_of_the_head(tmp_path):
+def test_score_and_history_are_those_of_the_input_of_the_head(tmp_path):
     module, callback = Classifier(), LogMECallback()
     run = trainer(tmp_path, callback)
     run.validate(module, loader(), verbose=False)
@@ -67,7 +70,7 @@ def test_fit_scores_every_epoch_with_the_weights_of_that_epoch(tmp_path):
     assert len(set(witness.scores)) == 3
 
 
-def test_seen_by_monitors_of_the_same_epoch(tmp_path):
+def test_monitors_see_the_score_in_the_same_epoch(tmp_path):
     class Scheduled(Classifier):
         def configure_optimizers(self):
             optimizer = super().configure_optimizers()
@@ -78,7 +81,7 @@ def test_seen_by_monitors_of_the_same_epoch(tmp_path):
     stopping = EarlyStopping(monitor="logme", mode="max", patience=1, strict=True)
     callback = LogMECallback()
     run = trainer(tmp_path, checkpoint, stopping, callback, max_epochs=4)  # monitors before the callback
-    module = Scheduled(lr=1e-12)  # nothing changes, so the second epoch is no better than the first
+    module = Scheduled(lr=1e-12)  # The weights do not change, so the second epoch is no better.
     run.fit(module, loader(), loader())
     assert run.current_epoch == 2
     assert stopping.stopped_epoch == 1
@@ -88,14 +91,14 @@ def test_seen_by_monitors_of_the_same_epoch(tmp_path):
     assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-13)
 
 
-def test_several_validations_in_an_epoch(tmp_path):
+def test_every_validation_of_an_epoch_is_scored(tmp_path):
     callback = LogMECallback()
     run = trainer(tmp_path, callback, max_epochs=1, val_check_interval=0.4)
     run.fit(Classifier(), loader(), loader())
     assert [(row["epoch"], row["global_step"]) for row in callback.history] == [(0, 2), (0, 4)]
 
 
-def test_several_loaders(tmp_path):
+def test_each_loader_is_scored(tmp_path):
     callback, module = LogMECallback(layers=["model.0"]), Classifier()
     run = trainer(tmp_path, callback)
     other = vectors(60, seed=5)
@@ -112,7 +115,7 @@ def test_several_loaders(tmp_path):
 
 
 @pytest.mark.parametrize("task", ["regression", "multilabel"])
-def test_loaders_with_different_numbers_of_targets(tmp_path, task):
+def test_loaders_may_have_different_numbers_of_targets(tmp_path, task):
     class Encoding(Classifier):
         def validation_step(self, batch, batch_idx, dataloader_idx=0):
             self(batch[0])
@@ -142,7 +145,7 @@ def test_layers_are_scored_by_their_output(tmp_path):
     assert {row["key"] for row in callback.history} == {"logme", "logme/model.features", "logme/model.features.1"}
 
 
-def test_layers_alone_where_there_is_no_head(tmp_path):
+def test_layers_are_scored_without_a_head(tmp_path):
     class Encoder(Classifier):
         def validation_step(self, batch, batch_idx):
             self.model(batch[0])
@@ -164,7 +167,7 @@ def test_layers_alone_where_there_is_no_head(tmp_path):
         ("regression", 2, nn.functional.mse_loss, lambda y: torch.stack([y, -y], 1).float()),
     ],
 )
-def test_tasks(tmp_path, task, outputs, loss, convert):
+def test_every_task_is_scored(tmp_path, task, outputs, loss, convert):
     x, y = vectors().tensors
     data = TensorDataset(x, convert(y))
     module, callback = Classifier(mlp(16, outputs), loss), LogMECallback(task=task)
@@ -198,7 +201,7 @@ def test_options_reach_the_score(tmp_path):
     assert callback.history[0]["num_samples"] == int((y != -100).sum())
 
 
-def test_regression_has_no_ignored_value(tmp_path):
+def test_regression_ignores_no_value(tmp_path):
     x, y = vectors().tensors
     data = TensorDataset(x, torch.where(y == 0, -100.0, y.float())[:, None])
     callback = LogMECallback(task="regression")
@@ -207,7 +210,7 @@ def test_regression_has_no_ignored_value(tmp_path):
     assert callback.history[0]["num_samples"] == len(data)
 
 
-def test_labels_that_validation_step_takes_out_of_the_batch(tmp_path, caplog):
+def test_labels_that_validation_step_removes_from_the_batch_are_found(tmp_path, caplog):
     class Popping(Classifier):
         def validation_step(self, batch, batch_idx):
             labels = batch.pop("labels")
@@ -222,8 +225,8 @@ def test_labels_that_validation_step_takes_out_of_the_batch(tmp_path, caplog):
     assert callback.history[0]["num_samples"] == 96
 
 
-def test_labels_and_features_that_are_written_to_afterwards(tmp_path):
-    """As -100 is replaced before tokens are decoded, and as features are normalised in place for another loss."""
+def test_later_writes_to_labels_and_features_change_nothing(tmp_path):
+    """The step replaces -100 in the labels and scales the features in place, as users do."""
 
     class Writing(Classifier):
         def validation_step(self, batch, batch_idx):
@@ -242,8 +245,8 @@ def test_labels_and_features_that_are_written_to_afterwards(tmp_path):
     assert callback.history[0]["logme"] == pytest.approx(expected, rel=1e-6)
 
 
-def test_features_in_memory_that_the_module_uses_again(tmp_path):
-    """Fewer samples than features are held until the validation ends."""
+def test_features_in_reused_memory_are_copied(tmp_path):
+    """With fewer samples than features, rows are held until the validation ends."""
 
     class Caching(Classifier):
         cache = torch.zeros(20, 50)
@@ -258,7 +261,7 @@ def test_features_in_memory_that_the_module_uses_again(tmp_path):
     assert callback.history[0]["logme"] == pytest.approx(float(logme(wide, y)), rel=1e-9)
 
 
-def test_dataloader_iter_flavour(tmp_path):
+def test_validation_step_with_dataloader_iter_is_scored(tmp_path):
     class Iterating(Classifier):
         def validation_step(self, dataloader_iter):
             (x, y), _, _ = next(dataloader_iter)
@@ -271,7 +274,7 @@ def test_dataloader_iter_flavour(tmp_path):
     assert callback.history[0]["num_samples"] == 96
 
 
-def test_loaders_that_come_together_are_one(tmp_path):
+def test_combined_loaders_are_scored_as_one(tmp_path):
     class Together(Classifier):
         def validation_step(self, batch, batch_idx):
             self(torch.cat([batch["a"][0], batch["b"][0]]))
@@ -284,7 +287,7 @@ def test_loaders_that_come_together_are_one(tmp_path):
     assert set(run.callback_metrics) == {"logme", "logme_gain"}
 
 
-def test_sanity_check_leaves_no_trace_but_finds_mistakes(tmp_path):
+def test_sanity_check_is_not_logged_but_finds_mistakes(tmp_path):
     callback = LogMECallback()
     run = trainer(tmp_path, callback, max_epochs=1, num_sanity_val_steps=2)
     run.fit(Classifier(), loader(), loader())
@@ -294,7 +297,7 @@ def test_sanity_check_leaves_no_trace_but_finds_mistakes(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{"fast_dev_run": True}, {"limit_val_batches": 2}, {"overfit_batches": 2}])
-def test_short_runs(tmp_path, options):
+def test_short_runs_are_scored(tmp_path, options):
     callback = LogMECallback()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="You requested to overfit")
@@ -302,7 +305,7 @@ def test_short_runs(tmp_path, options):
     assert callback.history[-1]["num_samples"] == (20 if "fast_dev_run" in options else 40)
 
 
-def test_validate_then_fit_then_validate(tmp_path):
+def test_history_continues_over_validate_and_fit(tmp_path):
     module, callback = Classifier(), LogMECallback()
     run = trainer(tmp_path, callback, max_epochs=1)
     run.validate(module, loader(), verbose=False)
@@ -315,12 +318,12 @@ def test_validate_then_fit_then_validate(tmp_path):
     ]
 
 
-def test_no_validation_is_said_and_harmless(tmp_path):
-    with pytest.warns(UserWarning, match="logs nothing in this run: .* has no validation"):
+def test_run_without_validation_warns(tmp_path):
+    with pytest.warns(UserWarning, match="this run has no validation: nothing will be logged"):
         trainer(tmp_path, LogMECallback(), limit_val_batches=0).fit(Classifier(), loader(), loader())
 
 
-def test_announces_once_which_module_it_took(tmp_path, caplog):
+def test_head_and_labels_are_reported_once(tmp_path, caplog):
     module, callback = Classifier(ConvNet()), LogMECallback()
     run = trainer(tmp_path, callback, max_epochs=1)
     with caplog.at_level("INFO"):
@@ -333,7 +336,7 @@ def test_announces_once_which_module_it_took(tmp_path, caplog):
     ]
 
 
-def test_says_how_tokens_were_pooled_and_what_else_could_be_labels(tmp_path, caplog):
+def test_pooling_and_other_possible_labels_are_reported(tmp_path, caplog):
     class Tokens(Classifier):
         def validation_step(self, batch, batch_idx):
             self.model(batch["x"][:, None].expand(-1, 3, -1))
@@ -353,7 +356,7 @@ def test_says_how_tokens_were_pooled_and_what_else_could_be_labels(tmp_path, cap
         run.validate(Tokens(), DataLoader(batches, batch_size=None), verbose=False)
 
 
-def test_squeezed_batch_of_one(tmp_path):
+def test_squeezed_batch_of_one_sample_is_scored(tmp_path):
     class Squeezing(Classifier):
         def validation_step(self, batch, batch_idx):
             self.model[2](self.model[:2](batch[0]).squeeze())
@@ -364,26 +367,22 @@ def test_squeezed_batch_of_one(tmp_path):
 
 
 @pytest.mark.usefixtures("_interruptible")
-def test_hooks_are_gone_after_a_run_and_after_an_exception(tmp_path):
-    module, callback = Classifier(), LogMECallback(layers=["model.0"])
-    run = trainer(tmp_path, callback, max_epochs=1)
-    run.fit(module, loader(), loader())
-    assert hooks(module) == 0
-
+@pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
+def test_hooks_are_removed_however_a_run_ends(tmp_path, error):
     class Failing(Classifier):
         def training_step(self, batch, batch_idx):
             assert hooks(self) == 2
-            raise KeyboardInterrupt if self.interrupt else RuntimeError("own mistake")
+            if error is not None:
+                raise error("on purpose")
+            return super().training_step(batch, batch_idx)
 
-    for interrupt in (False, True):
-        module = Failing()
-        module.interrupt = interrupt
-        with pytest.raises((RuntimeError, SystemExit, KeyboardInterrupt)):
-            trainer(tmp_path, LogMECallback(layers=["model.0"])).fit(module, loader(), loader())
-        assert hooks(module) == 0
+    module, run = Failing(), trainer(tmp_path, LogMECallback(layers=["model.0"]), max_epochs=1)
+    with pytest.raises((error, SystemExit)) if error else nullcontext():
+        run.fit(module, loader(), loader())
+    assert hooks(module) == 0
 
 
-def test_the_module_gets_no_new_state(tmp_path):
+def test_module_gets_no_new_state(tmp_path):
     class Saving(Classifier):
         def on_validation_epoch_end(self):
             assert not any("logme" in key.lower() for key in self.state_dict())
@@ -394,7 +393,7 @@ def test_the_module_gets_no_new_state(tmp_path):
 
 
 class TestErrors:
-    """At the start they raise; later they warn, and the run goes on."""
+    """Errors at the start raise. Later errors warn, and the run goes on."""
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -411,7 +410,7 @@ class TestErrors:
             ({"head": []}, r"head must be 'auto', .* a list of names, or None for the module's output, got \[\]"),
         ],
     )
-    def test_arguments(self, options, message):
+    def test_wrong_arguments_are_refused(self, options, message):
         with pytest.raises(ValueError, match=message):
             LogMECallback(**options)
 
@@ -431,7 +430,7 @@ class TestErrors:
         ],
     )
     @pytest.mark.parametrize("verb", ["fit", "validate"])
-    def test_before_the_first_step(self, tmp_path, callback, model, message, verb):
+    def test_unsuitable_modules_raise_before_the_first_step(self, tmp_path, callback, model, message, verb):
         class Untouched(Classifier):
             def training_step(self, batch, batch_idx):
                 pytest.fail("training began")
@@ -453,7 +452,7 @@ class TestErrors:
             (lambda: LogMECallback(task="regression"), None),
         ],
     )
-    def test_on_the_first_batch(self, tmp_path, callback, message):
+    def test_unsuitable_batches_raise_on_the_first_batch(self, tmp_path, callback, message):
         class Odd(Classifier):
             def __init__(self):
                 super().__init__()
@@ -463,7 +462,7 @@ class TestErrors:
                 return self.shared(self.model(self.shared(x)))
 
         run = trainer(tmp_path, callback())
-        if message is None:  # integer targets are numbers, too
+        if message is None:  # Integer targets are accepted as numbers.
             run.validate(Odd(), loader(), verbose=False)
             return
         module = Odd()
@@ -473,8 +472,8 @@ class TestErrors:
 
     def test_later_batches_warn_and_the_run_goes_on(self, tmp_path):
         x, y = vectors(100).tensors
-        bad = torch.where(torch.arange(100) == 99, 17, y)  # in the last batch only
-        module, callback = Classifier(), LogMECallback()
+        bad = torch.where(torch.arange(100) == 99, 17, y)  # only in the last batch
+        callback = LogMECallback()
 
         class Forgiving(Classifier):
             def validation_step(self, batch, batch_idx):
@@ -486,29 +485,43 @@ class TestErrors:
         with pytest.warns(UserWarning, match="logme is NaN for this validation.*labels from 0 to 17") as caught:
             run.fit(module, loader(), loader(TensorDataset(x, bad)))
         assert run.state.finished
-        assert sum("labels from 0 to 17" in str(warning.message) for warning in caught) == 2  # one a validation
+        assert sum("labels from 0 to 17" in str(warning.message) for warning in caught) == 2  # one per validation
         assert [math.isnan(row["logme"]) for row in callback.history] == [True, True]
         assert math.isnan(run.callback_metrics["logme"])
         assert callback.evidence == {}
 
-    def test_features_are_let_go_after_an_error(self, tmp_path):
-        class Hungry(Classifier):
+    def test_features_are_released_after_an_error(self, tmp_path, monkeypatch):
+        captures, steps, init = [], [], Capture.__init__
+
+        def recorded(capture, *args, **options):
+            init(capture, *args, **options)
+            captures.append(capture)
+
+        class CalledTwice(Classifier):
             def validation_step(self, batch, batch_idx):
                 self(batch[0])
                 if batch_idx == 1 and not self.trainer.sanity_checking:
                     self(batch[0])
 
             def training_step(self, batch, batch_idx):
-                (hook,) = self.model[2]._forward_pre_hooks.values()
-                assert not hook.__self__.is_open
-                assert hook.__self__.seen == []
+                steps.append([(capture.is_open, capture.seen) for capture in captures])
                 return super().training_step(batch, batch_idx)
 
+        monkeypatch.setattr(Capture, "__init__", recorded)
         with pytest.warns(UserWarning, match="called 2 times"):
-            trainer(tmp_path, LogMECallback(layers=["model.0"])).fit(Hungry(), loader(), loader())
+            trainer(tmp_path, LogMECallback(layers=["model.0"])).fit(CalledTwice(), loader(), loader())
+        assert steps == [[(False, [])] * 2] * 10
+
+    def test_error_in_the_evidence_is_named(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(Accumulator, "evidence", lambda *args: {}["on purpose"])
+        callback = LogMECallback()
+        with pytest.warns(UserWarning, match="after an error: KeyError: 'on purpose'"):
+            trainer(tmp_path, callback).validate(Classifier(), loader(), verbose=False)
+        assert [math.isnan(row["logme"]) for row in callback.history] == [True]
+        assert callback.evidence == {}
 
     def test_errors_keep_no_features(self, tmp_path):
-        """Not even until Python looks for circles, as the traceback in an error that is kept in its own frame."""
+        """The features are freed at once, without the garbage collector: no error is kept in its own frame."""
         seen = []
 
         def failing(module, batch):
@@ -539,7 +552,7 @@ class TestErrors:
         assert run.state.finished
         assert math.isnan(callback.history[-1]["logme"])
 
-    def test_recovers_in_the_next_validation(self, tmp_path):
+    def test_next_validation_recovers(self, tmp_path):
         class Hiccup(Classifier):
             def validation_step(self, batch, batch_idx):
                 self(batch[0])
@@ -551,7 +564,7 @@ class TestErrors:
             trainer(tmp_path, callback).fit(Hiccup(), loader(), loader())
         assert [math.isnan(row["logme"]) for row in callback.history] == [True, False]
 
-    def test_empty_loader(self, tmp_path):
+    def test_empty_loader_is_nan_with_a_warning(self, tmp_path):
         class Nothing(IterableDataset):
             def __iter__(self):
                 return iter(())
@@ -562,25 +575,25 @@ class TestErrors:
         assert math.isnan(callback.history[-1]["logme"])
         assert callback.history[-1]["num_samples"] == 0
 
-    def test_compiled_and_run_before(self, tmp_path):
+    def test_model_compiled_and_run_before_is_nan_with_the_remedy(self, tmp_path):
         module = Classifier()
         module.compile(backend="eager")
         module.eval()
         with torch.inference_mode():
             module(vectors().tensors[0][:20])
         callback = LogMECallback()
-        message = "4 of 5 batches called none of the modules .* most likely first: the model was compiled .*force_eager"
-        with pytest.warns(UserWarning, match=message):  # the last batch is of another shape, and compiled with hooks
+        message = "4 of 5 batches called none of the modules .* likeliest first: the model was compiled .*force_eager"
+        with pytest.warns(UserWarning, match=message):  # The last batch has another shape and is compiled with hooks.
             trainer(tmp_path, callback).validate(module, loader(), verbose=False)
         assert math.isnan(callback.history[0]["logme"])
-        with torch.compiler.set_stance("force_eager"):  # the remedy that is named
+        with torch.compiler.set_stance("force_eager"):  # the remedy in the message
             callback = LogMECallback()
             trainer(tmp_path, callback).validate(module, loader(), verbose=False)
         assert callback.history[0]["num_samples"] == 96
 
 
-class TestBatchesThatAreLeftOut:
-    """A validation step may leave out its forward pass: nothing is decided by a batch that calls no module."""
+class TestSkippedForwardPasses:
+    """A validation step may skip its forward pass. Batches that call no module decide nothing."""
 
     @staticmethod
     def module(skips):
@@ -599,12 +612,12 @@ class TestBatchesThatAreLeftOut:
         messages = [str(w.message) for w in caught if str(w.message).startswith("logme")]
         return [row for row in callback.history if row["key"] == "logme"], messages
 
-    def test_in_the_sanity_check(self, tmp_path):
+    def test_sanity_check_without_forward_passes_changes_nothing(self, tmp_path):
         rows, messages = self.scores(tmp_path, lambda module, _: module.trainer.sanity_checking)
         assert [row["num_samples"] for row in rows] == [96, 96]
         assert messages == []
 
-    def test_in_the_first_epoch_is_nan_with_one_warning_that_names_the_causes(self, tmp_path):
+    def test_epoch_without_forward_passes_is_nan_with_the_likely_causes(self, tmp_path):
         rows, messages = self.scores(tmp_path, lambda module, _: module.current_epoch < 1)
         assert [math.isnan(row["logme"]) for row in rows] == [True, False]
         (message,) = messages
@@ -612,19 +625,19 @@ class TestBatchesThatAreLeftOut:
         assert [message.index(cause) for cause in causes] == sorted(message.index(cause) for cause in causes)
         assert "logme is NaN: 5 of 5 batches called none of the modules" in message
 
-    def test_first_batch(self, tmp_path):
+    def test_first_batch_is_left_out_with_a_warning(self, tmp_path):
         rows, messages = self.scores(tmp_path, lambda _, batch_idx: batch_idx == 0)
         assert [row["num_samples"] for row in rows] == [76, 76]
         assert set(messages) == {"logme: 1 of 5 batches called none of the modules that are scored, and are left out."}
 
-    def test_later_batch_is_nan(self, tmp_path):
-        """Its samples would be missing."""
+    def test_later_batch_makes_the_score_nan(self, tmp_path):
+        """The samples of that batch would be missing."""
         rows, messages = self.scores(tmp_path, lambda _, batch_idx: batch_idx == 3)
         assert [math.isnan(row["logme"]) for row in rows] == [True, True]
-        assert all("called none of the modules that are scored, but earlier batches did" in m for m in messages)
         assert len(messages) == 2
+        assert all("called none of the modules that are scored, unlike the batches before" in m for m in messages)
 
-    def test_one_of_two_loaders(self, tmp_path):
+    def test_loader_without_forward_passes_is_nan(self, tmp_path):
         class First(Classifier):
             def validation_step(self, batch, batch_idx, dataloader_idx):
                 if dataloader_idx == 0:
@@ -635,7 +648,7 @@ class TestBatchesThatAreLeftOut:
             trainer(tmp_path, callback).validate(First(), [loader(), loader()], verbose=False)
         assert [math.isnan(row["logme"]) for row in callback.history] == [False, True]
 
-    def test_validating_an_averaged_copy(self, tmp_path):
+    def test_averaged_copy_is_scored_only_by_its_own_head(self, tmp_path):
         class Averaged(Classifier):
             def __init__(self):
                 super().__init__()
@@ -647,10 +660,10 @@ class TestBatchesThatAreLeftOut:
         callback = LogMECallback()
         with pytest.warns(UserWarning, match="an averaged copy, or another head than 'model.2': give head="):
             trainer(tmp_path, callback).fit(Averaged(), loader(), loader())
-        assert all(math.isnan(row["logme"]) for row in callback.history)
+        assert [math.isnan(row["logme"]) for row in callback.history] == [True, True]
         callback = LogMECallback(head="average.2")
         trainer(tmp_path, callback).fit(Averaged(), loader(), loader())
-        assert all(math.isfinite(row["logme"]) for row in callback.history)
+        assert [math.isnan(row["logme"]) for row in callback.history] == [False, False]
 
 
 def test_inputs_of_several_heads_are_concatenated(tmp_path):
@@ -687,7 +700,7 @@ def test_head_none_scores_the_output_of_forward(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("options", "said"), [({"head": "model.0"}, True), ({"head": "model.0", "num_classes": 32}, False), ({}, False)]
 )
-def test_a_head_wider_than_the_labels_is_reported_once(tmp_path, caplog, options, said):
+def test_head_with_more_outputs_than_classes_is_reported_once(tmp_path, caplog, options, said):
     run = trainer(tmp_path, LogMECallback(**options))
     with caplog.at_level("INFO"):
         run.fit(Classifier(), loader(), loader())
@@ -695,7 +708,7 @@ def test_a_head_wider_than_the_labels_is_reported_once(tmp_path, caplog, options
     assert caplog.text.count(message) == int(said)
 
 
-def test_what_cannot_be_remembered_is_nan_and_ends_no_forward_pass(tmp_path):
+def test_output_that_cannot_be_captured_is_nan_and_ends_no_forward_pass(tmp_path):
     class Cyclic(Classifier):
         def __init__(self):
             super().__init__()
@@ -722,7 +735,7 @@ def test_what_cannot_be_remembered_is_nan_and_ends_no_forward_pass(tmp_path):
     assert math.isfinite(scores["logme"])
 
 
-def test_a_key_that_the_module_logs_too_ends_nothing(tmp_path):
+def test_key_that_the_module_logs_too_causes_a_warning(tmp_path):
     class Logging(Classifier):
         def on_validation_epoch_end(self):
             self.log("logme", 1.0, prog_bar=True)
@@ -744,8 +757,8 @@ def test_two_callbacks_need_two_names(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:(`torch.jit|`LightningModule.to_torchscript` has been)")
 @pytest.mark.parametrize("method", ["script", "trace"])
-def test_export_to_torchscript_during_a_run(tmp_path, method):
-    """The hooks are attached then, and the run goes on with them."""
+def test_module_can_be_exported_to_torchscript_during_a_run(tmp_path, method):
+    """The module is exported while its hooks are attached, and the run goes on with them."""
 
     class Exports(Classifier):
         exported = 0
@@ -759,7 +772,7 @@ def test_export_to_torchscript_during_a_run(tmp_path, method):
     callback, module = LogMECallback(layers=["model.0", "model.2"]), Exports()
     run = trainer(tmp_path, callback, max_epochs=3)
     run.fit(module, loader(), loader())
-    assert module.exported == 4  # one of them in the sanity check
+    assert module.exported == 4  # once in the sanity check
     assert len(callback.history) == 9
     assert all(row["num_samples"] == 96 for row in callback.history)
     assert hooks(module) == 0
@@ -780,7 +793,7 @@ def test_export_to_torchscript_during_a_run(tmp_path, method):
         ("val_loss", False),
     ],
 )
-def test_a_monitor_that_takes_the_lowest_score_for_the_best_is_warned_of(tmp_path, monitor, key, ours):
+def test_monitor_of_the_lowest_score_causes_a_warning(tmp_path, monitor, key, ours):
     for mode in ({}, {"mode": "min"}, {"mode": "max"}):
         callback = LogMECallback(name="mine", num_classes=4)
         run = trainer(tmp_path, callback, monitor(monitor=key, **mode))
@@ -793,7 +806,7 @@ def test_a_monitor_that_takes_the_lowest_score_for_the_best_is_warned_of(tmp_pat
         assert messages == [f"monitor: {name} {expected}'max')."] * wrong
 
 
-def test_a_run_warns_once_of_each_monitor(tmp_path):
+def test_run_warns_once_about_each_monitor(tmp_path):
     checkpoint, stopping = ModelCheckpoint(tmp_path, monitor="logme"), EarlyStopping(monitor="logme_gain")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

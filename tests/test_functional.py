@@ -1,4 +1,4 @@
-"""Arrays in, numbers out; bad input gets one clear sentence."""
+"""The functions take arrays or tensors and return scores. Wrong input is refused with one clear sentence."""
 
 import math
 import subprocess
@@ -17,7 +17,7 @@ F = torch.randn(20, 4)
 Y = torch.arange(20) % 3
 
 
-def test_arrays_and_tensors_of_any_layout_agree():
+def test_arrays_and_tensors_of_any_layout_have_the_same_score():
     features, labels = problem(50, 6, 3)
     expected = float(logme(torch.as_tensor(features), torch.as_tensor(labels)))
     read_only = features.copy()
@@ -28,14 +28,14 @@ def test_arrays_and_tensors_of_any_layout_agree():
     assert float(logme(strided, torch.as_tensor(labels, dtype=torch.uint8))) == pytest.approx(expected, rel=1e-12)
 
 
-def test_scalar_float64_without_graph():
+def test_score_is_a_float64_scalar_without_a_graph():
     score = logme(F.clone().requires_grad_(), Y)
     assert score.shape == ()
     assert score.dtype == torch.float64
     assert not score.requires_grad
 
 
-def test_tasks_are_what_they_say():
+def test_tasks_agree_where_they_describe_the_same_targets():
     features, labels = problem(60, 5, 3)
     multi = evidence(features, labels)
     columns = evidence(features, one_hot(labels, 3).astype(int), "multilabel")
@@ -48,7 +48,7 @@ def test_tasks_are_what_they_say():
     assert float(logme(features, y, "regression")) == float(logme(features, y[:, None], "regression"))
 
 
-def test_fields_of_the_evidence():
+def test_evidence_has_the_documented_fields():
     result = evidence(F, Y)
     assert {name: tuple(value.shape) for name, value in vars(result).items() if torch.is_tensor(value)} == {
         "score": (),
@@ -68,7 +68,7 @@ def test_fields_of_the_evidence():
     assert float(result.gain) == pytest.approx(float((result.per_output - result.null).mean()))
 
 
-def test_does_not_change_its_input():
+def test_input_is_not_changed():
     features, labels = F.clone(), Y.clone()
     logme(features, labels, ignore_index=1)
     assert torch.equal(features, F)
@@ -122,13 +122,13 @@ BAD = {
 
 
 @pytest.mark.parametrize(("args", "options", "message"), BAD.values(), ids=BAD.keys())
-def test_bad_input(args, options, message):
+def test_wrong_values_and_shapes_are_refused(args, options, message):
     with pytest.raises(ValueError, match=message):
         logme(*args, **options)
 
 
 @pytest.mark.parametrize(("features", "target", "name"), [([[1.0]], Y, "features"), (F, [1, 2], "target")])
-def test_bad_types(features, target, name):
+def test_wrong_types_are_refused(features, target, name):
     with pytest.raises(TypeError, match=f"{name} must be a torch.Tensor or a numpy.ndarray, got list"):
         logme(features, target)
 
@@ -147,7 +147,7 @@ METRIC_BAD = {
 
 
 @pytest.mark.parametrize(("args", "options", "message"), METRIC_BAD.values(), ids=METRIC_BAD.keys())
-def test_bad_arguments_of_the_metric(args, options, message):
+def test_wrong_arguments_of_the_metric_are_refused(args, options, message):
     with pytest.raises(ValueError, match=message):
         LogME(*args, **options)
 
@@ -171,7 +171,7 @@ SHAPES_AND_TYPES = [
 
 
 @pytest.mark.parametrize("name", SHAPES_AND_TYPES)
-def test_bad_batches_of_the_metric_add_nothing(name):
+def test_refused_batch_adds_nothing_to_the_metric(name):
     args = BAD[name][0]
     task = args[2] if len(args) > 2 else "multiclass"
     metric = LogME(task, 4, num_classes=2 if task == "binary" else 3, num_labels=1)
@@ -183,7 +183,7 @@ def test_bad_batches_of_the_metric_add_nothing(name):
     assert float(metric.compute()) == before
 
 
-def test_metric_names_the_number_of_features_it_expects():
+def test_metric_refuses_another_number_of_features():
     metric = LogME("multiclass", 5, num_classes=3)
     with pytest.raises(ValueError, match=r"shape \(N, 5\) as num_features=5, got \(20, 4\)"):
         metric.update(F, Y)
@@ -198,12 +198,25 @@ def test_import_needs_neither_lightning_nor_torchmetrics():
 
 def test_public_names_are_listed_before_they_are_imported():
     assert set(lightning_logme.__all__) <= set(dir(lightning_logme))
-    assert set(lightning_logme._MODULES) == set(lightning_logme.__all__)
+    assert all(getattr(lightning_logme, name).__name__ == name for name in lightning_logme.__all__)
+    assert len(lightning_logme.__all__) == 12
     assert lightning_logme.CurvePoint(1, 2.0, 3.0).gain == 3.0
     with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
         _ = lightning_logme.Nothing
 
 
-def test_nothing_left_after_ignoring():
+def test_no_sample_after_ignoring_is_nan_with_a_warning():
     with pytest.warns(UserWarning, match="no samples"):
         assert math.isnan(logme(F, torch.full((20,), -1), ignore_index=-1))
+
+
+def test_each_token_with_a_label_is_a_sample():
+    features, labels = problem(60, 5, 3)
+    tokens, target = features.reshape(12, 5, 5), labels.reshape(12, 5)
+    assert float(logme(tokens, target)) == pytest.approx(float(logme(features, labels)), rel=1e-12)
+    with pytest.raises(ValueError, match="features must have shape"):
+        logme(tokens, target % 2, "multilabel")
+    with pytest.raises(ValueError, match="target must have shape"):
+        logme(features, np.stack([labels, labels], 1))
+    with pytest.raises(ValueError, match="features must have shape"):
+        logme(tokens, target[:, :4])

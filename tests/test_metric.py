@@ -1,4 +1,4 @@
-"""What torchmetrics users expect of a metric."""
+"""The metric behaves as users of torchmetrics expect."""
 
 import copy
 import math
@@ -13,7 +13,6 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_logme import LogME
 from lightning_logme.functional import evidence, logme
-from lightning_logme.scores.moments import moments_device
 
 FEATURES, TARGET = map(torch.as_tensor, problem(200, 8, 4, noise=2.0))
 FEATURES = FEATURES.float()
@@ -27,7 +26,7 @@ def filled(parts: int = 4, **options) -> LogME:
     return metric
 
 
-def test_batches_give_the_total():
+def test_batches_add_up_to_the_total():
     metric = filled()
     assert float(metric.compute()) == pytest.approx(EXPECTED, rel=1e-12)
     assert metric.compute().dtype == torch.float64
@@ -60,7 +59,7 @@ def test_tasks_and_options_equal_the_function(task, target, options):
     assert metric.evidence().num_samples == expected.num_samples
 
 
-def test_forward_gives_the_batch_and_keeps_the_total():
+def test_forward_returns_the_score_of_the_batch_and_keeps_the_total():
     metric = LogME("multiclass", 8, num_classes=4)
     for features, target in zip(FEATURES.chunk(4), TARGET.chunk(4), strict=True):
         batch = FEATURES.new_tensor(float(metric(features, target)))
@@ -69,7 +68,7 @@ def test_forward_gives_the_batch_and_keeps_the_total():
     assert metric.evidence().num_samples == 200
 
 
-def test_forward_with_features_in_a_graph():
+def test_sums_have_no_graph():
     metric = LogME("multiclass", 8, num_classes=4)
     features = FEATURES.clone().requires_grad_()
     metric(features * 2, TARGET)
@@ -87,12 +86,12 @@ def test_compute_is_cached_until_the_next_update(monkeypatch):
     assert metric.evidence().num_samples == 250
 
 
-def test_without_cache():
+def test_score_without_a_cache_is_the_same():
     metric = filled(compute_with_cache=False)
     assert float(metric.evidence().score) == pytest.approx(EXPECTED, rel=1e-12)
 
 
-def test_reset():
+def test_reset_forgets_all_batches():
     metric = filled()
     metric.reset()
     metric.update(FEATURES[:100], TARGET[:100])
@@ -101,7 +100,7 @@ def test_reset():
 
 @pytest.mark.parametrize("copied", [lambda m: m.clone(), copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 @pytest.mark.parametrize("computed", [False, True])
-def test_copies_go_their_own_way(copied, computed):
+def test_copies_are_independent(copied, computed):
     metric = filled()
     if computed:
         metric.compute()
@@ -113,11 +112,11 @@ def test_copies_go_their_own_way(copied, computed):
 
 
 @pytest.mark.parametrize("as_dict", [False, True])
-def test_merge_state(as_dict):
+def test_merged_states_give_the_total(as_dict):
     first, second = LogME("multiclass", 8, num_classes=4), LogME("multiclass", 8, num_classes=4)
     first.update(FEATURES[:120], TARGET[:120])
     second.update(FEATURES[120:], TARGET[120:])
-    first.compute()  # must not be what compute returns later
+    first.compute()  # This score must not stay in the cache.
     first.merge_state(second.metric_state if as_dict else second)
     assert float(first.compute()) == pytest.approx(EXPECTED, rel=1e-12)
     empty = LogME("multiclass", 8, num_classes=4)
@@ -184,7 +183,7 @@ def test_states_of_other_shapes_are_refused(number, name, shape):
         lambda m: torch.nn.ModuleList([m]).to(torch.bfloat16)[0],
     ],
 )
-def test_states_stay_exact_whatever_is_cast(cast):
+def test_casts_do_not_change_the_precision_of_states(cast):
     metric = LogME("multiclass", 8, num_classes=4)
     metric.update(FEATURES[:5], TARGET[:5])
     metric = cast(metric)
@@ -196,11 +195,6 @@ def test_states_stay_exact_whatever_is_cast(cast):
     assert float(metric.compute()) == pytest.approx(EXPECTED, rel=1e-12)
     metric.reset()
     assert metric.gram.dtype == torch.float64
-
-
-def test_moments_live_where_float64_is():
-    assert moments_device(torch.device("mps")) == torch.device("cpu")
-    assert moments_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
 
 
 def test_collection_shares_one_update_between_equal_states():
@@ -224,13 +218,13 @@ def test_collection_shares_one_update_between_equal_states():
     assert float(collection.compute()["plain"]) == pytest.approx(EXPECTED, rel=1e-12)
 
 
-def test_collection_with_another_metric():
+def test_collection_may_hold_other_metrics():
     collection = MetricCollection(LogME("multiclass", 8, num_classes=8), MulticlassAccuracy(8))
     collection.update(FEATURES, TARGET)
     assert set(collection.compute()) == {"LogME", "MulticlassAccuracy"}
 
 
-def test_tracker_finds_the_best():
+def test_tracker_finds_the_best_score():
     tracker = MetricTracker(LogME("multiclass", 8, num_classes=4))
     generator = torch.Generator().manual_seed(0)
     for noise in (1.0, 0.1, 3.0):
@@ -242,7 +236,7 @@ def test_tracker_finds_the_best():
 
 
 @pytest.mark.parametrize("reset", [False, True])
-def test_inference_mode_then_training(reset):
+def test_updates_in_inference_mode_and_in_training_can_be_mixed(reset):
     metric = LogME("multiclass", 8, num_classes=4)
     with torch.inference_mode():
         metric.reset()
@@ -258,15 +252,7 @@ def test_inference_mode_then_training(reset):
     assert metric.evidence().num_samples == 250
 
 
-def test_autocast_does_not_reach_the_sums():
-    metric = LogME("multiclass", 8, num_classes=4)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        metric.update(FEATURES, TARGET)
-        score = metric.compute()
-    assert float(score) == pytest.approx(EXPECTED, rel=1e-12)
-
-
-def test_compute_never_raises_on_accepted_data():
+def test_nan_in_the_features_is_nan_with_one_warning():
     metric = LogME("multiclass", 8, num_classes=4)
     broken = FEATURES.clone()
     broken[7, 3] = math.nan
@@ -286,7 +272,7 @@ def few(number, **options):
 
 
 class TestFewerRowsThanFeatures:
-    def test_are_held_and_not_summed(self):
+    def test_rows_are_held_and_not_summed(self):
         metric, expected = few(200)
         assert float(metric.compute()) == pytest.approx(expected, rel=1e-12)
         assert sum(map(len, metric.held_features)) == 200
@@ -296,7 +282,7 @@ class TestFewerRowsThanFeatures:
         assert metric.held_features == []
         assert metric.evidence().num_samples == 300
 
-    def test_may_be_overwritten_by_their_owner(self):
+    def test_rows_may_be_overwritten_by_the_caller(self):
         metric = LogME("multiclass", 300, num_classes=4)
         features, target = torch.randn(40, 300), torch.arange(40) % 4
         expected = float(logme(features, target))
@@ -308,18 +294,18 @@ class TestFewerRowsThanFeatures:
     @pytest.mark.parametrize(
         "copied", [lambda m: m.clone(), lambda m: pickle.loads(pickle.dumps(m)), lambda m: m.to("cpu").half()]
     )
-    def test_are_copied(self, copied):
+    def test_rows_are_copied_with_the_metric(self, copied):
         metric, expected = few(120)
         assert float(copied(metric).compute()) == pytest.approx(expected, rel=1e-12)
 
-    def test_reset(self):
+    def test_reset_drops_the_rows(self):
         metric, _ = few(120)
         metric.reset()
         assert metric.held_features == []
         with pytest.warns(UserWarning, match="no samples|before the ``update``"):
             assert math.isnan(metric.compute())
 
-    def test_state_dict(self):
+    def test_rows_are_saved_and_loaded(self):
         metric, expected = few(120)
         metric.persistent(True)
         other = few(80)[0]
@@ -337,7 +323,7 @@ class TestFewerRowsThanFeatures:
         assert float(metric.compute()) == pytest.approx(float(logme(features, target)), rel=1e-9)
 
     @pytest.mark.parametrize("numbers", [(80, 120), (200, 200)])
-    def test_merge_state(self, numbers):
+    def test_rows_of_merged_states_give_the_total(self, numbers):
         features, target = torch.randn(sum(numbers), 300), torch.arange(sum(numbers)) % 4
         parts = [LogME("multiclass", 300, num_classes=4) for _ in numbers]
         for metric, rows, labels in zip(parts, features.split(numbers), target.split(numbers), strict=True):
@@ -345,7 +331,7 @@ class TestFewerRowsThanFeatures:
         parts[0].merge_state(parts[1])
         assert float(parts[0].compute()) == pytest.approx(float(logme(features, target)), rel=1e-9)
 
-    def test_members_of_a_collection(self):
+    def test_members_of_a_collection_share_rows(self):
         features, target = torch.randn(400, 300), torch.arange(400) % 4
         ways = {"plain": {}, "centred": {"fit_intercept": True}, "normal": {"normalize": True}}
         collection = MetricCollection(
@@ -355,26 +341,22 @@ class TestFewerRowsThanFeatures:
             collection.update(features[stop - 40 : stop], target[stop - 40 : stop])
             if stop % 80 == 0:
                 values = collection.compute()
-                for name, options in {
-                    "plain": {},
-                    "centred": {"fit_intercept": True},
-                    "normal": {"normalize": True},
-                }.items():
+                for name, options in ways.items():
                     expected = float(logme(features[:stop], target[:stop], **options))
                     assert float(values[name]) == pytest.approx(expected, rel=1e-8)
         assert len(collection.compute_groups) == 2
 
-    @pytest.mark.parametrize("number", [40, 400])
-    def test_autocast(self, number):
-        features, target = torch.randn(number, 300), torch.arange(number) % 4
-        metric = LogME("multiclass", 300, num_classes=4)
+    @pytest.mark.parametrize(("number", "width"), [(40, 300), (400, 300), (200, 8)])
+    def test_autocast_does_not_reach_the_sums(self, number, width):
+        features, target = torch.randn(number, width), torch.arange(number) % 4
+        metric = LogME("multiclass", width, num_classes=4)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             metric.update(features, target)
             score = metric.compute()
         assert float(score) == pytest.approx(float(logme(features, target)), rel=1e-12)
 
 
-def test_states_of_version_0_1_still_load():
+def test_states_of_version_0_1_can_be_loaded():
     full = filled()
     full.persistent(True)
     names = ("count", "gram", "cross", "feature_sum", "target_sum", "target_square")
@@ -390,7 +372,7 @@ def test_states_of_version_0_1_still_load():
     assert other.evidence().num_samples == 400
 
 
-def test_normalize_scales_every_sample():
+def test_normalize_scales_every_sample_to_length_one():
     metric = LogME("multiclass", 8, num_classes=4, normalize=True)
     scales = torch.rand(200, 1) * 100
     metric.update(FEATURES * scales, TARGET)
@@ -399,7 +381,7 @@ def test_normalize_scales_every_sample():
     assert float(logme(FEATURES * scales, TARGET, normalize=True)) == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_before_any_update():
+def test_compute_without_updates_is_nan_with_a_warning():
     metric = LogME("multiclass", 8, num_classes=4)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -407,7 +389,7 @@ def test_before_any_update():
     assert any("no samples" in str(warning.message) for warning in caught)
 
 
-def test_plot():
+def test_metric_can_be_plotted():
     pytest.importorskip("matplotlib")
     metric = filled()
     figure, _ = metric.plot()
@@ -416,7 +398,7 @@ def test_plot():
     assert len(metric.plot(values)[1].lines) >= 1
 
 
-def test_arguments_by_name():
+def test_arguments_can_be_passed_by_name():
     metric = LogME(task="multiclass", num_features=8, num_classes=4)
     metric.update(features=FEATURES, target=TARGET)
     assert float(metric.compute()) == pytest.approx(EXPECTED, rel=1e-12)
@@ -424,8 +406,8 @@ def test_arguments_by_name():
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:This property will be removed")  # of torchmetrics
-def test_a_module_that_holds_one_can_be_scripted():
-    """As torchmetrics' own: the metric is left out, and the module's forward is compiled."""
+def test_module_that_holds_a_metric_can_be_scripted():
+    """As with metrics of torchmetrics, the forward method is compiled, and the metric is left out."""
 
     class Holder(torch.nn.Linear):
         def __init__(self):

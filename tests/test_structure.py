@@ -1,4 +1,4 @@
-"""The package is laid out in layers, without import circles, and keeps the insides of other packages in one file."""
+"""The package has layers, no import circles, and one file for private names of other packages. Tests mirror it."""
 
 import ast
 import importlib.util
@@ -13,7 +13,7 @@ import lightning_logme
 
 ROOT = Path(lightning_logme.__file__).parent
 NAME = "lightning_logme"
-# A layer imports from itself and from layers of a lower number. The files at the root are the highest.
+# A layer imports from itself and from layers with a lower number. The files at the root are above all layers.
 LAYERS = {"utilities": 0, "scores": 1, "features": 2, "tracking": 3, "ranking": 3}
 ABOVE = 4
 FILES = sorted(ROOT.rglob("*.py"))
@@ -30,12 +30,12 @@ TREES = {name_of(path): ast.parse(path.read_text(encoding="utf-8")) for path in 
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
-    """Yield what a module imports, also inside functions and under TYPE_CHECKING; names where they are modules."""
+    """Yield the modules that a module imports, also inside functions and under TYPE_CHECKING."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0  # imports are absolute
+            assert node.level == 0  # an absolute import
             submodules = [f"{node.module}.{alias.name}" for alias in node.names]
             found = [name for name in submodules if name in TREES]
             yield from found
@@ -43,7 +43,7 @@ def imports(tree: ast.AST) -> Iterator[str]:
                 yield node.module
 
 
-# The package itself is left out: it imports its public names lazily.
+# The package itself imports its public names lazily, so it is left out.
 INSIDE = {
     name: sorted({other for other in imports(tree) if other in TREES and other != NAME})
     for name, tree in TREES.items()
@@ -72,16 +72,17 @@ def find_circle(graph: dict[str, list[str]]) -> list[str]:
     return next((circle for name in graph if (circle := visit(name, []))), [])
 
 
-def test_circles_are_found():
+def test_import_circle_is_found():
     assert find_circle({"a": ["b"], "b": ["c"], "c": ["b"]}) == ["b", "c", "b"]
     assert find_circle({"a": ["b", "c"], "b": ["c"], "c": []}) == []
 
 
-def test_no_two_modules_import_each_other():
+def test_modules_have_no_import_circle():
+    assert len(INSIDE) > len(LAYERS)
     assert find_circle(INSIDE) == []
 
 
-def test_layers_import_only_from_layers_below():
+def test_layers_import_only_from_lower_layers():
     wrong = []
     for name, others in INSIDE.items():
         for other in others:
@@ -110,11 +111,11 @@ def test_import_of_the_scores_does_not_import_lightning(module):
     assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.split() == []
 
 
-def test_no_function_takes_options_of_any_kind():
-    """``**options: Any`` hides what can be passed."""
+def test_functions_name_their_options():
+    """``**options: Any`` would hide the options."""
     allowed = {
         f"{NAME}.metric.__init__",  # options of torchmetrics.Metric
-        f"{NAME}.features.isolation._drop",  # does nothing, whatever it gets
+        f"{NAME}.features.isolation._drop",  # does nothing
         f"{NAME}.utilities.checks.check_flags",  # flags by name
         f"{NAME}.utilities.plots._line",  # options of matplotlib
     }
@@ -127,11 +128,11 @@ def test_no_function_takes_options_of_any_kind():
     assert found == allowed
 
 
-# Names that begin with an underscore and are public all the same.
+# Public names that begin with an underscore.
 PUBLIC = {"_fields", "_replace", "_asdict", "_make"}  # of named tuples
 # Private names of other packages outside utilities/compat.py: (module, name).
 OUTSIDE = {
-    # Overrides of torchmetrics, and the attributes that they keep consistent.
+    # Overridden methods of torchmetrics, and the attributes that they keep consistent.
     (f"{NAME}.metric", "_reduce_states"),
     (f"{NAME}.metric", "_sync_dist"),
     (f"{NAME}.metric", "_load_from_state_dict"),
@@ -139,7 +140,7 @@ OUTSIDE = {
     (f"{NAME}.metric", "_plot"),
     (f"{NAME}.metric", "_computed"),
     (f"{NAME}.metric", "_update_count"),
-    # Lightning's own way to make the key of a callback's state.
+    # Lightning makes the key of a callback's state with it.
     (f"{NAME}.callback", "_generate_state_key"),
 }
 
@@ -149,7 +150,7 @@ def is_private(name: str) -> bool:
 
 
 def own_names(tree: ast.AST) -> set[str]:
-    """Return the names that a module defines: functions, classes, fields, and attributes that are set on self."""
+    """Return the names that a module defines: functions, classes, fields and attributes of self."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
@@ -167,7 +168,7 @@ def is_self(node: ast.AST) -> bool:
 
 
 def private_accesses(tree: ast.AST) -> Iterator[tuple[str, bool]]:
-    """Yield private names that a module takes from objects or modules, and whether from self."""
+    """Yield the private names that a module accesses, and whether it accesses them on self."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and is_private(node.attr):
             yield node.attr, is_self(node.value)
@@ -197,14 +198,14 @@ def test_private_accesses_are_found(source, found):
 
 
 @pytest.mark.parametrize("name", [name for name in TREES if name != f"{NAME}.utilities.compat"])
-def test_private_names_are_used_where_they_are_defined(name):
-    """Each private name that is not defined in the same file is another package's, and belongs in compat.py."""
+def test_private_names_are_used_only_where_they_are_defined(name):
+    """Private names of other packages belong in compat.py."""
     own = own_names(TREES[name])
     found = {attribute for attribute, _ in private_accesses(TREES[name]) if attribute not in own}
     assert found == {attribute for module, attribute in OUTSIDE if module == name and attribute not in own}
 
 
-def test_exceptions_are_needed():
+def test_every_exception_for_private_names_is_needed():
     for name, attribute in OUTSIDE:
         assert attribute in own_names(TREES[name]) | {found for found, _ in private_accesses(TREES[name])}
 
@@ -212,6 +213,20 @@ def test_exceptions_are_needed():
 def test_root_has_few_entries():
     entries = {path.name for path in ROOT.iterdir()} - ENTRIES_BESIDE
     assert len(entries) <= MOST_ENTRIES
+
+
+TESTS = Path(__file__).parent
+TEST_FILES = sorted(path.relative_to(TESTS) for layer in LAYERS for path in (TESTS / layer).glob("test_*.py"))
+
+
+@pytest.mark.parametrize("path", TEST_FILES, ids=str)
+def test_test_file_has_the_name_of_its_module(path):
+    assert (ROOT / path.parent / path.name.removeprefix("test_")).is_file()
+
+
+def test_every_layer_has_tests_and_nothing_else_but_whole_runs():
+    folders = {path.parent.relative_to(TESTS).as_posix() for path in TESTS.rglob("test_*.py")}
+    assert folders == {".", *LAYERS, "integration"}
 
 
 def test_files_are_short():

@@ -1,4 +1,4 @@
-"""Models of timm, torchvision and transformers without memory for weights, and which layer is their head."""
+"""Models of timm, torchvision and transformers that take no memory for weights, and the layer that is their head."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "encoder_la
 
 
 class _EmptyOnMeta(TorchFunctionMode):
-    """Put weights on the meta device, and leave the tensors that a constructor computes with on the CPU."""
+    """Put weights on the meta device. Tensors that a constructor computes with stay on the CPU."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -27,7 +27,7 @@ class _EmptyOnMeta(TorchFunctionMode):
 
 
 def without_memory(build: Callable[[], T]) -> T:
-    """Call a constructor so that the weights lie on the meta device."""
+    """Call a constructor with the weights on the meta device."""
     try:
         with torch.device("meta"):
             return build()
@@ -37,7 +37,7 @@ def without_memory(build: Callable[[], T]) -> T:
 
 
 def transformer(cls: Any, labels: bool = True) -> nn.Module:
-    """Build a model of transformers with the default configuration, and at most two layers where possible."""
+    """Build a model of transformers with the default configuration, and with at most two layers if possible."""
 
     def build(shallow: bool, complete: bool) -> nn.Module:
         config = cls.config_class()
@@ -68,13 +68,13 @@ def _limit_depth(config: Any) -> None:
 
 
 def layers_with_outputs(model: nn.Module, number: int = NUM_LABELS) -> list[str]:
-    """Return the names of the modules whose weight makes so many outputs."""
+    """Return the names of the modules whose weight has this number of outputs."""
     weights = ((name, getattr(module, "weight", None)) for name, module in model.named_modules())
     return [name for name, weight in weights if isinstance(weight, nn.Parameter) and weight.shape[:1] == (number,)]
 
 
 def behead(model: nn.Module, head: str) -> nn.Module:
-    """Put an identity in the place of the head, as users do."""
+    """Replace the head by an identity, as users do."""
     parent, _, name = head.rpartition(".")
     setattr(model.get_submodule(parent), name, nn.Identity())
     return model

@@ -1,4 +1,4 @@
-"""Every benchmark, as Markdown tables: ``python -m tests.benchmarks [--only NAME …] [--repeats N]``."""
+"""Run the benchmarks and print Markdown tables: ``python -m tests.benchmarks [--only NAME …] [--repeats N]``."""
 
 from __future__ import annotations
 
@@ -40,14 +40,16 @@ BENCHMARKS = {
     "quality": ranking_quality.report,
     "mutants": mutants.report,
 }
-_IF_ASKED_FOR = ("heads", "race", "ranking", "quality", "mutants")  # take long, or need packages of their own
+_IF_ASKED_FOR = ("heads", "race", "ranking", "quality", "mutants")  # These take long, or need more packages.
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
-    parser.add_argument("--only", choices=BENCHMARKS, nargs="+", help="leave out the others")
-    parser.add_argument("--repeats", type=int, default=5, help="timed rounds; every figure is their median")
-    parser.add_argument("--quick", action="store_true", help="small sizes and two rounds: does it run at all?")
+    parser.add_argument("--only", choices=BENCHMARKS, nargs="+", help="run only these")
+    parser.add_argument("--repeats", type=int, default=5, help="number of timed rounds; each figure is a median")
+    parser.add_argument(
+        "--quick", action="store_true", help="run small sizes and two rounds, to see that everything runs"
+    )
     options = parser.parse_args()
     print(
         f"{platform.machine()}, {torch.get_num_threads()} threads (default, the same for all); "

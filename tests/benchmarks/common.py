@@ -1,4 +1,4 @@
-"""What the benchmarks share: data, a clock that lets threads come to rest, peaks of memory, and Markdown."""
+"""Helpers of the benchmarks: data, a clock that waits for idle threads, peaks of memory, and Markdown tables."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _STATES = Path("/proc/self/status")
 
 T = TypeVar("T")
 
-# NumPy and torch bring a pool of threads each, which spin for a while after their last job (0.2 s in Intel's OpenMP)
-# and would steal the cores from whatever is timed next.
+# NumPy and torch have a pool of threads each. After their last job, the threads spin for a while (0.2 s in Intel's
+# OpenMP) and would take the cores from the next job.
 _REST = 0.4  # seconds
 
 
 def timed(call: Callable[[], T]) -> tuple[float, T]:
-    """Seconds that a call takes once all thread pools have gone to sleep, and what it returns."""
+    """Return the seconds that a call takes once all thread pools are idle, and its result."""
     time.sleep(_REST)
     start = time.perf_counter()
     result = call()
@@ -31,7 +31,7 @@ def timed(call: Callable[[], T]) -> tuple[float, T]:
 
 
 def class_features(num_rows: int, num_features: int, num_classes: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Float32 features as a network's last layer gives them, relu(class mean + noise), and their labels."""
+    """Return float32 features like those of the last layer of a network, relu(class mean + noise), and labels."""
     generator = torch.Generator().manual_seed(seed)
     target = torch.arange(num_rows) % num_classes
     target = target[torch.randperm(num_rows, generator=generator)]
@@ -50,7 +50,7 @@ def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]
 
 
 def reset_peak() -> float:
-    """Set the high-water mark back to what is resident now, and return that in MiB."""
+    """Reset the high-water mark to the memory that is resident now, and return that memory in MiB."""
     RESET.write_text("5")
     return _status("VmRSS")
 

@@ -1,8 +1,8 @@
-"""What float64 sums lose where the mean of the features is far above their spread.
+"""How many digits float64 sums lose when the mean of the features is far above their spread.
 
-The truth goes by the singular values of the features themselves (``tests.oracles``), which squares no condition number:
-it has all the digits that float64 features have. The features' standard deviations fall from 1 to 0.01, four classes
-differ by 0.3 of a standard deviation, and a constant is added to all.
+The reference uses the singular values of the features themselves (``tests.oracles``). It squares no condition number,
+so it keeps all digits of float64 features. The standard deviations of the features fall from 1 to 0.01, four classes
+differ by 0.3 standard deviations, and a constant is added to all features.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Real fine-tuning of the backbones of ``examples/_zoo.py``, with its time and memory.
+"""Fine-tuning of the backbones of ``examples/_zoo.py``, with its time and memory.
 
-One recipe for all: AdamW for three epochs of batches of 32, learning rates that fall to zero on half a cosine, every
-weight trained. The head is a linear layer on standardised features (a BatchNorm without weights of its own), so that
-one learning rate of the head suits features of any scale.
+All backbones use the same recipe: AdamW for three epochs with batches of 32, learning rates that fall to zero along
+half a cosine, all weights trained. The head is a linear layer on standardised features (a BatchNorm without weights),
+so that one learning rate of the head suits features of any scale.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _HEAD_RATE = 5e-3
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is trained on, the first samples of the task's order, and tested on, the next ones; and how."""
+    """How to train: on the first ``train`` samples of a task. The next ``test`` samples are the test set."""
 
     train: int
     test: int
@@ -59,7 +59,7 @@ class Tuned:
 
 
 def finetune_all(name: str, recipe: Recipe, folder: Path) -> dict[str, Tuned]:
-    """By backbone, each in a process of its own; read from the folder where it has them."""
+    """Return the results by backbone, each from its own process. Results that the folder holds are read from it."""
     folder = folder / name
     folder.mkdir(parents=True, exist_ok=True)
     results = {}
@@ -72,15 +72,15 @@ def finetune_all(name: str, recipe: Recipe, folder: Path) -> dict[str, Tuned]:
 
 
 def in_process(function: Callable[..., T], *args: Any) -> T:
-    """What the function returns in a fresh process."""
+    """Return the result of the function in a new process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
         return executor.submit(function, *args).result()
 
 
 def finetune(name: str, key: str, recipe: Recipe) -> Tuned:
-    """Once for every seed. Memory is what is added to that of the imports and the data."""
+    """Fine-tune once for every seed. Memory is the peak above imports and data."""
     torch.set_num_threads(1)
-    logging.disable(logging.WARNING)  # Lightning's lines about devices
+    logging.disable(logging.WARNING)  # Lightning logs the devices.
     warnings.filterwarnings("ignore", module="lightning")
     task = target(name, recipe.train + recipe.test)
     task.backbones[key].load()
@@ -89,7 +89,7 @@ def finetune(name: str, key: str, recipe: Recipe) -> Tuned:
         Subset(task.loader.dataset, rows[: recipe.train]),
         recipe.batch_size,
         shuffle=True,
-        drop_last=True,  # it might be of one sample, which cannot be standardised
+        drop_last=True,  # A single sample cannot be standardised.
         collate_fn=collate,
     )
     test: DataLoader[Any] = DataLoader(Subset(task.loader.dataset, rows[recipe.train :]), 100, collate_fn=collate)
@@ -107,7 +107,7 @@ def finetune(name: str, key: str, recipe: Recipe) -> Tuned:
             enable_model_summary=False,
         )
         start = time.perf_counter()
-        run.fit(model.train(), train)  # from_pretrained leaves a module in eval mode
+        run.fit(model.train(), train)  # from_pretrained returns a module in eval mode.
         seconds.append(time.perf_counter() - start)
         scores.append(run.test(model, test, verbose=False)[0]["score"])
     return Tuned(scores, seconds, peak() - before)
@@ -123,7 +123,7 @@ class _Finetuned(LightningModule):
         self.loss = F.cross_entropy if num_classes else F.mse_loss
         self.learning_rate = learning_rate
         with torch.no_grad():
-            self.eval()(example)  # tells the head how many features there are
+            self.eval()(example)  # The lazy layers of the head need the number of features.
 
     def forward(self, batch: Any) -> Tensor:
         prepared = self.backbone.transform(batch)

@@ -1,4 +1,4 @@
-"""Features of the frozen backbones of ``examples/_zoo.py``, kept on disk for another run."""
+"""Features of the frozen backbones of ``examples/_zoo.py``, cached on disk."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_logme.features.hooks import CallTrace, Capture, Window
 from lightning_logme.features.labels import find_mask
 from lightning_logme.features.pooling import pool
 
-sys.path.append(str(Path(__file__).parents[2] / "examples"))  # a folder of scripts, not a package
+sys.path.append(str(Path(__file__).parents[2] / "examples"))  # The folder holds scripts and is no package.
 
 from _zoo import Backbone, Target, target
 
@@ -29,14 +29,14 @@ CACHE = Path(os.environ.get("LOGME_CACHE", Path(tempfile.gettempdir()) / "zoo_ca
 
 @dataclass(frozen=True)
 class Frozen:
-    """What a frozen backbone makes of a task.
+    """The features of a task from a frozen backbone.
 
     Attributes:
         features: (N, D) float32.
         target: (N,).
-        layers: as the features, of the inner layers in their order.
-        parameters: how many the backbone has without its head.
-        seconds: of the forward passes, with the work on the batches.
+        layers: the features of the inner layers, in the order of the network.
+        parameters: the number of parameters of the backbone without its head.
+        seconds: the time of the forward passes, including the preparation of batches.
     """
 
     features: Array
@@ -47,13 +47,13 @@ class Frozen:
 
 
 def frozen(name: str, samples: int | None, folder: Path) -> dict[str, Frozen]:
-    """By backbone; read from the folder where it has them."""
+    """Return the features by backbone. Features that the folder holds are read from it."""
     task = target(name, samples)
     folder = folder / name
     missing = {key: backbone for key, backbone in task.backbones.items() if not (folder / f"{key}.npz").exists()}
     folder.mkdir(parents=True, exist_ok=True)
     for load in dict.fromkeys(backbone.load for backbone in missing.values()):
-        # What differs in pooling only shares a forward pass.
+        # Backbones that differ only in their pooling share a forward pass.
         backbones = {key: backbone for key, backbone in missing.items() if backbone.load is load}
         for key, made in extract(task, backbones).items():
             arrays: dict[str, Any] = {f"layer_{index:02}": layer for index, layer in enumerate(made.layers)}
@@ -70,11 +70,11 @@ def _read(path: Path) -> Frozen:
 
 @torch.no_grad()
 def extract(task: Target, backbones: dict[str, Backbone]) -> dict[str, Frozen]:
-    """By backbone, all of which load the same module."""
+    """Return the features by backbone, for backbones that load the same module."""
     backbone = next(iter(backbones.values()))
     torch.manual_seed(0)
     network = headless(backbone).eval()
-    window = Window(CallTrace(network))  # without labels, so that captures are copies, each pooled in several ways
+    window = Window(CallTrace(network))  # Without labels, captures are copies that can be pooled in several ways.
     captures = [Capture(layer, "output", "layer", window) for layer in inner_layers(network)]
     rows: dict[str, list[list[Tensor]]] = {name: [] for name in backbones}
     labels = []
@@ -97,7 +97,7 @@ def extract(task: Target, backbones: dict[str, Backbone]) -> dict[str, Frozen]:
 
 
 def headless(backbone: Backbone) -> nn.Module:
-    """The module of a backbone, which puts out its features."""
+    """Return the module of a backbone without its head, so that its output is the features."""
     network = backbone.load()
     if backbone.head is not None:
         network.set_submodule(backbone.head, nn.Identity())
@@ -105,7 +105,7 @@ def headless(backbone: Backbone) -> nn.Module:
 
 
 def call(network: nn.Module, batch: Any) -> Tensor:
-    """Features before pooling: of (inputs, labels), or of a dict for transformers."""
+    """Return the features before pooling, for a batch (inputs, labels) or for the dict of a transformer."""
     if isinstance(batch, dict):
         hidden: Tensor = network(**{key: value for key, value in batch.items() if key != "labels"}).last_hidden_state
         return hidden
@@ -114,6 +114,6 @@ def call(network: nn.Module, batch: Any) -> Tensor:
 
 
 def inner_layers(network: nn.Module) -> list[nn.Module]:
-    """The links of the longest chain of modules: the blocks of a CNN, the layers of an encoder."""
+    """Return the modules of the longest chain: the blocks of a CNN, or the layers of an encoder."""
     chains = [list(module) for module in network.modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
     return max(chains, key=len, default=[])

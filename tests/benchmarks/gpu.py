@@ -1,7 +1,8 @@
-"""The metric on a CUDA device: time and memory of updates and of the score, and what the callback adds to a Trainer.
+"""The metric on a CUDA device: time and memory of updates and of the score, and the overhead of the callback.
 
-Memory is ``torch.cuda.max_memory_allocated`` above what was allocated before the metric was built. Times are medians,
-of the device: it is waited for before and after. The baseline of an update is one matrix product FᵀF in float64.
+Memory is ``torch.cuda.max_memory_allocated`` above the memory that was allocated before the metric was built. Times are
+medians and include the work of the device, which is synchronised before and after. The baseline of an update is one
+matrix product FᵀF in float64.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ T = TypeVar("T")
 
 def report(repeats: int, quick: bool) -> None:
     if not torch.cuda.is_available():
-        print("GPU: not measured, there is none here.\n")
+        print("GPU: not measured, because there is no CUDA device.\n")
         return
     rows, device = _QUICK_ROWS if quick else _ROWS, torch.device("cuda")
     print_table(
@@ -45,7 +46,7 @@ def report(repeats: int, quick: bool) -> None:
 
 
 def metric_row(width: int, rows: int, repeats: int, device: torch.device) -> tuple[str, ...]:
-    """One line of the first table."""
+    """Return one row of the first table."""
     features, target = class_features(rows, width, _CLASSES)
     batches = list(zip(features.to(device, torch.bfloat16).split(_BATCH), target.to(device).split(_BATCH), strict=True))
     gram = torch.zeros(width, width, dtype=torch.float64, device=device)
@@ -78,11 +79,11 @@ def metric_row(width: int, rows: int, repeats: int, device: torch.device) -> tup
 
 
 def trainer_row(rows: int, repeats: int, device: torch.device) -> tuple[str, ...]:
-    """The line of the second table."""
+    """Return the row of the second table."""
     module = _Module()
     data = TensorDataset(torch.randn(rows, 3, 32, 32), torch.arange(rows) % _CLASSES)
     seconds: dict[bool, list[float]] = {False: [], True: []}
-    for _ in range(repeats + 1):  # the first round warms up
+    for _ in range(repeats + 1):  # The first round is a warm-up.
         for scored in seconds:
             trainer = pl.Trainer(
                 accelerator=device.type,
@@ -113,7 +114,7 @@ class _Module(pl.LightningModule):
 
 
 def _measured(call: Callable[[], T], device: torch.device) -> tuple[float, T, float]:
-    """Seconds of a call, what it returns, and the bytes it allocated beyond what there was."""
+    """Return the seconds of a call, its result, and the peak of the bytes that it allocated."""
     cuda = device.type == "cuda"
     before = 0
     if cuda:

@@ -1,6 +1,6 @@
-"""How often find_head names the head of the models of timm, torchvision and transformers, or refuses where it must.
+"""How often find_head finds the head of models of timm, torchvision and transformers, or correctly refuses a model.
 
-The weights are random and lie on the meta device. The right answers do not come from find_head. A timm model names its
+The weights are random and on the meta device. The right answers do not come from find_head. A timm model names its
 classifier in `default_cfg`. The models of torchvision and transformers are built with 37 classes, and only the head
 has 37 outputs. Models with several heads, and models without a head, must be refused.
 """
@@ -24,7 +24,7 @@ from tests.zoo import NUM_LABELS, behead, layers_with_outputs, transformer, with
 Cases = Iterator[tuple[str, str, "nn.Module | Exception", "str | None"]]
 
 _CLASSIFIERS = tuple(f"For{kind}Classification" for kind in ("Sequence", "Image", "Audio", "Token"))
-# Models whose output is made by a layer with another number of outputs, by what their code is known to do.
+# Models whose last layer has another number of outputs, according to their code.
 _OTHER_HEADS = {
     "CsmForConditionalGeneration": "lm_head",
     "Gemma4AudioModel": "output_proj",
@@ -72,7 +72,7 @@ def report(repeats: int, quick: bool) -> None:
 
 
 def _outcome(model: nn.Module | Exception, head: str | None) -> tuple[str, str]:
-    """Compare what find_head says with the right name; None where it must refuse."""
+    """Compare the result of find_head with the right name, which is None for a model that must be refused."""
     if isinstance(model, Exception):
         return "not built", f"{type(model).__name__}: {str(model).strip().splitlines()[0]}"
     try:
@@ -85,7 +85,7 @@ def _outcome(model: nn.Module | Exception, head: str | None) -> tuple[str, str]:
 def _built(build: Callable[..., Any], *args: Any) -> Any:
     try:
         return build(*args)
-    except Exception as error:  # a package that is missing, or a configuration without defaults
+    except Exception as error:  # A package is missing, or the configuration has no defaults.
         return error
 
 

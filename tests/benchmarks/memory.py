@@ -1,12 +1,12 @@
-"""Peak extra memory of ``LogME``: built, fed batches of 256 that are made on the fly, computed.
+"""Peak extra memory of ``LogME``, which is built, updated with batches of 256 that are made on the fly, and computed.
 
-Every case has a fresh process to itself. After the imports and a small case that wakes the threads and the buffers of
-the BLAS, the kernel's high-water mark of resident memory is set back before each stage (Linux: ``/proc/self``), and
-read after it. "Extra" is that mark above what was resident before the metric was built: states, batches, temporaries
-of the arithmetic, and the buffers that the BLAS keeps.
+Every case runs in a new process. After the imports, a small case starts the threads and allocates the buffers of the
+BLAS. The kernel's high-water mark of resident memory (Linux: ``/proc/self``) is reset before each stage and read after
+it. "Extra" memory is this mark minus the resident memory before the metric was built: states, batches, temporaries of
+the arithmetic, and buffers that the BLAS keeps.
 
-- The peak must not depend on N, and be at most 6 matrices of D × D float64 and one batch.
-- The papers' algorithm gets all its float32 features in memory first; they are not counted, its float64 copy is.
+- The peak must not depend on N. It must be at most 6 matrices of D × D float64 and one batch.
+- The papers' algorithm gets all its float32 features in memory first. They are not counted, but its float64 copy is.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def report(repeats: int, quick: bool) -> None:
     if not RESET.exists():
         print("Memory: not measured, there is no /proc here.\n")
         return
-    repeats = min(repeats, 3)  # memory is far less noisy than time
+    repeats = min(repeats, 3)  # Memory is much less noisy than time.
     print_table(
         f"Memory: peak extra MiB, medians of {repeats} processes each (aim: {AIM:g} D² float64 + one batch, flat in N)",
         ("N × D", "after construction and updates, kept", "peak of updates", "peak of compute", "peak", "peak / D²·8"),

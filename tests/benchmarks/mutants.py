@@ -1,4 +1,4 @@
-"""What the tests notice: the mathematics and the rule for padding, broken on purpose, one small change at a time."""
+"""Mutation tests: the mathematics and the detection of padding are broken on purpose, one small change at a time."""
 
 from __future__ import annotations
 
@@ -20,32 +20,36 @@ import threadpoolctl
 from tests.benchmarks.common import print_table
 
 ROOT = Path(__file__).parents[2]
-_TIME_LIMIT = 90  # seconds for the tests of one mutant, which is noticed if they take longer
+_TIME_LIMIT = 90  # seconds for the tests of one mutant; a mutant whose tests take longer counts as noticed
 
-# What takes long to import, and is imported once instead of for every mutant.
+# Modules that take long to import. They are imported once, and not for every mutant.
 _HEAVY = "lightning.pytorch torchmetrics.classification torch.multiprocessing matplotlib.pyplot scipy.stats"
 _HEAVY += " scipy.optimize sklearn.datasets sklearn.linear_model hypothesis.strategies pytest"
-# By file: the functions that are broken (all if none are named), and the fast tests that should notice.
-_SCORES = ("slips", "functional", "evidence", "precision")
-_RULE = (
-    "distributed.py::test_padding_rule",
-    "distributed.py::test_other_samplers_have_no_padding",
-    "distributed.py::test_padding_of_other_orders_and_rows_is_not_guessed",
-    "distributed.py::test_a_data_set_of_batches_has_whole_batches_of_padding",
+# By file: the functions that are changed (all of them if none is named), and the fast tests that should notice.
+_SCORES = (
+    *(f"scores/test_{name}.py" for name in ("evidence", "maximum", "moments", "spectrum")),
+    "integration/test_numbers.py",
+    "test_functional.py",
+    "features/test_labels.py",
 )
 SCOPE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     **dict.fromkeys(("scores/spectrum", "scores/maximum", "scores/evidence", "functional"), ((), _SCORES)),
-    "scores/moments": ((), (*_SCORES, "metric", "jackknife")),
-    "scores/accumulator": ((), ("accumulator", "jackknife")),
-    "metric": ((), ("slips", "metric", "functional")),
-    "features/padding": ((), _RULE),
-    "tracking/validation": (("add", "_segment", "_result"), ("slips", "curve")),
+    "scores/moments": ((), (*_SCORES, "test_metric.py", "scores/test_jackknife.py")),
+    "scores/accumulator": ((), tuple(f"scores/test_{name}.py" for name in ("accumulator", "subset", "jackknife"))),
+    "scores/subset": ((), ("scores/test_subset.py", "scores/test_accumulator.py")),
+    "scores/curve": ((), ("scores/test_curve.py", "integration/test_curves.py")),
+    "metric": ((), ("test_metric.py", "test_functional.py")),
+    "features/padding": ((), ("features/test_padding.py",)),
+    "tracking/validation": (
+        ("add", "_segment", "_result"),
+        ("integration/test_curves.py", "test_callback.py::TestErrors::test_error_in_the_evidence_is_named"),
+    ),
 }
 _SLOW = (
-    "precision.py::TestHalfPrecision::test_overflow_while_training",
-    "jackknife.py::test_ties",
-    "jackknife.py::test_error_bars",
-    "evidence.py::test_brute_force",
+    "integration/test_numbers.py::TestHalfPrecision::test_overflow_while_training",
+    "scores/test_jackknife.py::test_ties",
+    "scores/test_jackknife.py::test_error_bars",
+    "scores/test_evidence.py::test_brute_force",
 )
 
 _PAIRS = [(ast.Add, ast.Sub), (ast.Mult, ast.Div), (ast.BitAnd, ast.BitOr), (ast.And, ast.Or), (ast.Is, ast.IsNot)]
@@ -56,7 +60,7 @@ _RENAMED = {"min": "max", "max": "min", "any": "all", "all": "any", "tril": "tri
 
 
 class Mutant(NamedTuple):
-    """A file with one change: where, what, and all of its text."""
+    """A source file with one change: its position, the code before and after, and the whole text."""
 
     place: str
     before: str
@@ -65,7 +69,7 @@ class Mutant(NamedTuple):
 
 
 def mutants(path: Path, functions: tuple[str, ...]) -> Iterator[Mutant]:
-    """Every change of a file, or of some of its functions."""
+    """Yield each possible change of a file, or of some of its functions."""
     tree = ast.parse(path.read_text())
     roots = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name in functions] or [tree]
     for parent, siblings, place in (found for root in roots for found in _places(root)):
@@ -78,7 +82,7 @@ def mutants(path: Path, functions: tuple[str, ...]) -> Iterator[Mutant]:
 
 
 def _places(parent: ast.AST) -> Iterator[tuple[ast.AST, Any, Any]]:
-    """All that is computed below a node: by parent, list or fields, and index or name. No annotations or messages."""
+    """Yield the nodes below a node, without annotations and messages: the parent, its list or fields, index or name."""
     for field, value in ast.iter_fields(parent):
         if field in ("annotation", "returns", "decorator_list"):
             continue
@@ -92,7 +96,7 @@ def _places(parent: ast.AST) -> Iterator[tuple[ast.AST, Any, Any]]:
 
 
 def _variants(node: ast.AST) -> Iterator[ast.AST]:
-    """What one small slip could have made of a node."""
+    """Yield the small mistakes that are possible in a node."""
     match node:
         case ast.BinOp(op=op) | ast.BoolOp(op=op) | ast.AugAssign(op=op) if type(op) in _SWAPPED:
             yield _with(node, op=_SWAPPED[type(op)]())
@@ -129,7 +133,7 @@ def _shown(parent: ast.AST, node: ast.AST) -> str:
 
 
 def noticed(repository: Path, tests: tuple[str, ...]) -> bool:
-    """Whether one of the tests of a copy of the repository fails, or does not come to an end."""
+    """Return whether a test fails, or does not end, in a copy of the repository."""
     process = multiprocessing.get_context("fork").Process(target=_test, args=(repository, tests))
     process.start()
     process.join(_TIME_LIMIT)
@@ -153,28 +157,28 @@ def _test(repository: Path, tests: tuple[str, ...]) -> None:
     sys.path.insert(0, str(repository))
     settings.register_profile("fixed", derandomize=True, database=None, phases=(Phase.explicit, Phase.generate))
     settings.load_profile("fixed")
-    paths = [f"tests/test_{name}" if "::" in name else f"tests/test_{name}.py" for name in tests]
-    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # to look for plugins takes a second
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # The search for plugins takes a second.
     options = ["-xq", "--tb=no", "-pno:cacheprovider", "-ppytest_timeout", "-otimeout=10"]
-    sys.exit(pytest.main([*options, *(f"--deselect=tests/test_{name}" for name in _SLOW), *paths]))
+    slow = (f"--deselect=tests/{name}" for name in _SLOW)
+    sys.exit(pytest.main([*options, *slow, *(f"tests/{name}" for name in tests)]))
 
 
 def surviving(repository: Path, path: Path, every: list[Mutant], tests: tuple[str, ...]) -> Iterator[Mutant]:
-    """The mutants of a file of a copy of the repository that no test notices."""
+    """Yield the mutants of a file, in a copy of the repository, that no test notices."""
     original = path.read_text()
     for number, mutant in enumerate(every):
         path.write_text(mutant.source)
-        os.utime(path, (number, number))  # the cache of bytecode goes by time and size, and could take it for another
+        os.utime(path, (number, number))  # Cached bytecode is recognised by time and size.
         if not noticed(repository, tests):
             yield mutant
     path.write_text(original)
 
 
 def report(repeats: int, quick: bool) -> None:
-    """Prints how many mutants are noticed, and those that are not; of every 20th only, where it is to be quick."""
+    """Print how many mutants are noticed, and list the others. The quick run takes every 20th mutant."""
     for name in _HEAVY.split():
         importlib.import_module(name)
-    threadpoolctl.threadpool_limits(1)  # small matrices: a second thread only waits for the first
+    threadpoolctl.threadpool_limits(1)  # With small matrices, a second thread only waits for the first.
     survivors: list[Mutant] = []
     rows = []
     with tempfile.TemporaryDirectory() as folder:

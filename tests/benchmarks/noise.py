@@ -1,8 +1,8 @@
-"""How far the score of a validation set is from that of another one: what difference between two epochs means anything.
+"""How much the score varies between validation sets, and so which difference between two epochs is meaningful.
 
-Features of 5000 MNIST digits by EfficientNet-Lite0, with ImageNet's weights and with random ones; the gain of many
-random validation sets of each size, drawn without replacement: its mean and standard deviation, and those of the
-*difference* between the two networks on the same samples.
+EfficientNet-Lite0, with ImageNet weights and with random weights, computes features of 5000 MNIST digits. Many random
+validation sets of each size are drawn without replacement. The table shows the mean and the standard deviation of the
+gain, and of the *difference* between the two networks on the same samples.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def report(repeats: int, quick: bool) -> None:
 
 @torch.inference_mode()
 def embed(network: nn.Module, images: Tensor) -> Tensor:
-    """The input of the head, in evaluation mode."""
+    """Return the inputs of the head, in evaluation mode."""
     seen: list[Tensor] = []
     network.eval()._fc.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     for batch in images.split(250):

@@ -1,9 +1,9 @@
-"""What the library is compared with.
+"""Other implementations of LogME, for comparison.
 
-- :func:`papers_logme`: the algorithm of the papers (You et al., ICML 2021 and JMLR 2022), written out plainly in NumPy.
-- :func:`transformer_ranker_logme`: that of transformer-ranker on PyPI, where it is installed.
+- :func:`papers_logme`: the algorithm of the papers (You et al., ICML 2021 and JMLR 2022), written plainly in NumPy.
+- :func:`transformer_ranker_logme`: the estimator of transformer-ranker on PyPI, if it is installed.
 
-All features are in memory at once and in float64 for both.
+Both hold all features in memory at once, in float64.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _EPSILON = 1e-5  # keeps α and β finite
 
 
 def papers_logme(features: Array, target: Array, num_classes: int) -> float:
-    """LogME by the fixed point of α and β, class after class, after one singular value decomposition."""
+    """Return LogME by one singular value decomposition, and a fixed-point iteration of α and β for each class."""
     features = features.astype(np.float64)
     left, sigma = _truncated_svd(features) if len(features) >= features.shape[1] else _thin_svd(features)
     evidences = [
@@ -38,7 +38,7 @@ def papers_logme(features: Array, target: Array, num_classes: int) -> float:
 
 
 def _truncated_svd(features: Array) -> tuple[Array, Array]:
-    """Left singular vectors and squared singular values by way of the D × D matrix FᵀF."""
+    """Return left singular vectors and squared singular values, computed from the D × D matrix FᵀF."""
     _, sigma, right = np.linalg.svd(features.T @ features)
     kept = np.sqrt(sigma) > 1e-10
     return (features @ right[kept].T) / np.sqrt(sigma[kept]), sigma[kept]
@@ -63,16 +63,16 @@ def _fixed_point(left: Array, sigma: Array, y: Array, num_features: int) -> floa
         beta = (n - gamma) / (residual2 + _EPSILON)
         if abs(alpha / beta - t) / t <= _TOLERANCE:
             break
-    # Of all D directions those outside the rank have log(α + β·0) = log α, which cancels against the prior's.
+    # Directions outside the rank contribute log(α + β·0) = log α, which cancels against the term of the prior.
     log_determinant = np.log(alpha + beta * sigma).sum() - rank * math.log(alpha)
     evidence = n * math.log(beta / (2 * math.pi)) - log_determinant - beta * residual2 - alpha * weight2
     return float(evidence) / (2 * n)
 
 
 def transformer_ranker_logme() -> Callable[[Tensor, Tensor], float] | None:
-    """The estimator of transformer-ranker; None where that is not installed.
+    """Return the estimator of transformer-ranker; None if the package is not installed.
 
-    Its file is imported without the package around it, which would import transformers and datasets.
+    Only the file of the estimator is imported: the package would import transformers and datasets.
     """
     spec = importlib.util.find_spec("transformer_ranker")
     if spec is None or not spec.submodule_search_locations:

@@ -1,13 +1,14 @@
-"""What a probe costs beside its forward passes, and what eight layers cost beside one.
+"""The cost of a probe compared with its forward passes, and of eight layers compared with one.
 
 Two networks with random weights, in evaluation mode: the small CNN of the ``trainer`` benchmark on 10000 images of
 32 × 32 (D = 256), and a BERT of eight layers (D = 384, as MiniLM's) on 512 texts of 64 tokens. The validation set is
-one batch, so that the probe is what takes time.
+one batch, so that the probe takes most of the time.
 
-- ``Trainer.validate`` with a probe, against the same without one and an ordinary loop over the probe's loader;
-- ``Trainer.validate`` with eight layers of the BERT scored, against one.
+- ``Trainer.validate`` with a probe is compared with ``Trainer.validate`` without it plus a plain loop over the loader
+  of the probe.
+- ``Trainer.validate`` with eight scored layers of the BERT is compared with a single scored layer.
 
-Both of a pair take turns, and start with the other one every round.
+The two runs of a pair take turns, and their order changes every round.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _CLASSES = 10
 
 
 class Encoder(LightningModule):
-    """A BERT, the mean of its tokens, and a head."""
+    """A BERT, the mean over tokens, and a head."""
 
     def __init__(self) -> None:
         from transformers import BertConfig, BertModel
@@ -143,7 +144,7 @@ def _in_turn(calls: list[Callable[[], Any]], repeats: int) -> tuple[list[float],
 
 
 def _ratio(base: list[float], other: list[float], aim: float) -> tuple[str, ...]:
-    """Medians, the median of the ratios round by round, and their range."""
+    """Return the medians, the median of the ratios of all rounds, and the range of the ratios."""
     ratios = sorted(100 * (b / a - 1) for a, b in zip(base, other, strict=True))
     return (
         f"{median(base):.2f}",

@@ -1,8 +1,8 @@
-"""How often a race drops one of several equally good candidates, where error bars come from the leading directions.
+"""How often a race drops one of several equally good candidates, with error bars from the leading directions.
 
-The candidates differ by noise of their own alone: labels, class means and the noise that they share are the same, so
-none is better than another in the long run. Features are rectified, and their sizes decay as those of networks do.
-Where the signal is in the tail, the leading directions tell nothing of the labels.
+The candidates share labels, class means and some noise. Each also has noise of its own, so all are equally good in the
+long run. Features are rectified, and their sizes decay as in features of networks. If the signal is in the tail, the
+leading directions contain no information about the labels.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lightning_logme.scores.moments import Rows
 from tests.benchmarks.common import print_table
 
 _CANDIDATES, _ROUNDS = 4, 5
-_SETTINGS = [  # features, classes, decay of the sizes, where the signal is
+_SETTINGS = [  # features, classes, decay of the sizes, position of the signal
     (640, 10, 0.5, "everywhere"),
     (640, 100, 0.5, "everywhere"),
     (640, 10, 0.25, "tail"),
@@ -59,7 +59,7 @@ def _row(races: int, width: int, classes: int, decay: float, where: str) -> tupl
 
 
 def race(width: int, classes: int, decay: float, where: str, seed: int) -> tuple[int, list[float], list[float]]:
-    """How many candidates are dropped; of the first two, the difference and its error bar in every round."""
+    """Return how many candidates are dropped, and per round the difference of the first two and its error bar."""
     features, labels, blocks = candidates(width, classes, decay, where, seed)
     stops = [max(256, 4 * classes) * 2**index for index in range(_ROUNDS)]
     sums = [Accumulator("multiclass", width, classes, sample_size=0) for _ in features]
@@ -81,7 +81,7 @@ def race(width: int, classes: int, decay: float, where: str, seed: int) -> tuple
 def candidates(
     width: int, classes: int, decay: float, where: str, seed: int
 ) -> tuple[Sequence[Tensor], Tensor, Tensor]:
-    """Features of all candidates, the labels, and the block of each sample, as a race deals them out."""
+    """Return the features of all candidates, the labels, and the block of each sample, as in a race."""
     generator = torch.Generator().manual_seed(seed)
     rows = max(256, 4 * classes) * 2 ** (_ROUNDS - 1)
     labels = torch.randint(classes, (rows,), generator=generator)

@@ -1,11 +1,11 @@
-"""What ``rank_backbones`` takes beside its forward passes, in time and in memory.
+"""Time and memory of ``rank_backbones`` apart from its forward passes.
 
-Time: real candidates of ``examples/_zoo.py`` on their tasks, one thread, where the packages are installed. Counted as
-unavoidable are making the modules, loading and preprocessing batches, and the forward passes; the rest is ours: adding
-moments, evidence, jackknife, bookkeeping. At 64 × 64 a network of ImageNet costs a twelfth of what it was made for, so
-the same is measured at 224 × 224 too.
+Time is measured on real candidates of ``examples/_zoo.py`` and their tasks, with one thread, if the packages are
+installed. Making modules, loading and preprocessing batches, and forward passes are unavoidable. The rest is overhead:
+moments, evidence, jackknife, bookkeeping. At 64 × 64, an ImageNet network takes a twelfth of its usual computation, so
+224 × 224 is measured too.
 
-Memory: the peak over what is resident before the call, for features that cost nothing, in fresh processes.
+Memory is the peak above the resident memory before the call, for features that take no computation, in new processes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lightning_logme.features.sampling import Samples
 from lightning_logme.ranking.candidate import Backbone, Candidate
 from tests.benchmarks.common import class_features, peak, print_table, reset_peak
 
-AIM = 0.10  # of the wall time
+AIM = 0.10  # share of the wall time
 _CLASSES = 10
 _SIZES = ((2_000, 768), (20_000, 768), (100_000, 768))  # N, D
 _QUICK = ((500, 64), (2_000, 64))
@@ -67,7 +67,7 @@ def _time_rows(repeats: int, quick: bool) -> Iterator[tuple[str, ...]]:
 
 
 def _timed_ranking(task: Any, side: int | None, race: bool) -> dict[str, float]:
-    """Seconds of the wall, and of its parts."""
+    """Return the wall time in seconds, and its parts."""
     clock = dict.fromkeys(("modules", "batches", "forward"), 0.0)
 
     def timed(part: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -106,7 +106,7 @@ def _timed_ranking(task: Any, side: int | None, race: bool) -> dict[str, float]:
 
 
 def rank_zoo(task: Any, race: bool) -> Ranking:
-    """A task of the zoo with all its candidates."""
+    """Rank all candidates of a task of the zoo."""
     backbones = task.backbones
     return rank_backbones(
         {name: backbone.load for name, backbone in backbones.items()},
@@ -123,7 +123,7 @@ def rank_zoo(task: Any, race: bool) -> Ranking:
 
 
 class _Rows(Dataset[tuple[Tensor, Tensor]]):
-    """Features and labels made when they are asked for, so that the data set takes no memory."""
+    """Features and labels that are made on access, so that the data set takes no memory."""
 
     def __init__(self, n: int, d: int) -> None:
         self.n, self.d = n, d

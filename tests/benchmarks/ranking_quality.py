@@ -1,12 +1,12 @@
-"""How well LogME ranks real backbones for real tasks, and how well other scores do.
+"""How well LogME and other scores rank real backbones for real tasks.
 
-The truth is, for every task of ``examples/_zoo.py``, a linear probe of the frozen features by cross-validation, and for
-two tasks fine-tuning as well, where the scores see the training samples alone. Agreement with it is measured by
-the weighted Kendall τ (errors at the top weigh more), Pearson's correlation, and the regret at 1: what
-the truth's best is better by than what the score puts first.
+The truth for every task of ``examples/_zoo.py`` is the cross-validated result of a linear model on the frozen features.
+For two tasks it is also the result of fine-tuning; there the scores see only the training samples. Agreement with the
+truth is measured by the weighted Kendall τ (errors at the top weigh more), by Pearson's correlation, and by the regret
+at 1: the best true value minus the true value of the backbone that the score puts first.
 
-Features, probes and fine-tuned scores are kept in a folder (``LOGME_CACHE``) for another run: empty it after a change
-of the sizes or recipes below. All of it takes about an hour on one thread, and five minutes once that is kept.
+Features and the results of linear models and of fine-tuning are cached in a folder (``LOGME_CACHE``). Empty it after a
+change of the sizes or recipes below. A full run takes about an hour on one thread, and five minutes with the cache.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.benchmarks.frozen import CACHE, Frozen, frozen, target
 from tests.benchmarks.ranking import rank_zoo
 from tests.benchmarks.scores import SCORES, VARIANTS, Score, gain, logme, probe, task_of
 
-TASKS: dict[str, int | None] = {  # samples; None: all there are
+TASKS: dict[str, int | None] = {  # number of samples; None for all
     "mnist": 5000,
     "newsgroups": 4000,
     "r8": 4000,
@@ -35,7 +35,7 @@ TASKS: dict[str, int | None] = {  # samples; None: all there are
     "domains": 4000,
     "digits": None,
 }
-# Learning rates were chosen for the accuracy of one candidate, lite0 among five recipes and MiniLM-L6 mean among two.
+# Learning rates were chosen by the accuracy of one candidate: lite0 (five recipes) and MiniLM-L6 mean (two recipes).
 RECIPES = {"mnist": Recipe(640, 1500, learning_rate=3e-3), "tweets": Recipe(512, 800, learning_rate=5e-4)}
 _QUICK_TASKS: dict[str, int | None] = {"mnist": 200, "tweets": 200}
 _QUICK_RECIPES = {"mnist": Recipe(64, 50, learning_rate=3e-3, epochs=1, seeds=2)}
@@ -43,7 +43,7 @@ _QUICK_RECIPES = {"mnist": Recipe(64, 50, learning_rate=3e-3, epochs=1, seeds=2)
 
 @dataclass(frozen=True)
 class Case:
-    """A task with its truth, and what the scores say of it: all by backbone."""
+    """A task with its truth and its scores, by backbone."""
 
     name: str
     truth: dict[str, float]
@@ -51,9 +51,9 @@ class Case:
 
 
 def report(repeats: int, quick: bool) -> None:
-    """``repeats`` has no meaning here: only the fine-tuning is random, and has its seeds."""
+    """Print the tables. ``repeats`` is ignored: only fine-tuning is random, and its recipe has a number of seeds."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # those that contend for busy cores are slower than one
+    torch.set_num_threads(1)  # Several threads on busy cores are slower than one.
     try:
         _report(CACHE / "quick" if quick else CACHE, quick)
     finally:
@@ -196,7 +196,7 @@ def _print_costs(recipes: dict[str, Recipe], folder: Path) -> None:
 
 
 def rank(name: str, samples: int, race: bool) -> tuple[float, float]:
-    """Seconds and MiB that it takes to rank the candidates for a task."""
+    """Return the seconds and the MiB that a ranking of all candidates of a task takes."""
     torch.set_num_threads(1)
     task = target(name, samples)
     for backbone in task.backbones.values():

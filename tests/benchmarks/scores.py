@@ -1,4 +1,4 @@
-"""What may tell before any fine-tuning which backbone suits a task: a number for features and labels."""
+"""Scores of features and labels that may predict, before any fine-tuning, which backbone suits a task."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def parameters(data: Frozen) -> float:
 
 
 def neighbours(data: Frozen) -> float:
-    """Accuracy, or R², of nearest neighbours by cosine of centred features: random ones are tiny, and look alike."""
+    """Return the accuracy or R² of nearest neighbours. Features of random networks look alike, so they are centred."""
     from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 
     kind = KNeighborsRegressor if task_of(data) == "regression" else KNeighborsClassifier
@@ -75,14 +75,14 @@ def best_layer(data: Frozen) -> float:
 
 
 def of_layer_mean(data: Frozen) -> float:
-    """Of the mean of the layers' features, where they are of one size."""
+    """Return LogME of the mean over layers, if all layers have the same shape; else of the features."""
     if len({layer.shape for layer in data.layers}) != 1:
         return logme(data)
     return logme(_with(data, np.mean(data.layers, 0)))
 
 
 def probe(data: Frozen) -> float:
-    """Accuracy of logistic regression, or R² of ridge regression, on standardised features, with its best penalty."""
+    """Return the accuracy of logistic regression, or R² of ridge regression, with the best penalty."""
     from sklearn.linear_model import LogisticRegression, RidgeCV
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -100,8 +100,8 @@ def _cross_validated(model: Callable[[], Any], data: Frozen) -> Array:
     from sklearn.model_selection import KFold, cross_val_score
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # not converged to the last digit
-        return cross_val_score(model(), data.features, data.target, cv=KFold(_FOLDS))  # the order is random already
+        warnings.simplefilter("ignore")  # Some fits do not converge to the last digit.
+        return cross_val_score(model(), data.features, data.target, cv=KFold(_FOLDS))  # The order is already random.
 
 
 def task_of(data: Frozen) -> Any:

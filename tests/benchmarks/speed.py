@@ -1,15 +1,15 @@
-"""Seconds from float32 features in memory to the score, against two peers and against what the arithmetic must cost.
+"""Seconds from float32 features in memory to the score, compared with two peers and with the cost of the arithmetic.
 
-All contestants run in one process, one after the other in every round, so that noise hits all of them alike; each is
-timed alone, after a rest in which the thread pools of NumPy and torch go to sleep. Figures are medians over the
-rounds. A contestant that has used up its time in a case sits out the rest of its rounds.
+All contestants run in one process, in turn in every round, so that noise affects all of them alike. Each is timed
+alone, after a pause in which the thread pools of NumPy and torch become idle. Figures are medians over the rounds. A
+contestant that has used up its time for a case skips the remaining rounds.
 
-- "metric": ``LogME`` built, fed batches of 256, and computed; "accumulator": the same with what the callback and
-  rankings use; "logme": one call of the function.
-- The aim is the factor over the faster peer.
-- The limit is half of one float64 product (a Gram matrix is symmetric), at the best of several block sizes and without
-  the conversion to float64, and one ``torch.linalg.eigh``. The product is FᵀF and the eigenproblem that of
-  min(N, D); for the function, which may take FFᵀ where N < D, the product is the smaller one too.
+- "metric": ``LogME`` is built, updated with batches of 256, and computed. "accumulator": the same with the accumulator
+  that the callback and rankings use. "logme": one call of the function.
+- The aim is a factor over the faster peer.
+- The limit is the time of half a float64 product (a Gram matrix is symmetric), with the best of several block sizes
+  and without the conversion to float64, plus the time of one ``torch.linalg.eigh``. The product is FᵀF, and the
+  eigenproblem has size min(N, D). The function may use FFᵀ where N < D, so its limit takes the smaller product.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ ACCUMULATOR = "accumulator"
 CONTESTANTS = (PAPERS, RANKER, METRIC, ACCUMULATOR, FUNCTION)
 PRODUCT, SMALL_PRODUCT, EIGH = "FᵀF", "FFᵀ", "eigh"
 
-_BLOCKS = (256, 1024, 4096, 1 << 30)  # rows a product takes at a time
-_BUDGET = 40.0  # seconds a contestant may spend in a case before it sits out
+_BLOCKS = (256, 1024, 4096, 1 << 30)  # rows per product
+_BUDGET = 40.0  # seconds that a contestant may spend on a case
 
 
 @dataclass(frozen=True)
 class Case:
-    """A shape of the features, and the factors over the faster peer that are aimed at."""
+    """A shape of the features, and the aims: factors over the faster peer."""
 
     rows: int
     features: int
@@ -109,7 +109,7 @@ def report(repeats: int, quick: bool) -> None:
 
 
 def warm_up() -> None:
-    """Whatever is done once in a process: threads, memory of the BLAS, kernels that are chosen at first use."""
+    """Do what happens once in a process: start threads, allocate memory of the BLAS, choose kernels."""
     for rows, width in (600, 64), (64, 600):
         features, target = class_features(rows, width, 3)
         for call in contestants(features, target, 3).values():
@@ -117,7 +117,7 @@ def warm_up() -> None:
 
 
 def measure(case: Case, repeats: int) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """The seconds of every round, and the score, of every contestant."""
+    """Return, for every contestant, the seconds of each round and the score."""
     features, target = class_features(case.rows, case.features, case.classes)
     seconds: dict[str, list[float]] = {}
     scores: dict[str, float] = {}
@@ -165,7 +165,7 @@ def metric_parts(features: Tensor, target: Tensor, num_classes: int) -> dict[str
 
 
 def limits(features: Tensor) -> dict[str, float]:
-    """Seconds of the arithmetic that cannot be avoided."""
+    """Return the seconds of the unavoidable arithmetic."""
     rows = features.double()
     n, d = rows.shape
     product = min(timed(partial(_gram, rows, block))[0] for block in _BLOCKS)
@@ -213,6 +213,6 @@ def _parts(case: Case, seconds: Mapping[str, float], scores: Mapping[str, float]
 
 
 def _spread(case: Case, seconds: Mapping[str, list[float]]) -> str:
-    """How far the rounds of a case lie apart, for a reader to judge the noise."""
+    """Return a line with the range of the rounds of a case, which shows the noise."""
     ranges = (f"{name} {min(times):.3f}…{max(times):.3f} ({len(times)})" for name, times in seconds.items())
     return f"- {case}: " + ", ".join(ranges)

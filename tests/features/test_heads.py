@@ -1,4 +1,4 @@
-"""Find the classifier head by the module tree: small modules, timm, torchvision, transformers, PEFT."""
+"""The classifier head is found in the module tree: small modules, timm, torchvision, transformers, PEFT."""
 
 import re
 
@@ -127,22 +127,22 @@ FOUND = {
 
 
 @pytest.mark.parametrize(("module", "name"), FOUND.values(), ids=FOUND.keys())
-def test_found(module, name):
+def test_head_is_found(module, name):
     assert find_head(module) == name
 
 
-def test_the_number_of_outputs_decides_between_equals():
+def test_number_of_outputs_decides_between_equal_candidates():
     module = Parts(decoder=mlp(8, 8), sorter=mlp(8, 4))
     assert find_head(module, num_outputs=4) == "sorter.2"
 
 
-def test_what_is_trained_decides_between_equals():
+def test_trained_layer_is_preferred_to_a_frozen_one():
     module = Parts(student=mlp(), teacher=mlp())
     module.teacher.requires_grad_(False)
     assert find_head(module) == "student.2"
 
 
-def test_networks_of_metrics_are_no_part_of_the_model():
+def test_networks_inside_metrics_are_ignored():
     class Judge(Metric):
         def __init__(self) -> None:
             super().__init__()
@@ -160,15 +160,15 @@ def test_networks_of_metrics_are_no_part_of_the_model():
     [
         ({"a": nn.Linear(32, 2), "b": nn.Linear(2, 2).requires_grad_(False)}, "a"),
         ({"fc1": nn.Linear(32, 2), "fc2": nn.Linear(2, 2).requires_grad_(False)}, "fc1"),
-        ({"l1": nn.Linear(16, 8), "l2": nn.Linear(8, 4).requires_grad_(False)}, "l2"),  # classes that stay fixed
+        ({"l1": nn.Linear(16, 8), "l2": nn.Linear(8, 4).requires_grad_(False)}, "l2"),  # a fixed mapping to classes
     ],
     ids=["square", "square and numbered", "of another size"],
 )
-def test_frozen_layer_with_as_many_outputs_is_no_end_of_a_chain(layers, name):
+def test_frozen_layer_after_the_head_is_not_the_head(layers, name):
     assert find_head(Parts(**layers)) == name
 
 
-def test_name_leads_to_the_layer_also_inside_a_lightning_module():
+def test_head_inside_a_lightning_module_has_its_full_name():
     assert find_head(Classifier(Parts(encoder=encoder(), head=nn.Linear(8, 4)))) == "model.head"
 
 
@@ -206,7 +206,7 @@ def test_number_of_outputs_decides_between_several_heads():
 
 
 class Vocoder(nn.Module):
-    """A head that transforms the output of its layer."""
+    """A head that transforms the output of its linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -238,7 +238,7 @@ HEADLESS = {
 
 
 def refused(module: nn.Module) -> str:
-    """Return the message, which may name no module at all."""
+    """Return the message of the error, which must not name any module."""
     with pytest.raises(ValueError, match="head: .* has no torch.nn.Linear or 1 × 1 convolution") as info:
         find_head(module)
     message = str(info.value)
@@ -248,11 +248,11 @@ def refused(module: nn.Module) -> str:
 
 
 @pytest.mark.parametrize("module", HEADLESS.values(), ids=HEADLESS.keys())
-def test_module_without_a_head_is_refused_and_no_inner_layer_proposed(module):
+def test_module_without_a_head_is_refused_without_proposing_an_inner_layer(module):
     assert type(module).__name__ in refused(module)
 
 
-def test_unknown_name_suggests_close_ones():
+def test_unknown_name_is_an_error_with_similar_names():
     with pytest.raises(
         ValueError, match=r"head: Classifier has no module named 'modle.2'; did you mean one of 'model.2'"
     ):
@@ -296,7 +296,7 @@ class TestTimm:
             "resnet50_clip",  # attention as a head
         ],
     )
-    def test_convention_names_the_head(self, timm, name):
+    def test_head_is_the_classifier_of_the_configuration(self, timm, name):
         model = self.build(timm, name)
         head = model.default_cfg["classifier"]
         assert find_head(model) == head
@@ -307,7 +307,7 @@ class TestTimm:
         refused(model)
 
     @pytest.mark.parametrize("name", ["resnetv2_50", "dla34", "convnext_atto", "swin_tiny_patch4_window7_224", "vgg11"])
-    def test_model_without_its_configuration(self, timm, name):
+    def test_head_is_found_without_the_configuration(self, timm, name):
         model = self.build(timm, name)
         head, model.default_cfg = model.default_cfg["classifier"], None
         assert find_head(model) == head
@@ -321,12 +321,12 @@ class TestTimm:
         with pytest.raises(ValueError, match=re.escape(f"; give head={heads} to score")):
             find_head(model)
 
-    def test_backbone_without_a_head_leaves_the_head_to_the_module_around_it(self, timm):
+    def test_head_of_the_module_around_a_headless_backbone_is_found(self, timm):
         backbone = self.build(timm, "convnext_atto", num_classes=0)
         assert find_head(Parts(backbone=backbone, anything=nn.Linear(320, 4))) == "anything"
         refused(Classifier(backbone))
 
-    def test_replaced_head_is_found_where_the_convention_names_a_part_of_it(self, timm):
+    def test_replaced_head_is_found(self, timm):
         model = self.build(timm, "convnext_atto")
         model.head = nn.Sequential(nn.Dropout(), nn.Linear(320, 4))
         assert find_head(model) == "head.1"
@@ -346,7 +346,7 @@ class TestTimm:
         "regnet_y_400mf",
     ],
 )
-def test_torchvision(name):
+def test_head_of_torchvision_model_is_found_and_refused_when_removed(name):
     models = pytest.importorskip("torchvision.models")
     model = without_memory(lambda: models.get_model(name, num_classes=NUM_LABELS))
     head = next(layer for layer in layers_with_outputs(model) if "aux" not in layer)
@@ -371,7 +371,7 @@ class TestTransformers:
             "ASTForAudioClassification",
         ],
     )
-    def test_classifier(self, transformers, name):
+    def test_head_of_classifier_is_found(self, transformers, name):
         model = transformer(getattr(transformers, name))
         (head,) = layers_with_outputs(model)
         assert find_head(model) == head
@@ -403,7 +403,7 @@ class TestTransformers:
             "EsmModel",
         ],
     )
-    def test_encoder_is_refused_and_no_inner_layer_proposed(self, transformers, name):
+    def test_encoder_is_refused_without_proposing_an_inner_layer(self, transformers, name):
         model = transformer(getattr(transformers, name), labels=False)
         refused(model)
         refused(Classifier(model))
@@ -447,7 +447,7 @@ class TestPeft:
         ],
     )
     @pytest.mark.parametrize("state", ["train", "eval", "frozen"])
-    def test_head_is_called_with_the_feature(self, family, options, head, state):
+    def test_head_receives_the_feature(self, family, options, head, state):
         peft = pytest.importorskip("peft")
         options = {"target_modules": ["q_proj" if family in ("Llama", "ViT") else "query"], **options}
         module = peft.get_peft_model(self.model(family), peft.LoraConfig(**options))
@@ -474,7 +474,7 @@ class TestPeft:
             assert find_head(module) == "base_model.model.classifier.original_module"
         assert find_head(module.merge_and_unload()) == "classifier"
 
-    def test_timm_model_with_adapters(self):
+    def test_head_of_timm_model_with_adapters_is_found(self):
         peft, timm = pytest.importorskip("peft"), pytest.importorskip("timm")
         names = {"target_modules": ["fc1"], "modules_to_save": ["head"]}
         module = peft.get_peft_model(timm.create_model("convnext_atto"), peft.LoraConfig(**names))
@@ -486,7 +486,7 @@ class TestPeft:
 
 
 @pytest.mark.parametrize("name", ["online", "linear", "probe", "readout"])
-def test_number_of_outputs_says_more_than_a_name(name):
+def test_number_of_outputs_outweighs_a_name(name):
     module = nn.ModuleDict({"backbone": mlp(8, 32), "predictor": nn.Linear(32, 16), name: nn.Linear(32, 4)})
     assert find_head(module, num_outputs=4) == name
     assert find_head(module, num_outputs=16) == "predictor"

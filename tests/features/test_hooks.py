@@ -1,23 +1,19 @@
-"""Hooks capture what modules take or give, and pool it at once."""
+"""Hooks capture the inputs or outputs of modules, and pool them inside the hook."""
 
 import copy
 import pickle
-import warnings
 import weakref
 
 import pytest
 import torch
-from models import CLASSES, Classifier, hooks, loader, mlp, trainer, vectors
+from layered import Encoder
+from models import CLASSES, hooks, mlp
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
 
-from lightning_logme import LogMECallback, Probe
 from lightning_logme.features.extractor import HEAD, Extractor, Source
 from lightning_logme.features.hooks import CallTrace, Capture, Window
 from lightning_logme.features.labels import Labels, Target
 from lightning_logme.features.selection import Selection, attach
-from lightning_logme.functional import logme
-from lightning_logme.scores.moments import Moments
 
 X = torch.randn(5, 16)
 
@@ -34,7 +30,7 @@ def extractor_of(module: nn.Module, *layers: str, heads=None, pooling="auto") ->
 
 
 def captured(extractor: Extractor, labels: Labels = LABELS, *args, known: bool = True, **kwargs) -> dict[str, Tensor]:
-    """Return the rows of one call of the network; ``known`` says whether it runs with the labels at hand."""
+    """Return the rows of one call of the network; ``known``: whether its hooks know the labels."""
     extractor.start(labels if known else None)
     extractor.module(*args, **kwargs)
     rows, errors = extractor.rows(None, labels)
@@ -51,13 +47,14 @@ def test_input_and_output_are_captured_and_hooks_are_removed():
     expected = module[1](module[0](X))
     torch.testing.assert_close(rows[HEAD], expected)
     torch.testing.assert_close(rows["1"], expected)
+    assert len(extractor.captures) == 2
     assert not any(capture.is_open or capture.seen for capture in extractor.captures)
     assert hooks(module) == 2
     extractor.remove()
     assert hooks(module) == 0
 
 
-def test_module_that_is_not_called_or_called_twice_is_an_error():
+def test_module_that_is_not_called_once_is_an_error():
     module = mlp()
     extractor = extractor_of(module, heads=["2"])
     extractor.start(LABELS)
@@ -103,6 +100,11 @@ def test_error_in_a_hook_does_not_end_the_forward_pass():
         raise errors["0"]
 
 
+def captures_in(module: nn.Module) -> list[Capture]:
+    """Return the captures among the hooks of a module; torch has no public list of hooks."""
+    return [hook.__self__ for hook in module._forward_hooks.values() if isinstance(hook.__self__, Capture)]
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
 def test_copy_of_the_users_module_captures_nothing(copied):
     module = mlp()
@@ -111,16 +113,15 @@ def test_copy_of_the_users_module_captures_nothing(copied):
     module(X)
     other = copied(module)
     torch.testing.assert_close(other(X), module[2](module[1](module[0](X))))
-    copies = [hook.__self__ for hook in other[2]._forward_hooks.values() if isinstance(hook.__self__, Capture)]
-    assert len(copies) == 1
-    assert copies[0] not in extractor.captures
-    assert copies[0].seen == []
-    assert not copies[0].is_open
+    (copy_of_capture,) = captures_in(other[2])
+    assert copy_of_capture not in extractor.captures
+    assert copy_of_capture.seen == []
+    assert not copy_of_capture.is_open
     assert set(module.state_dict()) == set(mlp().state_dict())
 
 
 class Prepared(nn.Linear):
-    """Says itself what torch.jit.script compiles in its place."""
+    """A module that names another one for torch.jit.script to compile."""
 
     def __prepare_scriptable__(self):
         return nn.Identity()
@@ -158,7 +159,7 @@ class TestTorchScript:
 
 
 class Elementwise(nn.Module):
-    """A layer that costs nothing and shows its width, for tensors with the channels on any axis."""
+    """A cheap layer with a visible width, for channels on any axis."""
 
     def __init__(self, width: int, axis: int) -> None:
         super().__init__()
@@ -197,18 +198,18 @@ def twelve_layers(axis: int) -> nn.Sequential:
 
 
 def held_bytes(extractor: Extractor) -> int:
-    """Bytes of the storages that the captures keep alive."""
+    """Return the bytes of all storages that the captures keep alive."""
     storages = {}
     for capture in extractor.captures:
         for tensor, _ in capture.seen:
             storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            assert tensor.grad_fn is None  # a graph would keep activations, too
+            assert tensor.grad_fn is None  # A graph would keep activations alive.
     return sum(storages.values())
 
 
 class TestMemory:
     @CASES
-    def test_captures_keep_no_activation(self, shape, axis, pooling, mask):
+    def test_captures_keep_no_activations(self, shape, axis, pooling, mask):
         network, labels = twelve_layers(axis), labels_of(32, mask)
         extractor = extractor_of(network, *map(str, range(12)), pooling=pooling)
         extractor.start(labels)
@@ -220,7 +221,7 @@ class TestMemory:
         assert held_bytes(extractor) == 0
 
     def test_activations_are_freed_during_the_forward_pass(self):
-        """At any moment no more than the input and output of one layer are alive."""
+        """At most the input and the output of one layer are alive at any moment."""
         network, alive = twelve_layers(-1), []
         extractor = extractor_of(network, *map(str, range(12)))
         storages, most = [], 0
@@ -239,33 +240,21 @@ class TestMemory:
         assert most <= 2
         assert not any(tensor() is not None for tensor in alive)
 
-    def test_tokens_with_a_label_each_are_kept(self):
+    def test_tokens_with_labels_are_kept_whole(self):
         network = twelve_layers(-1)
         target = Target.checked(torch.arange(8 * 16).reshape(8, 16) % CLASSES, "multiclass", CLASSES)
         extractor = extractor_of(network, *map(str, range(12)))
         x = torch.randn(8, 16, 256)
         rows = captured(extractor, Labels(target, None), x)
+        assert len(rows) == 12
         assert all(torch.equal(found, x) for found in rows.values())
 
-    def test_copies_take_as_much_as_the_activations_where_labels_are_not_known(self):
+    def test_activations_are_copied_while_the_labels_are_unknown(self):
         network = twelve_layers(-1)
         extractor = extractor_of(network, *map(str, range(12)))
         extractor.start(None)
         network(torch.randn(TOKENS))
         assert held_bytes(extractor) == 12 * 4 * MIB
-
-
-class Encoder(nn.Module):
-    """Tokens from a linear layer, and an activation that works in place on them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.project = nn.Linear(6, 256)
-        self.activation = nn.ReLU(inplace=True)
-        self.head = nn.Linear(256, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.activation(self.project(x)).mean(1))
 
 
 class TestPoolingInTheHook:
@@ -280,7 +269,7 @@ class TestPoolingInTheHook:
 
     @pytest.mark.parametrize("pooling", ["auto", "cls", "last", lambda tokens: tokens.amax(1), lambda t: t[:, 1]])
     @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-    def test_layers_that_work_in_place_change_nothing(self, pooling, dtype):
+    def test_activations_that_work_in_place_change_nothing(self, pooling, dtype):
         network, x, labels = Encoder(), torch.randn(8, 5, 6), labels_of(8)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
             inside = captured(extractor_of(network, "project", pooling=pooling), labels, x)["project"]
@@ -293,7 +282,7 @@ class TestPoolingInTheHook:
         torch.testing.assert_close(inside, expected.get(pooling, pooling)(tokens))
 
     @pytest.mark.parametrize("pooling", ["auto", "cls", lambda tokens: tokens.amax(1)])
-    def test_inside_compiled_code_tensors_are_copied_and_pooled_later(self, pooling):
+    def test_tensors_of_compiled_code_are_copied_and_pooled_later(self, pooling):
         torch.compiler.reset()
         network, x, labels = Encoder(), torch.randn(8, 5, 6), labels_of(8)
         expected = captured(extractor_of(network, "project", pooling=pooling), labels, x)["project"]
@@ -335,87 +324,8 @@ class TestPoolingInTheHook:
         rows = captured(extractor_of(nn.Sequential(Sparse()), "0"), LABELS, X, known=known)["0"]
         assert torch.equal(LABELS.target.rows(rows).features, X)
 
-    @pytest.mark.parametrize("pooling", ["auto", "last", lambda tokens: tokens.amax(1)])
-    def test_labels_that_are_known_only_after_the_step(self, tmp_path, pooling):
-        class Fetching(Classifier):
-            def validation_step(self, dataloader_iter):
-                (x, _), _, _ = next(dataloader_iter)
-                self(x)
-
-        data = TensorDataset(torch.randn(40, 5, 6), torch.arange(40) % CLASSES)
-        torch.manual_seed(1)
-        network, scores = Encoder(), []
-        for module in (Fetching(network), Classifier(network)):
-            callback = LogMECallback(layers=["model.project"], pooling={"model.project": pooling})
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*`dataloader_iter`")
-                trainer(tmp_path, callback).validate(module, loader(data, 8), verbose=False)
-            scores.append([row["logme"] for row in callback.history])
-            assert [row["num_samples"] for row in callback.history] == [40, 40]
-        assert scores[0] == scores[1]
-
     def test_rows_that_are_pooled_later_keep_no_activation(self):
-        """The first of many tokens would be a view of them all."""
+        """The first token is a view of all tokens, so it must be copied."""
         extractor = extractor_of(nn.Sequential(nn.Linear(6, 5)), "0", pooling="cls")
         rows = captured(extractor, LABELS, torch.randn(len(X), 50, 6), known=False)["0"]
         assert rows.untyped_storage().nbytes() == rows.nbytes
-
-
-def deep(number: int) -> Classifier:
-    layers = [nn.Linear(16, 16) for _ in range(number)]
-    return Classifier(nn.Sequential(*layers, nn.Linear(16, CLASSES)))
-
-
-class TestCallback:
-    def test_labels_are_checked_once_a_batch(self, tmp_path, monkeypatch):
-        checked, calls = Target.checked, []
-
-        def counted(*args):
-            calls.append(args)
-            return checked(*args)
-
-        monkeypatch.setattr(Target, "checked", counted)
-        callback = LogMECallback(layers=["model.*"])
-        trainer(tmp_path, callback).validate(deep(12), loader(vectors(100), 20), verbose=False)
-        assert len(callback.history) == 14
-        assert len(calls) == 5
-
-    def test_normalize_equals_the_functional_on_features_of_a_plain_loop(self, tmp_path):
-        module, other = deep(2), vectors(60, seed=3)
-        callback = LogMECallback(layers=["model.[01]"], layer_mean=True, normalize=True, probes={"news": loader(other)})
-        trainer(tmp_path, callback).validate(module, loader(batch_size=32), verbose=False)
-        scores = {row["key"]: row["logme"] for row in callback.history}
-        for prefix, data in (("logme", vectors()), ("logme/news", other)):
-            x, y = data.tensors
-            with torch.no_grad():
-                first = module.model[0](x)
-                second = module.model[1](first)
-            features = {"": second, "/model.0": first, "/model.1": second, "/layer_mean": (first + second) / 2}
-            for suffix, rows in features.items():
-                score = scores.pop(prefix + suffix)
-                assert score == pytest.approx(float(logme(rows, y, normalize=True)), rel=1e-6)
-                assert score == pytest.approx(float(logme(nn.functional.normalize(rows), y)), rel=1e-6)
-                assert abs(score - float(logme(rows, y))) > 1e-4
-        assert not scores
-
-    def test_few_samples_give_the_score_of_the_functional_and_no_matrix(self, tmp_path, monkeypatch):
-        """Fewer samples than features: rows are kept, and never summed to D × D numbers."""
-        shapes, zeros = [], Moments.zeros
-
-        def recorded(num_features, *args):
-            shapes.append(num_features)
-            return zeros(num_features, *args)
-
-        monkeypatch.setattr(Moments, "zeros", recorded)
-        module = Classifier(nn.Sequential(nn.Linear(16, 200), nn.Linear(200, CLASSES)))
-        few, fewer = vectors(60), vectors(40, seed=3)
-        callback = LogMECallback(layers=["model.0"], curve=True, probes={"news": Probe(loader(fewer))})
-        trainer(tmp_path, callback).validate(module, loader(few), verbose=False)
-        assert shapes == []
-        scores = {row["key"]: row["logme"] for row in callback.history}
-        for prefix, data, rel in (("logme", few, 0), ("logme/news", fewer, 1e-9)):  # probes have an order of their own
-            x, y = data.tensors
-            with torch.no_grad():
-                expected = float(logme(module.model[0](x), y))
-            for key in (prefix, f"{prefix}/model.0"):
-                assert scores[key] == pytest.approx(expected, rel=rel, abs=0)

@@ -1,7 +1,7 @@
-"""Real architectures of timm, torchvision and transformers, with random weights: the right rows are scored.
+"""Real architectures of timm, torchvision and transformers with random weights are scored at the right widths.
 
-timm's ``feature_info`` and ``forward_head(…, pre_logits=True)``, torchvision's published widths and transformers'
-configurations are the oracles.
+The oracles are ``feature_info`` and ``forward_head(…, pre_logits=True)`` of timm, the published widths of torchvision,
+and the configurations of transformers.
 """
 
 from typing import Any
@@ -78,7 +78,7 @@ TIMM = [
 ]
 
 
-# Stages that put out several tensors, of which the first is taken.
+# Stages with several output tensors. The first tensor is scored.
 SEVERAL = {
     *(f"features.conv{stage}" for stage in ("2_3", "3_4", "4_6")),  # dpn48b
 }
@@ -87,7 +87,7 @@ SEVERAL = {
 def timm_model(name: str, **options: Any) -> nn.Module:
     try:
         return timm.create_model(name, img_size=64, **options).eval()
-    except TypeError:  # a network of any input size
+    except TypeError:  # The network takes images of any size.
         return timm.create_model(name, **options).eval()
 
 
@@ -110,7 +110,7 @@ def test_timm_family_is_scored_at_its_own_widths(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["convnext_atto", "resnet10t", "swin_tiny_patch4_window7_224", "vit_tiny_patch16_224"])
-def test_timm_without_a_classifier_is_ranked_by_its_output(name):
+def test_timm_model_without_a_classifier_is_ranked_by_its_output(name):
     model = timm_model(name, num_classes=0)
     row = ranked(model, loader(images(), 8))
     assert (row.feature, row.num_features) == ("output", model.num_features)
@@ -153,7 +153,7 @@ _SPEECH = {
     "num_conv_pos_embedding_groups": 4,
     "classifier_proj_size": 24,
 }
-# By class: its configuration, the head, the width of its input, and layers with their widths.
+# By class: the configuration, the head, the width of the input of the head, and layers with their widths.
 TRANSFORMERS: dict[str, tuple[dict[str, Any], str, int, dict[str, int]]] = {
     "BertForSequenceClassification": (_TEXT, "classifier", 32, {"bert.encoder.layer.1": 32}),
     "RobertaForSequenceClassification": (
@@ -233,7 +233,7 @@ class Transformer(pl.LightningModule):
 
 
 def inputs_of(config: Any) -> dict[str, Tensor]:
-    """Inputs that carry the label, of the kind that a model takes."""
+    """Return inputs of the kind that a model takes. They depend on the labels."""
     labels = torch.arange(SAMPLES) % CLASSES
     if isinstance(config, transformers.ASTConfig):
         return {"input_values": torch.randn(SAMPLES, 64, 32) + labels[:, None, None], "labels": labels}
@@ -270,7 +270,7 @@ def test_transformers_architecture_is_scored_at_its_own_widths(tmp_path, name):
     row = ranked(model, data)
     assert (row.feature, row.num_features) == (f"input of '{head}'", num_features)
     assert row.logme == pytest.approx(callback.history[0]["logme"], abs=1e-3)
-    assert seen[0].shape[-1] == num_features
+    assert {inputs.shape[-1] for inputs in seen} == {num_features}
 
     encoder = model.base_model
     if encoder is not model and "Wav2Vec2" not in name:

@@ -1,4 +1,4 @@
-"""Features on another device than the run's: "meta" stands for it, where there is no second one."""
+"""Features on a different device than the run. The device "meta" stands for a second device."""
 
 from types import SimpleNamespace
 
@@ -22,7 +22,7 @@ OTHER = torch.device("meta")
 
 @pytest.fixture
 def exchanged(monkeypatch):
-    """The devices of the moments that processes would sum. A second process has met another source."""
+    """Return a list that collects the devices of exchanged sums. The simulated second process has another source."""
     devices = []
 
     def all_reduce(moments):
@@ -34,14 +34,14 @@ def exchanged(monkeypatch):
         return [mine, other]
 
     monkeypatch.setattr(Moments, "all_reduce", all_reduce)
-    monkeypatch.setattr(Subset, "add", lambda *args: None)  # rows on "meta" hold no data that could be exchanged
+    monkeypatch.setattr(Subset, "add", lambda *args: None)  # Rows on "meta" hold no data.
     monkeypatch.setattr(reduction, "gathered", with_another)
     monkeypatch.setattr(validation, "gathered", lambda alone, mine: [mine, {}])
     monkeypatch.setattr("lightning_logme.utilities.distributed.gathered", lambda alone, mine: [mine, mine])
     return devices
 
 
-def test_features_of_a_callable_are_moved_to_the_device_of_the_module():
+def test_features_of_a_callable_move_to_the_device_of_the_module():
     module = SimpleNamespace(device=OTHER, modules=lambda: ())
     extractor = Extractor(module, [Source("", features=lambda module, batch: torch.ones(5, 4))])
     rows, errors = extractor.rows(None, Labels(Target.checked(torch.arange(5), "multiclass"), None))
@@ -50,7 +50,7 @@ def test_features_of_a_callable_are_moved_to_the_device_of_the_module():
 
 
 @pytest.mark.filterwarnings("ignore:LogME is NaN")
-def test_sums_of_a_validation_are_exchanged_on_the_device_of_the_run(exchanged):
+def test_validation_exchanges_sums_on_the_device_of_the_run(exchanged):
     current = Pass(Scoring(num_outputs=3), 0, 2)
     labels = Labels(Target.checked(torch.arange(6) % 3, "multiclass", 3), None)
     assert current.add({"": torch.randn(6, 4)}, labels, range(6)) == {}
@@ -59,11 +59,11 @@ def test_sums_of_a_validation_are_exchanged_on_the_device_of_the_run(exchanged):
 
 
 @pytest.mark.parametrize("blocks", [0, 5])
-def test_sums_of_a_ranking_are_exchanged_on_the_device_of_the_run(exchanged, blocks):
+def test_ranking_exchanges_sums_on_the_device_of_the_run(exchanged, blocks):
     accumulator = Accumulator("multiclass", 4, 3)
     for block in range(blocks):
         accumulator.add(rows_of(torch.randn(6, 4), torch.arange(6) % 3, num_outputs=3), block)
-    accumulator.moments()  # rows cannot be summed on "meta"
+    accumulator.moments()  # Rows cannot be summed on "meta".
     results, broken = reduced({("mine", 0): accumulator}, "multiclass", OTHER, alone=False)
     assert broken == {}
     assert sorted(results) == [("mine", 0), ("other", 0)]

@@ -1,4 +1,4 @@
-"""Ten thousand malformed calls: each gets one clear sentence that names an argument, and none an answer."""
+"""Ten thousand malformed calls: each is refused with one clear sentence that names an argument."""
 
 import random
 import warnings
@@ -22,7 +22,7 @@ Malformation = Callable[[random.Random, Arguments], None]
 
 
 def well_formed(rng: random.Random) -> Arguments:
-    """Arguments of the function that have an answer."""
+    """Return valid arguments of the function."""
     n, d = rng.randint(4, 24), rng.randint(1, 12)
     generator = torch.Generator().manual_seed(rng.randrange(2**31))
     labels = torch.arange(n)[torch.randperm(n, generator=generator)] % K
@@ -53,7 +53,7 @@ def changed(name: str, *changes: Callable[[Any], Any]) -> Malformation:
 
 
 def spoilt(name: str, *numbers: float) -> Malformation:
-    """One number of a tensor that must not be there."""
+    """Return a malformation that puts an invalid number into a tensor."""
 
     def change(rng: random.Random, arguments: Arguments) -> None:
         values = arguments[name].double().clone()
@@ -137,7 +137,7 @@ OF_TASK: dict[str, dict[str, list[Malformation]]] = {
 
 
 def malform(rng: random.Random, arguments: Arguments) -> list[str]:
-    """Spoil one argument or more; their names."""
+    """Spoil one or more arguments, and return their names."""
     task = arguments["task"]
     names = rng.sample(sorted(ANYWHERE), rng.choice([1, 1, 1, 2, 3]))
     for name in names:
@@ -159,11 +159,11 @@ def refuses(call: Callable[[], Any], names: list[str], context: object) -> None:
     except (ValueError, TypeError) as error:
         check_message(error, names, context)
     else:
-        raise AssertionError(f"an answer, in spite of {names}: {context}")
+        raise AssertionError(f"accepted, although {names} are malformed: {context}")
 
 
 def of_the_metric(arguments: Arguments) -> tuple[LogME, Arguments]:
-    """The metric for a well-formed call, and its arguments."""
+    """Return the metric for a well-formed call, and the arguments of the metric."""
     task, target = arguments["task"], arguments["target"]
     columns = target.shape[1] if target.ndim == 2 else 1
     options: Arguments = {"task": task, "num_features": arguments["features"].shape[1]}
@@ -172,9 +172,8 @@ def of_the_metric(arguments: Arguments) -> tuple[LogME, Arguments]:
     return LogME(**options), options
 
 
-# Python's own sentences about hints of torch's that the test cannot help
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
-def test_malformed_calls_of_the_function_and_the_metric():
+def test_malformed_calls_of_function_and_metric_name_the_argument():
     rng, met = random.Random(0), Counter()
     for _ in range(CALLS):
         arguments = well_formed(rng)
@@ -184,7 +183,7 @@ def test_malformed_calls_of_the_function_and_the_metric():
         context = {name: getattr(value, "dtype", value) for name, value in arguments.items()}
         refuses(lambda arguments=arguments: evidence(**arguments), names, context)
 
-        # NaN and Inf are not looked for in every batch: the score says so in the end.
+        # A metric does not look for NaN and Inf in every batch. The score is NaN in the end.
         values = [arguments["features"], arguments["target"]]
         dense = [torch.is_tensor(value) and not value.is_meta and not value.is_nested for value in values]
         finite = not any(ok and not bool(torch.isfinite(v).all()) for v, ok in zip(values, dense, strict=True))
@@ -197,7 +196,7 @@ def test_malformed_calls_of_the_function_and_the_metric():
     assert min(met.values()) > CALLS / 10
 
 
-def test_well_formed_calls_have_the_right_answer():
+def test_well_formed_calls_have_the_right_score():
     rng = random.Random(1)
     for _ in range(500):
         arguments = well_formed(rng)
@@ -245,7 +244,7 @@ WRONG_PROBES: dict[str, list[Any]] = {
 }
 
 
-def test_malformed_options_of_the_callback_and_of_probes():
+def test_malformed_options_of_callback_and_probes_name_the_argument():
     rng = random.Random(2)
     for _ in range(CALLS // 10):
         kind, wrong = rng.choice([(LogMECallback, WRONG), (lambda **options: Probe([], **options), WRONG_PROBES)])

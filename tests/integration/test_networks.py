@@ -1,4 +1,4 @@
-"""The callback on networks and precisions of all kinds, unchanged: one added line."""
+"""Networks of all kinds and precisions are scored without changes to the module."""
 
 import lightning.pytorch as pl
 import pytest
@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from lightning_logme import LogMECallback
 from lightning_logme.functional import logme
+from lightning_logme.scores.moments import Moments
 
 NETWORKS = {
     "cnn": (ConvNet, "model.fc", images),
@@ -19,7 +20,7 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize(("build", "head", "data"), NETWORKS.values(), ids=NETWORKS.keys())
-def test_networks(tmp_path, build, head, data):
+def test_network_is_scored_by_the_input_of_its_head(tmp_path, build, head, data):
     data = data()
     module, callback = Classifier(build()), LogMECallback()
     trainer(tmp_path, callback).fit(module, loader(data), loader(data))
@@ -37,17 +38,16 @@ def test_networks(tmp_path, build, head, data):
         ("16-true", 0.02),
     ],
 )
-def test_precisions(tmp_path, precision, tolerance):
-    data = images()
+def test_precision_of_the_run_does_not_reach_the_sums(tmp_path, monkeypatch, precision, tolerance):
+    data, accumulate, seen = images(), Moments.accumulate, []
+
+    def recorded(moments, rows):
+        seen.append(moments.gram.dtype)
+        return accumulate(moments, rows)
+
+    monkeypatch.setattr(Moments, "accumulate", recorded)
     module, callback = Classifier(ConvNet(), lr=1e-3), LogMECallback()
-    seen = []
-
-    class Witness(pl.Callback):
-        def on_validation_batch_end(self, trainer, pl_module, *args):
-            (accumulator,) = callback._validation._pass.accumulators.values()
-            seen.extend(moments.gram.dtype for moments in accumulator.moments().values())
-
-    trainer(tmp_path, callback, Witness(), precision=precision, max_epochs=1).fit(module, loader(data), loader(data))
+    trainer(tmp_path, callback, precision=precision, max_epochs=1).fit(module, loader(data), loader(data))
     assert set(seen) == {torch.float64}
     module = module.float()
     expected = logme(*penultimate(module, "model.fc", data))
@@ -55,11 +55,11 @@ def test_precisions(tmp_path, precision, tolerance):
     assert isinstance(callback.history[-1]["logme"], float)
 
 
-# torch.compile's own warning, where it traces a hook by itself
+# torch.compile gives this warning when it traces a hook.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("part", ["module", "model", "wrapped"])
-def test_compile(tmp_path, part, precision):
+def test_compiled_module_is_scored(tmp_path, part, precision):
     torch.compiler.reset()
     data = vectors()
     module, callback = Classifier(), LogMECallback(layers=["model.0"] if part != "wrapped" else [])
@@ -83,7 +83,7 @@ def test_compile(tmp_path, part, precision):
 class TestHuggingFace:
     @staticmethod
     def batches(n=48):
-        """Token ids whose first ones tell the class, padded to different lengths."""
+        """Return token ids of different lengths; the second token tells the class."""
         generator = torch.Generator().manual_seed(0)
         items = []
         for index in range(n):
@@ -133,7 +133,7 @@ class TestHuggingFace:
             ("DistilBert", "net.classifier", "net.distilbert"),
         ],
     )
-    def test_sequence_classifiers(self, tmp_path, name, head, layer):
+    def test_sequence_classifier_is_scored(self, tmp_path, name, head, layer):
         module, callback = self.Module(name), LogMECallback(layers=[layer])
         data = DataLoader(self.batches(), batch_size=10, collate_fn=self.collate)
         run = trainer(tmp_path, callback)
@@ -153,10 +153,10 @@ class TestHuggingFace:
             assert float(run.callback_metrics[key]) == pytest.approx(expected, rel=1e-4)
 
 
-class TestModulesOfOthers:
-    """LightningModules as people write them, with habits that the callback was not made for."""
+class TestModulesOfUsers:
+    """LightningModules in the various styles of users."""
 
-    def test_everything_in_one_step_with_tuples_and_metrics(self, tmp_path):
+    def test_module_with_a_shared_step_and_metrics_is_scored(self, tmp_path):
         from torchmetrics.classification import MulticlassAccuracy
 
         class LitDigits(pl.LightningModule):
@@ -192,7 +192,7 @@ class TestModulesOfOthers:
         expected = logme(*penultimate(module, "layer_3", vectors()))
         assert callback.history[-1]["logme"] == pytest.approx(float(expected), rel=1e-5)
 
-    def test_late_configuration_manual_optimisation_and_a_datamodule(self, tmp_path):
+    def test_module_with_late_configuration_and_manual_optimization_is_scored(self, tmp_path):
         class Data(pl.LightningDataModule):
             def train_dataloader(self):
                 return loader()
@@ -230,7 +230,7 @@ class TestModulesOfOthers:
         assert [row["num_samples"] for row in callback.history] == [96, 40] * 2
         assert callback.history[-1]["key"] == "logme/dataloader_idx_1"
 
-    def test_contrastive_module_with_two_views_and_a_frozen_teacher(self, tmp_path):
+    def test_contrastive_module_with_two_views_needs_a_pooling(self, tmp_path):
         class Views(torch.utils.data.Dataset):
             def __len__(self):
                 return 60

@@ -1,4 +1,4 @@
-"""Any shapes, precisions, splits, tasks and edges, against a plain definition that shares no code."""
+"""Scores of any shape, precision, split, task and edge case agree with a definition that shares no code."""
 
 import warnings
 from itertools import pairwise
@@ -19,7 +19,7 @@ OUTPUTS = 3
 
 @st.composite
 def problems(draw):
-    """Features with edges, a target, and the columns that the target stands for."""
+    """Draw features with edge cases, a target, its task, and the target as columns."""
     n, d = draw(st.integers(2, 40)), draw(st.integers(1, 30))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     task = draw(st.sampled_from(TASKS))
@@ -56,7 +56,7 @@ def metric(task, features, **options):
 
 
 def score_of(columns, features, fit_intercept):
-    """The definition; None where there is no evidence."""
+    """Return the score by its definition; None if there is no evidence."""
     present = [y for y in columns.T if y.any()]
     if fit_intercept:
         constant = np.ptp(features, axis=0) == 0
@@ -67,7 +67,7 @@ def score_of(columns, features, fit_intercept):
 
 
 def fits_by_chance(features, columns, fit_intercept):
-    """Whether there is a perfect fit with fewer directions than samples: evidence without a maximum."""
+    """Return whether fewer directions than samples fit perfectly, so that the evidence has no maximum."""
     if fit_intercept:
         features, columns = features - features.mean(0), columns - columns.mean(0)
     left, singular, _ = np.linalg.svd(features, full_matrices=False)
@@ -85,7 +85,7 @@ def fits_by_chance(features, columns, fit_intercept):
     ignored=st.floats(0, 0.6),
     seed=st.integers(0, 1000),
 )
-def test_every_way_gives_what_the_definition_says(problem, fit_intercept, cuts, ignored, seed):
+def test_function_and_metric_agree_with_the_definition(problem, fit_intercept, cuts, ignored, seed):
     features, target, task, columns = problem
     keep = np.random.default_rng(seed).random(len(features)) >= ignored
     options = {}
@@ -123,12 +123,12 @@ def test_every_way_gives_what_the_definition_says(problem, fit_intercept, cuts, 
 
 @settings(max_examples=100, deadline=None)
 @given(problem=problems(), seed=st.integers(0, 1000))
-def test_order_does_not_matter(problem, seed):
+def test_order_of_samples_does_not_matter(problem, seed):
     features, target, task, _ = problem
     order = torch.as_tensor(np.random.default_rng(seed).permutation(len(features)))
     scores = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # one class may be alone
+        warnings.simplefilter("ignore")  # Only one class may be present.
         for rows in (slice(None), order):
             one = metric(task, features)
             for part in torch.arange(len(features)).split(6):

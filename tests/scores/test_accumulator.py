@@ -1,4 +1,4 @@
-"""One accumulator for everything: held rows, folded sums, segments, and a random subset."""
+"""The accumulator holds rows, folds them into sums by segment, and scores both alike."""
 
 import math
 import warnings
@@ -9,15 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import one_hot, problem
-from streamed import rows_of
+from streamed import assert_same_moments, rows_of
 
-from lightning_logme.features.labels import Target
 from lightning_logme.functional import evidence, logme
 from lightning_logme.scores.accumulator import Accumulator
 from lightning_logme.scores.jackknife import jackknife
 from lightning_logme.scores.moments import Moments, Rows
 from lightning_logme.scores.reduction import reduced
-from lightning_logme.scores.subset import mixed
 from lightning_logme.utilities.distributed import Failure, together
 
 
@@ -44,7 +42,7 @@ class TestEvidence:
         intercept=st.booleans(),
         seed=st.integers(0, 1000),
     )
-    def test_is_the_same_however_rows_come(self, n, d, batch, segments, fold, intercept, seed):
+    def test_does_not_depend_on_batches_segments_or_folding(self, n, d, batch, segments, fold, intercept, seed):
         features, labels = data(n, d, seed=seed)
         accumulator = filled(features, labels, batch, torch.arange(n) * 7 % segments)
         if fold:
@@ -56,14 +54,14 @@ class TestEvidence:
             expected = [oracles.by_singular_values(centred, y) for y in columns.T]
         assert accumulator.num_samples == n
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # few samples may fit by chance
+            warnings.simplefilter("ignore")  # With few samples, a perfect fit may occur by chance.
             result = accumulator.evidence(intercept)
         assert result.num_samples == n
         if not bool(result.saturated.any()):
             assert float(result.score) == pytest.approx(sum(expected) / 3, rel=1e-5, abs=1e-5)
 
     @pytest.mark.parametrize(("n", "d"), [(20, 40), (60, 40)])
-    def test_leaves_everything_as_it_was(self, n, d):
+    def test_results_do_not_change_the_accumulator(self, n, d):
         features, labels = data(n, d)
         accumulator = filled(features, labels)
         first = accumulator.evidence()
@@ -75,14 +73,14 @@ class TestEvidence:
         expected = logme(features.repeat(2, 1), labels.repeat(2))
         assert float(accumulator.evidence().score) == pytest.approx(float(expected), rel=1e-9)
 
-    def test_nan_in_a_row_is_named(self):
-        for n in (20, 60):
-            features, labels = data(n, 40)
-            features[3, 2] = math.nan
-            with pytest.warns(UserWarning, match="features contain NaN or Inf"):
-                assert math.isnan(filled(features, labels).evidence().score)
+    @pytest.mark.parametrize("n", [20, 60])
+    def test_nan_in_a_row_gives_nan_and_a_warning(self, n):
+        features, labels = data(n, 40)
+        features[3, 2] = math.nan
+        with pytest.warns(UserWarning, match="features contain NaN or Inf"):
+            assert math.isnan(filled(features, labels).evidence().score)
 
-    def test_of_nothing(self):
+    def test_without_rows_is_nan_with_a_warning(self):
         accumulator = Accumulator("multiclass", 5, 3)
         accumulator.add(Rows(torch.empty(0, 5), torch.empty(0, dtype=torch.long)), 4)
         assert (accumulator.num_samples, accumulator.nbytes, accumulator.moments()) == (0, 0, {})
@@ -96,7 +94,7 @@ class TestEvidence:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("n", [20, 60])
-    def test_of_any_precision(self, n, dtype):
+    def test_features_of_any_precision_are_summed_in_double(self, n, dtype):
         features, labels = data(n, 40, dtype=dtype)
         accumulator = filled(features, labels)
         if n < 40:
@@ -106,7 +104,7 @@ class TestEvidence:
         assert accumulator.sample()[0].features.dtype == dtype
 
     @pytest.mark.parametrize(("task", "columns"), [("multilabel", 2), ("regression", 1), ("regression", 3)])
-    def test_of_columns(self, task, columns):
+    def test_targets_of_several_columns_equal_the_function(self, task, columns):
         features, labels = data(50, 20)
         target = one_hot(labels, 3)[:, :columns] if task == "multilabel" else features[:, :columns].sin().numpy()
         target = torch.as_tensor(target)
@@ -117,14 +115,14 @@ class TestEvidence:
             expected = evidence(features[:seen], target[:seen], task)
             torch.testing.assert_close(accumulator.evidence().per_output, expected.per_output, rtol=1e-8, atol=1e-10)
 
-    def test_features_of_another_length(self):
+    def test_features_of_different_lengths_are_refused(self):
         accumulator = Accumulator("multiclass", 5, 3)
         with pytest.raises(ValueError, match="of length 6 after features of length 5; pool them to one length"):
             accumulator.add(Rows(torch.randn(2, 6), torch.arange(2)))
         with pytest.raises(ValueError, match=r"lengths \(6, 3\) cannot be added to those of lengths \(5, 3\)"):
             accumulator.merge_(Accumulator("multiclass", 6, 3))
 
-    def test_inference_mode_then_training(self):
+    def test_rows_from_inference_mode_and_training_can_be_mixed(self):
         features, labels = data(90, 30)
         accumulator = Accumulator("multiclass", 30, 3)
         for at in torch.arange(90).split(30):
@@ -132,14 +130,14 @@ class TestEvidence:
                 accumulator.add(rows_of(features[at], labels[at]))
         assert float(accumulator.evidence().score) == pytest.approx(float(logme(features, labels)), rel=1e-9)
 
-    def test_autocast_does_not_reach_the_sums(self):
-        for n in (20, 60):
-            features, labels = data(n, 40, dtype=torch.float32)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                accumulator = filled(features, labels, segment=torch.arange(n) % 2)
-                score, scores = accumulator.evidence().score, jackknife(accumulator)[1]
-            assert float(score) == pytest.approx(float(logme(features, labels)), rel=1e-9)
-            assert scores == pytest.approx(jackknife(filled(features, labels, segment=torch.arange(n) % 2))[1])
+    @pytest.mark.parametrize("n", [20, 60])
+    def test_autocast_does_not_reach_the_sums(self, n):
+        features, labels = data(n, 40, dtype=torch.float32)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            accumulator = filled(features, labels, segment=torch.arange(n) % 2)
+            score, scores = accumulator.evidence().score, jackknife(accumulator)[1]
+        assert float(score) == pytest.approx(float(logme(features, labels)), rel=1e-9)
+        assert scores == pytest.approx(jackknife(filled(features, labels, segment=torch.arange(n) % 2))[1])
 
     def test_graph_is_dropped(self):
         features, labels = data(20, 40)
@@ -178,12 +176,6 @@ class TestFolding:
         assert torch.equal(features, before[0])
         assert torch.equal(labels, before[1])
 
-    def test_subset_keeps_no_batch_alive(self):
-        features, labels = data(4000, 8, dtype=torch.float32)
-        accumulator = filled(features, labels, batch=1000, sample_size=10)
-        assert accumulator.subset.buffer.features.untyped_storage().nbytes() == 10 * 8 * 4
-        assert accumulator.nbytes < 2 * (8 * 8 + 2 * 3 * 8) * 8
-
     def test_memory_does_not_depend_on_the_number_of_samples(self):
         sizes = []
         for n in (4_000, 40_000):
@@ -191,20 +183,17 @@ class TestFolding:
             sizes.append(filled(features, labels, batch=512, sample_size=200).nbytes)
         assert sizes[1] == sizes[0]
 
-    def test_moments_are_those_of_each_segment(self):
+    def test_moments_are_kept_by_segment(self):
         features, labels = data(100, 10)
         segment = torch.arange(100) * 3 % 5 + 2
         found = filled(features, labels, segment=segment).moments()
         assert list(found) == [2, 3, 4, 5, 6]
         for number, sums in found.items():
             expected = Moments.zeros(10, 3).accumulate(rows_of(features[segment == number], labels[segment == number]))
-            for name, value in vars(expected).items():
-                torch.testing.assert_close(getattr(sums, name).tril(), value.tril()) if value.ndim == 2 else (
-                    torch.testing.assert_close(getattr(sums, name), value)
-                )
+            assert_same_moments(sums, expected)
 
     @pytest.mark.parametrize("counts", [(10, 15), (10, 60), (60, 10), (60, 60)])
-    def test_merged_rounds_are_as_one(self, counts):
+    def test_merged_accumulators_equal_a_single_one(self, counts):
         features, labels = data(sum(counts), 40)
         segment = torch.arange(sum(counts)) % 3
         whole = filled(features, labels, segment=segment, sample_size=30)
@@ -219,52 +208,10 @@ class TestFolding:
         assert jackknife(merged)[1] == pytest.approx(jackknife(whole)[1], rel=1e-8)
 
 
-class TestSample:
-    def expected(self, n, size):
-        return mixed(torch.arange(n)).argsort()[:size]
-
-    @settings(max_examples=60, deadline=None)
-    @given(
-        n=st.integers(1, 300),
-        batch=st.integers(1, 80),
-        segments=st.integers(1, 4),
-        size=st.integers(1, 60),
-        seed=st.integers(0, 100),
-    )
-    def test_does_not_depend_on_batches_or_order(self, n, batch, segments, size, seed):
-        features = torch.arange(n, dtype=torch.float64)[:, None] + torch.zeros(6)
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-        accumulator = Accumulator("regression", 6, 1, sample_size=size)
-        for at in order.split(batch):
-            accumulator.add(rows_of(features[at], at.double(), "regression"), at % segments, at)
-        for _ in range(2):
-            rows, index = accumulator.sample()
-            assert torch.equal(index, self.expected(n, size))
-            assert torch.equal(rows.features[:, 0].long(), index)
-            assert torch.equal(rows.target[:, 0].long(), index)
-            accumulator.moments()
-
-    def test_counts_on_without_indices(self):
-        features, labels = data(300, 6)
-        accumulator = Accumulator("multiclass", 6, 3, sample_size=20)
-        for rows, target in zip(features.split(7), labels.split(7), strict=True):
-            accumulator.add(rows_of(rows, target))
-        rows, index = accumulator.sample()
-        assert torch.equal(index, self.expected(300, 20))
-        assert torch.equal(rows.features, features[index])
-
-    def test_is_uniform(self):
-        """Any tenth of 20 000 samples, and any residue of 7, has about its share of the 2048."""
-        chosen = self.expected(20_000, 2048)
-        for counts in (torch.bincount(chosen // 2000), torch.bincount(chosen % 7)):
-            expected = 2048 / len(counts)
-            assert float(((counts - expected) ** 2 / expected).sum()) < 25  # χ² of 9 degrees: 0.3 %
-
-
 class TestCurve:
     @pytest.mark.parametrize(("n", "d"), [(90, 10), (90, 200), (90, 60)])
     @pytest.mark.parametrize("intercept", [False, True])
-    def test_is_the_score_of_prefixes(self, n, d, intercept):
+    def test_points_are_the_scores_of_prefixes(self, n, d, intercept):
         features, labels = data(n, d)
         segment = torch.bucketize(torch.arange(n), torch.tensor([31, 63]))
         accumulator = filled(features, labels, 20, segment)
@@ -287,95 +234,15 @@ class TestCurve:
         assert len(caught) == 1
 
 
-class TestJackknife:
-    @pytest.mark.parametrize(("n", "d"), [(200, 12), (100, 40), (50, 120), (100, 300), (300, 280)])
-    @pytest.mark.parametrize("intercept", [False, True])
-    def test_is_the_score_without_each_block(self, n, d, intercept):
-        """Exact where all directions fit in; the rows here have at most 256 or nearly so."""
-        features, labels = data(n, d)
-        blocks = torch.arange(n) % 8
-        accumulator = filled(features, labels, 30, blocks)
-        whole, scores = jackknife(accumulator, intercept)
-        expected = evidence(features, labels, fit_intercept=intercept)
-        assert float(whole.score) == pytest.approx(float(expected.score), rel=1e-8)
-        rest = [float(logme(features[blocks != k], labels[blocks != k], fit_intercept=intercept)) for k in range(8)]
-        assert scores == pytest.approx(rest, rel=1e-7 if d <= 256 or n <= 256 else 0.05)
-
-    @pytest.mark.parametrize(("n", "d"), [(100, 40), (100, 300)])
-    def test_of_rows_and_sums_agree(self, n, d):
-        features, labels = data(n, d)
-        held, folded = (filled(features, labels, 30, torch.arange(n) % 8) for _ in range(2))
-        folded.moments()
-        assert jackknife(held)[1] == pytest.approx(jackknife(folded)[1], rel=1e-7)
-
-    def test_few_rows_stay_held(self):
-        features, labels = data(100, 300)
-        accumulator = filled(features, labels, segment=torch.arange(100) % 8)
-        jackknife(accumulator)
-        assert not accumulator.sums
-        assert accumulator.nbytes == 100 * (300 + 1) * 8
-
-    def test_of_one_block_is_unknown(self):
-        assert all(map(math.isnan, jackknife(filled(*data(60, 5)))[1]))
-
-
 class TestDevice:
-    def test_meta_of_moving(self):
+    def test_sums_stay_on_a_device_with_float64(self):
         accumulator = filled(*data(20, 40))
         assert accumulator.to("cpu") is accumulator
         assert Accumulator("binary", 3, 2, torch.device("mps")).device == torch.device("cpu")
         assert Accumulator("binary", 3, 2, "cuda:1").device == torch.device("cuda", 1)
 
 
-class TestTarget:
-    def test_labels_of_tokens(self):
-        features, labels = torch.randn(4, 5, 6), torch.arange(20).view(4, 5) % 3
-        labels[1, 2] = -100
-        target = Target.checked(labels, "multiclass", 3, -100)
-        rows = target.rows(features)
-        kept = labels.flatten() != -100
-        assert target.shape == (4, 5)
-        assert torch.equal(target.kept, kept.nonzero()[:, 0])
-        assert torch.equal(rows.features, features.flatten(0, 1)[kept])
-        assert torch.equal(rows.target, labels.flatten()[kept])
-        with pytest.raises(ValueError, match=r"features must have shape \(N, D\), got \(4, 6, 6\)"):
-            target.rows(torch.randn(4, 6, 6))
-        with pytest.raises(ValueError, match=r"target must have shape \(N,\) for task='multiclass', got \(4, 5\)"):
-            target.rows(torch.randn(20, 6))
-
-    def test_one_check_serves_several_sources(self):
-        target = Target.checked(torch.tensor([0, 1, 2, -1, 1]), "multiclass", 3, -1)
-        for width in (3, 7):
-            features = torch.randn(5, width)
-            assert torch.equal(target.rows(features, width).features, features[[0, 1, 2, 4]])
-        with pytest.raises(ValueError, match=r"shape \(N, 3\) as num_features=3, got \(5, 7\)"):
-            target.rows(torch.randn(5, 7), 3)
-
-    def test_nothing_ignored_copies_nothing(self):
-        features, labels = torch.randn(5, 3), torch.arange(5) % 3
-        target = Target.checked(labels, "multiclass", 3, -100)
-        assert target.kept is None
-        assert target.rows(features).features.data_ptr() == features.data_ptr()
-
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-    @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
-    def test_normalized_rows_have_length_one(self, dtype, scale):
-        features = torch.randn(6, 9).to(dtype) * scale
-        features[2] = 0
-        rows = Target.checked(torch.arange(6) % 2, "binary").rows(features, normalize=True)
-        assert rows.features.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        lengths = rows.features.double().norm(dim=1)
-        torch.testing.assert_close(lengths, (torch.arange(6) != 2).double(), rtol=1e-5, atol=0)
-        assert Rows(torch.empty(3, 0), torch.arange(3)).normalized().features.shape == (3, 0)
-
-    def test_a_nan_stays_in_its_row(self):
-        features = torch.ones(3, 2)
-        features[1, 0] = math.nan
-        found = Rows(features, torch.arange(3)).normalized().features.isnan()
-        assert found.any(1).tolist() == [False, True, False]
-
-
-def test_alone_nothing_is_exchanged():
+def test_single_process_exchanges_nothing():
     mine = {("a", 0): filled(*data(20, 40))}
     results, broken = reduced(mine, "multiclass", torch.device("cpu"), alone=True)
     assert results == mine
@@ -383,7 +250,7 @@ def test_alone_nothing_is_exchanged():
     assert not results["a", 0].sums
 
 
-def test_failure_alone_keeps_the_text_and_no_traceback():
+def test_failure_in_a_single_process_keeps_its_message_and_no_traceback():
     with pytest.raises(Failure, match="^too few$") as caught, together(alone=True):
         raise ValueError("too few")
     assert caught.value.__context__.__traceback__ is None

@@ -1,125 +1,16 @@
-"""Evidence against the number of samples."""
-
-import math
+"""A curve has a point wherever the number of samples has doubled."""
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from models import CLASSES, Classifier, loader, penultimate, trainer, vectors
-from torch.utils.data import TensorDataset
 
-from lightning_logme import LogMECallback, Probe, read_history
-from lightning_logme.features.labels import Labels, Target
-from lightning_logme.features.sampling import Samples
-from lightning_logme.functional import evidence
-from lightning_logme.scores.scoring import Scoring
-from lightning_logme.tracking.validation import Pass
+from lightning_logme.scores.curve import segments
 
 
-def test_of_the_validation_set_is_that_of_its_first_samples(tmp_path):
-    data, module, callback = vectors(150), Classifier(), LogMECallback(curve=True)
-    trainer(tmp_path, callback).validate(module, loader(data, 23), verbose=False)
-    features, labels = penultimate(module, "model.2", data)
-    assert [point.num_samples for point in callback.curves["logme"]] == [32, 64, 128, 150]
-    for point in callback.curves["logme"]:
-        expected = evidence(features[: point.num_samples], labels[: point.num_samples], num_classes=CLASSES)
-        assert point.logme == pytest.approx(float(expected.score), rel=1e-6)
-        assert point.gain == pytest.approx(float(expected.gain), rel=1e-6)
-    assert callback.history[-1]["curve"] == [list(point) for point in callback.curves["logme"]]
-    assert callback.history[-1]["logme"] == callback.curves["logme"][-1].logme
-
-
-def test_of_a_probe_is_that_of_random_samples(tmp_path):
-    """Of a set that is sorted by class, the first 32 hold all of them."""
-    data = vectors(200)
-    order = data.tensors[1].argsort()
-    data = TensorDataset(*(tensor[order] for tensor in data.tensors))
-    module, callback = Classifier(), LogMECallback(curve=True, probes={"news": loader(data)}, validation=False)
-    trainer(tmp_path, callback).validate(module, loader(), verbose=False)
-    portions = list(Samples(loader(data), "multiclass", None, 0).portions(0, None))
-    shuffled = TensorDataset(torch.cat([p.batch[0] for p in portions]), torch.cat([p.target for p in portions]))
-    features, labels = penultimate(module, "model.2", shuffled)
-    assert len(labels[:32].unique()) == CLASSES
-    for point, number in zip(callback.curves["logme/news"], [32, 64, 128, 200], strict=True):
-        expected = evidence(features[:number], labels[:number], num_classes=CLASSES)
-        assert point == pytest.approx((number, float(expected.score), float(expected.gain)), rel=1e-6)
-
-
-def test_of_every_layer_in_checkpoints(tmp_path):
-    callback = LogMECallback(curve=True, layers=["model.0"], probes={"news": loader(vectors(70))})
-    run = trainer(tmp_path, callback, max_epochs=1)
-    run.fit(Classifier(), loader(), loader())
-    run.save_checkpoint(tmp_path / "last.ckpt")
-    rows = {row["key"]: row for row in read_history(tmp_path / "last.ckpt")}
-    assert set(rows) == {"logme", "logme/model.0", "logme/news", "logme/news/model.0"}
-    assert {key: [n for n, *_ in row["curve"]] for key, row in rows.items()} == {
-        "logme": [32, 64, 96],
-        "logme/model.0": [32, 64, 96],
-        "logme/news": [32, 64, 70],
-        "logme/news/model.0": [32, 64, 70],
-    }
-
-
-def test_points_without_evidence_are_nan_and_say_nothing(tmp_path):
-    labels = torch.arange(96) // 48
-    data = TensorDataset(torch.randn(96, 16), labels)
-    callback = LogMECallback(curve=True, num_classes=CLASSES)
-    trainer(tmp_path, callback).validate(Classifier(), loader(data), verbose=False)
-    first, second, last = callback.curves["logme"]
-    assert math.isnan(first.logme)
-    assert second.num_samples == 64
-    assert math.isfinite(second.logme)
-    assert math.isfinite(last.logme)
-
-
-@pytest.mark.parametrize("ignored", [lambda i: i % 2 == 1, lambda i: i < 50])
-def test_points_count_scored_samples_and_not_ignored_rows(tmp_path, ignored):
-    x, y = vectors(100).tensors
-    data = TensorDataset(x, torch.where(ignored(torch.arange(100)), -100, y))
-    callback = LogMECallback(curve=True, probes={"same": loader(data)})
-    trainer(tmp_path, callback).validate(Classifier(), loader(data), verbose=False)
-    for key in ("logme", "logme/same"):
-        assert [point.num_samples for point in callback.curves[key]] == [32, 50]
-
-
-def test_points_of_token_labels_count_tokens_and_not_sequences(tmp_path):
-    x, y = vectors(120).tensors
-    data = TensorDataset(x.unflatten(0, (20, 6)), y.unflatten(0, (20, 6)))
-    callback = LogMECallback(curve=True, probes={"same": loader(data, 3)})
-    module = Classifier(loss=lambda logits, labels: logits.mean())
-    trainer(tmp_path, callback).validate(module, loader(data, 7), verbose=False)
-    for key in ("logme", "logme/same"):
-        assert [point.num_samples for point in callback.curves[key]] == [32, 64, 120]
-
-
-def test_many_classes_start_later(tmp_path):
-    data = TensorDataset(torch.randn(300, 16), torch.arange(300) % 50)
-    callback = LogMECallback(curve=True, probes={"many": Probe(loader(data))}, validation=False)
-    trainer(tmp_path, callback).validate(Classifier(), loader(), verbose=False)
-    assert [point.num_samples for point in callback.curves["logme/many"]] == [100, 200, 300]
-
-
-@settings(deadline=None)
-@given(
-    lengths=st.lists(st.integers(1, 90), min_size=1, max_size=6),
-    world=st.integers(1, 3),
-    rank=st.integers(0, 2),
+@pytest.mark.parametrize(
+    ("task", "num_outputs", "first"),
+    [("multiclass", 4, 32), ("multiclass", 50, 100), ("binary", 2, 32), ("multilabel", 50, 32), ("regression", 50, 32)],
 )
-def test_rows_fall_into_segments_by_their_places(lengths, world, rank):
-    """Rank r of several has the places r, r + world, … of each batch."""
-    rank %= world
-    one, first = Pass(Scoring("multiclass", CLASSES, curve=True), rank, world), 0
-    for length in lengths:
-        places = range(first * world + rank, (first + length) * world + rank, world)
-        features = torch.tensor(places, dtype=torch.float64)[:, None]
-        target = Target.checked(torch.arange(length) % CLASSES, "multiclass", CLASSES)
-        assert one.add({"": features}, Labels(target, None), places) == {}
-        first += length
-    sums = one.accumulators["", 0].moments()
-    assert sum(int(each.count) for each in sums.values()) == first
-    for segment, each in sums.items():
-        start, stop = 32 * 2 ** (segment - 1) if segment else 0, 32 * 2**segment
-        members = [place for place in range(rank, first * world, world) if start <= place < stop]
-        assert int(each.count) == len(members)
-        assert float(each.feature_sum) == sum(members)
+def test_segments_end_where_the_number_of_samples_has_doubled(task, num_outputs, first):
+    found = segments(torch.arange(8 * first), task, num_outputs)
+    assert found.tolist() == sorted(found.tolist())
+    assert found.bincount().tolist() == [first, first, 2 * first, 4 * first]

@@ -1,0 +1,70 @@
+"""The random subset of samples does not depend on the order, batches or segments in which they come."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import problem
+from streamed import rows_of
+
+from lightning_logme.scores.accumulator import Accumulator
+from lightning_logme.scores.subset import Subset, mixed
+
+
+def chosen(n, size):
+    """Return the indices that the subset of n samples must have, in its order."""
+    return mixed(torch.arange(n)).argsort()[:size]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(1, 300),
+    batch=st.integers(1, 80),
+    segments=st.integers(1, 4),
+    size=st.integers(1, 60),
+    seed=st.integers(0, 100),
+)
+def test_subset_does_not_depend_on_batches_or_order(n, batch, segments, size, seed):
+    features = torch.arange(n, dtype=torch.float64)[:, None] + torch.zeros(6)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    accumulator = Accumulator("regression", 6, 1, sample_size=size)
+    for at in order.split(batch):
+        accumulator.add(rows_of(features[at], at.double(), "regression"), at % segments, at)
+    for _ in range(2):
+        rows, index = accumulator.sample()
+        assert torch.equal(index, chosen(n, size))
+        assert torch.equal(rows.features[:, 0].long(), index)
+        assert torch.equal(rows.target[:, 0].long(), index)
+        accumulator.moments()
+
+
+def test_samples_without_indices_are_numbered_in_turn():
+    features, labels = map(torch.as_tensor, problem(300, 6, 3))
+    accumulator = Accumulator("multiclass", 6, 3, sample_size=20)
+    for rows, target in zip(features.split(7), labels.split(7), strict=True):
+        accumulator.add(rows_of(rows, target))
+    rows, index = accumulator.sample()
+    assert torch.equal(index, chosen(300, 20))
+    assert torch.equal(rows.features, features[index])
+
+
+def test_hash_chooses_uniformly():
+    """Each tenth of 20 000 samples, and each residue modulo 7, has about its share of the 2048 samples."""
+    index = chosen(20_000, 2048)
+    for counts in (torch.bincount(index // 2000), torch.bincount(index % 7)):
+        expected = 2048 / len(counts)
+        assert float(((counts - expected) ** 2 / expected).sum()) < 25  # χ² with 9 degrees of freedom: 0.3 %
+
+
+def test_subset_keeps_no_batch_alive():
+    features, labels = map(torch.as_tensor, problem(4000, 8, 3))
+    accumulator = Accumulator("multiclass", 8, 3, sample_size=10)
+    for rows, target in zip(features.float().split(1000), labels.split(1000), strict=True):
+        accumulator.add(rows_of(rows, target))
+    assert accumulator.subset.buffer.features.untyped_storage().nbytes() == 10 * 8 * 4
+    assert accumulator.nbytes < 2 * (8 * 8 + 2 * 3 * 8) * 8
+
+
+def test_empty_subset_keeps_nothing():
+    subset = Subset(0)
+    subset.add(rows_of(torch.randn(5, 3), torch.arange(5)), torch.arange(5))
+    assert (subset.part(), len(subset.index)) == ([], 0)
