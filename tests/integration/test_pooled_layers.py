@@ -232,7 +232,7 @@ def test_scripted_part_of_the_network_gets_no_hooks(tmp_path):
     trainer(tmp_path, callback).fit(module, loader(), loader())
     assert len(callback.history) == 2 * 2 * 4
     assert not any(math.isnan(row["logme"]) for row in callback.history)
-    with pytest.raises(ValueError, match="layer 'augmentation' is a module of TorchScript, which takes no hooks"):
+    with pytest.raises(ValueError, match="layer 'augmentation' is a TorchScript module, which cannot have hooks"):
         trainer(tmp_path, LogMECallback(layers=["augmentation"])).validate(module, loader(), verbose=False)
     assert hooks(module) == 0
 
