@@ -180,7 +180,6 @@ class LogMECallback(AnyCallback):
         # State of a run
         self._extractor: Extractor | None = None
         self._started = 0.0  # when the validation began
-        self._has_probes = bool(self.probes)
         self._said: set[str] = set()  # what is reported once
         self._out_of_step: str | None = None
 
@@ -243,8 +242,8 @@ class LogMECallback(AnyCallback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.enable_validation and self._out_of_step is None:  # or the sanity check has done so
-            self._rehearse(trainer, pl_module)
+        if not (trainer.enable_validation or self._out_of_step or self._extractor is None):  # else in the sanity check
+            self.probes.rehearse(trainer, pl_module, self._extractor)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._extractor is None:
@@ -276,7 +275,7 @@ class LogMECallback(AnyCallback):
             return
         current = self._validation.close(trainer.sanity_checking)
         if trainer.sanity_checking:
-            self._rehearse(trainer, pl_module)
+            self.probes.rehearse(trainer, pl_module, self._extractor)
             return
         if current is not None:
             seconds = time.perf_counter() - self._started
@@ -284,8 +283,13 @@ class LogMECallback(AnyCallback):
             self._history.record(trainer, pl_module, current, sources, seconds, class_names=self.class_names)
             if "width" not in self._said:
                 self._compare_width(trainer, current.num_loaders)
-        if self._has_probes:
+        if self.probes:
             self._run_probes(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._history.arrange(trainer)
+
+    on_train_end = on_validation_end  # for the metrics of the last epoch, and for a run without validation
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.enable_validation and self._out_of_step is None:
@@ -359,10 +363,6 @@ class LogMECallback(AnyCallback):
                 f"{classes - 1}). If it is not the classifier, name another head=, or layers=[…], or write head=None; "
                 f"if it is, num_classes={head.outputs} says so."
             )
-
-    def _rehearse(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._extractor is not None:
-            self.probes.rehearse(trainer, pl_module, self._extractor)
 
     def _run_probes(self, trainer: Trainer, pl_module: LightningModule, is_saving: bool = False) -> None:
         if self._extractor is not None and self.probes.is_due(trainer, is_saving):

@@ -55,6 +55,7 @@ class Board:
         self._without_figures: list[Any] = []  # loggers that failed to show one
         self._seconds: float | None = None  # of the validation that figures belong to
         self._drawn = 0  # figures of this validation
+        self._charts: Mapping[str, Any] = {}  # the layout that was sent
         self._warned = self._informed = self._broken = False
 
     def budget(self, seconds: float) -> None:
@@ -79,8 +80,10 @@ class Board:
         self._send("add_text", tag, markdown)
 
     def layout(self, charts: Mapping[str, Any]) -> None:
-        """Set which scalars share a chart, as in ``SummaryWriter.add_custom_scalars``."""
-        self._send("add_custom_scalars", charts)
+        """Arrange scalars in charts, as in ``SummaryWriter.add_custom_scalars``. TensorBoard shows the last layout."""
+        if self._plots and charts != self._charts:
+            self._charts = charts
+            self._send("add_custom_scalars", charts)
 
     def figure(self, tag: str, draw: Callable[[], Any], step: int = 0) -> None:
         """Draw a figure once and show it in each logger that can.
