@@ -173,7 +173,6 @@ class LogMECallback(AnyCallback):
         self._scoring = Scoring(task, None, ignore_index, fit_intercept, normalize, curve)
         self._history = History(name, plots)
         self._validation = Validation(name, self._scoring, target, self.class_names, bool(self.probes))
-        self._has_probes = bool(self.probes)
         self._reported: set[str] = set()  # messages that are given once
         # State of a run
         self._extractor: Extractor | None = None
@@ -239,8 +238,8 @@ class LogMECallback(AnyCallback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.enable_validation and self._obstacle is None:  # otherwise the sanity check rehearses
-            self._rehearse(trainer, pl_module)
+        if not (trainer.enable_validation or self._obstacle or self._extractor is None):  # else in the sanity check
+            self.probes.rehearse(trainer, pl_module, self._extractor)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._extractor is None:
@@ -272,7 +271,7 @@ class LogMECallback(AnyCallback):
             return
         current = self._validation.close(trainer.sanity_checking)
         if trainer.sanity_checking:
-            self._rehearse(trainer, pl_module)
+            self.probes.rehearse(trainer, pl_module, self._extractor)
             return
         if current is not None:
             seconds = time.perf_counter() - self._started
@@ -280,8 +279,13 @@ class LogMECallback(AnyCallback):
             self._history.record(trainer, pl_module, current, sources, seconds, class_names=self.class_names)
             if "width" not in self._reported:
                 self._compare_width(trainer, current.num_loaders)
-        if self._has_probes:
+        if self.probes:
             self._run_probes(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._history.arrange(trainer)
+
+    on_train_end = on_validation_end  # for the metrics of the last epoch, and for a run without validation
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.enable_validation and self._obstacle is None:
@@ -355,10 +359,6 @@ class LogMECallback(AnyCallback):
                 f"{classes - 1}). If it is not the classifier, give another head=, layers=[…] or head=None; if it is, "
                 f"give num_classes={head.outputs}."
             )
-
-    def _rehearse(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._extractor is not None:
-            self.probes.rehearse(trainer, pl_module, self._extractor)
 
     def _run_probes(self, trainer: Trainer, pl_module: LightningModule, is_saving: bool = False) -> None:
         if self._extractor is not None and self.probes.is_due(trainer, is_saving):

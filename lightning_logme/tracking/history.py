@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -25,6 +26,7 @@ Row = dict[str, Any]
 
 _SHARDED_METADATA = "meta.pt"  # in the folder of a sharded checkpoint: everything but the weights
 _PER_OUTPUT = ("per_output", "null", "alpha", "beta", "effective_dim", "saturated")
+_OUTPUTS = {"multilabel": "label", "regression": "target"}  # "class" in the other tasks
 _NO_RESULT: dict[str, Any] = {"logme": math.nan, "gain": math.nan, "num_samples": 0}
 
 
@@ -125,7 +127,8 @@ class History:
                 in_bar = probe is None and not source  # keys of layers and probes would crowd the bar
                 self._log(trainer, module, values, in_bar, is_saving)
             if self._board is not None:
-                self._draw(self._board, logged_step(trainer), prefix + ending, suffixes, of_loader, class_names)
+                output = _OUTPUTS.get(current.scoring.task, "class")
+                self._draw(self._board, logged_step(trainer), prefix + ending, suffixes, of_loader, output, class_names)
 
     def _store(self, trainer: Trainer, suffix: str, result: Result | None, has_curve: bool) -> dict[str, float]:
         """Store one result (None becomes NaN), and return the values to log."""
@@ -164,6 +167,7 @@ class History:
         suffix: str,
         suffixes: Mapping[str, str],
         of_loader: Mapping[str, Result | None],
+        output: str,
         class_names: Sequence[str] | None,
     ) -> None:
         """Draw the results of one loader."""
@@ -175,7 +179,8 @@ class History:
                 continue
             board.histogram(f"{key}/gain_per_output", gains, step)
             board.histogram(f"{key}/log10_spectrum", evidence.spectrum.log10(), step)
-            draw = partial(gain_by_output, gains.tolist(), float(evidence.gain), evidence.num_samples, class_names)
+            mean, num_samples = float(evidence.gain), evidence.num_samples
+            draw = partial(gain_by_output, gains.tolist(), mean, num_samples, class_names, output)
             board.figure(f"{key}/gain_by_output", draw, step)
         layers = {source: key for source, key in keys.items() if source not in (HEAD, LAYER_MEAN)}
         if len(layers) > 1:
@@ -185,6 +190,19 @@ class History:
         points = {name: [(point.num_samples, point.gain) for point in curve] for name, curve in curves.items()}
         if any(len(curve) > 1 for curve in points.values()):
             board.figure(f"{self.name}{suffix}/gain_by_samples", lambda: gain_by_samples(points), step)
+
+    def arrange(self, trainer: Trainer) -> None:
+        """Put the scores, the gains and the module's own metrics side by side in TensorBoard.
+
+        All processes call this once the metrics of a pass are logged: reading them may reduce them over processes.
+        """
+        logged = trainer.logged_metrics
+        if self._board is not None:
+            others = [key.split("/dataloader_idx_")[0] for key in logged if not is_key(key, self.name)]
+            patterns = {key: rf"{re.escape(key)}(/dataloader_idx_\d+)?$" for key in others}
+            patterns = {key: f"{re.escape(key)}(/|$)" for key in (self.name, f"{self.name}_gain")} | patterns
+            charts = {key: ["Multiline", [pattern]] for key, pattern in patterns.items()}
+            self._board.layout({self.name: charts})
 
     def _gains(self, keys: Sequence[str]) -> list[list[float]]:
         """Return one list for each validation, with the gain under each key."""

@@ -1,4 +1,4 @@
-"""Show results in loggers. Only this file asks a logger which calls it has."""
+"""Show results in loggers. Only this file asks a logger which methods it has."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_SHARE = 0.05  # of a validation that figures may take
-# Seconds per figure. The low median of these makes the first figure of a process, which imports matplotlib, harmless.
+_SHARE = 0.05  # of the time of a validation, which figures may take
+# Seconds per figure. The first figure of a process imports matplotlib; the low median of these ignores its cost.
 _costs: deque[float] = deque([0.1], maxlen=9)
 
 
@@ -30,14 +30,14 @@ def _now() -> float:
 class Board:
     """The loggers of a run.
 
-    Pictures and text go to loggers whose ``experiment`` has the calls of a TensorBoard writer. Other loggers are passed
-    over. Errors of a logger or of drawing are never raised: the first one of a board becomes a warning.
+    Pictures and text go to loggers whose ``experiment`` has the methods of a TensorBoard writer. Other loggers are
+    skipped. Errors of a logger or of drawing are never raised: the first one of a board becomes a warning.
 
     Args:
         loggers: Lightning loggers.
-        plots: False leaves out figures and histograms, True draws always, ``"auto"`` draws figures as long as they
-            take at most 5 % of a validation (see :meth:`budget`).
-        name: begins the warning.
+        plots: False leaves out figures, histograms and layouts, True draws always, ``"auto"`` draws figures as long as
+            they take at most 5 % of a validation (see :meth:`budget`).
+        name: the first word of the warning.
         info: shows a message to the user.
     """
 
@@ -52,9 +52,10 @@ class Board:
         self._plots = plots
         self._name = name
         self._info = info
-        self._without_figures: list[Any] = []  # loggers that failed to show one
+        self._without_figures: list[Any] = []  # loggers that failed to show a figure
         self._seconds: float | None = None  # of the validation that figures belong to
         self._drawn = 0  # figures of this validation
+        self._charts: Mapping[str, Any] = {}  # the layout that was sent
         self._warned = self._informed = self._broken = False
 
     def budget(self, seconds: float) -> None:
@@ -79,8 +80,10 @@ class Board:
         self._send("add_text", tag, markdown)
 
     def layout(self, charts: Mapping[str, Any]) -> None:
-        """Set which scalars share a chart, as in ``SummaryWriter.add_custom_scalars``."""
-        self._send("add_custom_scalars", charts)
+        """Arrange scalars in charts, as in ``SummaryWriter.add_custom_scalars``. TensorBoard shows the last layout."""
+        if self._plots and charts != self._charts:
+            self._charts = charts
+            self._send("add_custom_scalars", charts)
 
     def figure(self, tag: str, draw: Callable[[], Any], step: int = 0) -> None:
         """Draw a figure once and show it in each logger that can.
@@ -119,6 +122,7 @@ class Board:
                 logger.save()
 
     def _send(self, call: str, *arguments: Any) -> None:
+        """Call this method of each experiment that has it."""
         for logger, method in self._methods(call):
             with self._guard(logger, call):
                 method(*arguments)
@@ -134,6 +138,7 @@ class Board:
         return found
 
     def _within_budget(self) -> bool:
+        """Return whether there is time for another figure. Report once if there is not."""
         if self._plots is True or self._seconds is None:
             return True
         cost = statistics.median_low(_costs)

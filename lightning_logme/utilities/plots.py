@@ -2,6 +2,9 @@
 
 Each function takes plain numbers and returns a ``matplotlib.figure.Figure`` that belongs to no window. It raises
 ImportError if matplotlib is not installed. NaN is left out.
+
+TensorBoard shrinks figures to cards of about 330 pixels. The figures for it are small in inches, so that text of
+10 points can still be read there.
 """
 
 from __future__ import annotations
@@ -14,9 +17,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_WIDTH, _HEIGHT = 6.0, 4.0  # inches
+_WIDTH, _HEIGHT = 4.0, 3.0  # inches
+_MARGIN = 1.3  # inches beside the axis
+_DPI = 150
 _GAIN = "gain in nats per sample"
-_SMALL = 8  # points of a name's font
+_LINE, _CHARACTER = 0.16, 0.085  # inches that text of 10 points takes
 _DARK, _LIGHT, _ACCENT = "#4c72b0", "#b0b7c3", "#c44e52"
 _MAX_TICKS = 40  # names below an axis
 _MAX_LINES = 50
@@ -29,6 +34,7 @@ def gain_by_output(
     mean: float,
     num_samples: int,
     names: Sequence[str] | None = None,
+    output: str = "output",
     axes: Axes | None = None,
 ) -> Figure:
     """Draw one bar per output and a line at the mean.
@@ -38,9 +44,11 @@ def gain_by_output(
         mean: the gain over all outputs.
         num_samples: shown in the title.
         names: one name per output. Outputs are numbered if it is None, or if there are more than 40.
+        output: the word for an output, such as "class".
         axes: where to draw; a new figure if None.
     """
-    axes = _prepared(axes, f"gain by output (n = {num_samples})", "output", _GAIN)
+    names = () if names is None or len(names) > _MAX_TICKS else names
+    axes = _prepared(axes, f"gain by {output} (n = {num_samples})", output, _GAIN, *_size_for(names))
     if any(map(math.isfinite, gains)):
         # One patch for all bars is faster than one rectangle each. Many bars leave no gaps, which would make them pale.
         half = 0.4 if len(gains) <= _MAX_TICKS else 0.5
@@ -50,8 +58,8 @@ def gain_by_output(
     if math.isfinite(mean):
         axes.axhline(mean, color=_ACCENT, linewidth=1.2)
         transform = axes.get_yaxis_transform()
-        axes.text(1.01, mean, f"mean\n{mean:.3f}", transform=transform, color=_ACCENT, fontsize=9, va="center")
-    if names is not None and len(names) <= _MAX_TICKS:
+        axes.text(1.01, mean, f"mean\n{mean:.3f}", transform=transform, color=_ACCENT, va="center")
+    if names:
         _name_ticks(axes, names)
     else:
         axes.locator_params(axis="x", integer=True)
@@ -61,7 +69,7 @@ def gain_by_output(
 
 
 def gain_by_layer(layers: Sequence[str], gains: Sequence[Sequence[float]], axes: Axes | None = None) -> Figure:
-    """Draw one line per validation over the layers, later ones darker.
+    """Draw one line per validation over the layers. Newer lines are darker.
 
     Args:
         layers: their dotted names. The prefix that all of them share is not shown.
@@ -69,12 +77,13 @@ def gain_by_layer(layers: Sequence[str], gains: Sequence[Sequence[float]], axes:
         axes: where to draw; a new figure if None.
     """
     newest = gains[-_MAX_LINES:]
-    title = f"gain by layer (last of {len(gains)} validations black)" if len(gains) > 1 else "gain by layer"
-    axes = _prepared(axes, title, "layer", _GAIN)
+    title = f"gain by layer (black: newest of {len(gains)})" if len(gains) > 1 else "gain by layer"
+    names = _without_shared_prefix(layers)
+    axes = _prepared(axes, title, "layer", _GAIN, *_size_for(names))
     for index, row in enumerate(newest):
         age = 1 - (index + 1) / len(newest)
         _line(axes, enumerate(row), color=str(0.85 * age), markersize=3, linewidth=1.2 if age else 2)
-    _name_ticks(axes, _without_shared_prefix(layers))
+    _name_ticks(axes, names)
     return _figure(axes)
 
 
@@ -92,8 +101,10 @@ def gain_by_samples(
     from matplotlib.ticker import LogLocator, MaxNLocator
 
     samples = "samples (dashed: not finished)" if any(name in unfinished for name in curves) else "samples"
-    height = max(_HEIGHT, 1 + 0.2 * min(len(curves), _MAX_ENTRIES))
-    axes = _prepared(axes, "gain by number of samples", samples, _GAIN, height)
+    labels = [_label(name) for name in curves]
+    width = _WIDTH + _CHARACTER * max(map(len, labels), default=0)
+    height = max(_HEIGHT, 1 + 1.4 * _LINE * min(len(curves), _MAX_ENTRIES))
+    axes = _prepared(axes, "gain by number of samples", samples, _GAIN, width, height)
     axes.set_xscale("log", base=2)
     numbers: list[int] = []
     for index, (name, points) in enumerate(curves.items()):
@@ -101,21 +112,16 @@ def gain_by_samples(
         numbers += [number for number, _ in known]
         colour = colormaps["turbo"](0.1 + 0.8 * index / max(len(curves) - 1, 1))
         style = "--" if name in unfinished else "-"
-        label = _shown(name, _SHORT)
-        # matplotlib leaves labels that begin with an underscore out of legends.
-        label = f" {label}" if label.startswith("_") or not label else label
-        label = label if index < _MAX_ENTRIES else "_"
+        label = labels[index] if index < _MAX_ENTRIES else "_"
         _line(axes, known, color=colour, linestyle=style, markersize=4, linewidth=1.5, label=label)
     narrow = bool(numbers) and max(numbers) < 4 * min(numbers)
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True) if narrow else LogLocator(2, numticks=7))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True) if narrow else LogLocator(2, numticks=6))
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.minorticks_off()
     if curves:
         more = len(curves) - _MAX_ENTRIES
         title = f"first {_MAX_ENTRIES} of {len(curves)}" if more > 0 else None
-        legend = axes.legend(
-            fontsize=_SMALL, labelspacing=0.4, loc="upper left", bbox_to_anchor=(1, 1), frameon=False, title=title
-        )
+        legend = axes.legend(labelspacing=0.4, loc="upper left", bbox_to_anchor=(1, 1), frameon=False, title=title)
         for text in legend.get_texts():
             text.set_parse_math(False)
     return _figure(axes)
@@ -132,14 +138,17 @@ def gain_by_candidate(
 
     Args:
         names: of the candidates.
-        gains: of the candidates; one without a gain is left out.
-        stderrs: of the gains; a NaN has no error bar.
+        gains: of the candidates; a candidate whose gain is NaN is left out.
+        stderrs: of the gains; a gain whose standard error is NaN has no error bar.
         highlighted: whether a candidate is the best or tied with it; drawn dark.
         axes: where to draw; a new figure if None.
     """
     rows = [row for row in zip(names, gains, stderrs, highlighted, strict=True) if math.isfinite(row[1])]
+    shown = [_shown(row[0], _LONG) for row in rows]
     title = "gain by candidate (dark: best and ties)"
-    axes = _prepared(axes, title, f"{_GAIN}, ± 1 standard error", "", max(_HEIGHT, 1.2 + 0.25 * len(rows)))
+    width = _WIDTH + _CHARACTER * max(map(len, shown), default=0)
+    height = max(_HEIGHT, 1.2 + 1.6 * _LINE * len(rows))
+    axes = _prepared(axes, title, f"{_GAIN},\n± 1 standard error", "", width, height)
     axes.barh(
         range(len(rows)),
         [gain for _, gain, _, _ in rows],
@@ -147,7 +156,7 @@ def gain_by_candidate(
         color=[_DARK if dark else _LIGHT for _, _, _, dark in rows],
         capsize=3,
     )
-    axes.set_yticks(range(len(rows)), [_shown(row[0], _LONG) for row in rows], fontsize=_SMALL, parse_math=False)
+    axes.set_yticks(range(len(rows)), shown, parse_math=False)
     axes.set_ylim(max(len(rows), 1) - 0.4, -0.6)
     return _figure(axes)
 
@@ -165,19 +174,19 @@ def page(draw_left: Callable[[Axes], Any], draw_right: Callable[[Axes], Any], ta
     lines = table.splitlines()
     columns = max(map(len, lines), default=0)
     # Each line of the table is about one name beside the axes.
-    above, below = max(_HEIGHT, 0.25 * len(lines)), 0.3 + 0.15 * len(lines)
-    figure = Figure(figsize=(max(2 * _WIDTH, 0.4 + 0.07 * columns), above + below), dpi=100, layout="constrained")
+    above, below = max(4.0, 1.6 * _LINE * len(lines)), 0.3 + 1.2 * _LINE * len(lines)
+    figure = Figure(figsize=(max(12.0, 0.4 + _CHARACTER * columns), above + below), dpi=100, layout="constrained")
     top, bottom = cast(Any, figure).subfigures(2, 1, height_ratios=(above, below))
     left, right = top.subplots(1, 2)
     draw_left(left)
     draw_right(right)
-    text = {"family": "monospace", "fontsize": _SMALL, "verticalalignment": "top", "parse_math": False}
+    text = {"family": "monospace", "fontsize": 10, "verticalalignment": "top", "parse_math": False}
     bottom.text(0.01, 0.98, "\n".join(map(_printed, lines)), **text)
     return figure
 
 
 def printable(text: str) -> str:
-    """Return the text in one line, with a question mark for each character that has no picture."""
+    """Return the text in one line, with a question mark for each character that cannot be shown."""
     return _printed(" ".join(text.split()))
 
 
@@ -185,13 +194,13 @@ def _printed(line: str) -> str:
     return "".join(character if character.isprintable() else "?" for character in line)
 
 
-def _prepared(axes: Axes | None, title: str, x: str, y: str, height: float = _HEIGHT) -> Axes:
-    """Return axes in the style of all figures, in a new figure if they are None."""
+def _prepared(axes: Axes | None, title: str, x: str, y: str, width: float = _WIDTH, height: float = _HEIGHT) -> Axes:
+    """Return axes in the style of all figures, in a new figure of this size if they are None."""
     from matplotlib.figure import Figure
 
     if axes is None:
-        axes = Figure(figsize=(_WIDTH, height), dpi=100, layout="constrained").subplots()
-    axes.set_title(title, fontsize=11, y=1.0)  # Given a height, matplotlib does not search for a free one.
+        axes = Figure(figsize=(width, height), dpi=_DPI, layout="constrained").subplots()
+    axes.set_title(title, fontsize=10, y=1.0)  # Given a height, matplotlib does not search for a free one.
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.spines[["top", "right"]].set_visible(False)
@@ -214,17 +223,31 @@ def _line(axes: Axes, points: Iterable[tuple[float, float]], **style: Any) -> No
     axes.plot([x for x, _ in known], [y for _, y in known], marker="o", **style)
 
 
+def _size_for(names: Sequence[str]) -> tuple[float, float]:
+    """Return the width and the height of a figure in which names fit below the axis."""
+    width = max(_WIDTH, _MARGIN + 1.1 * _LINE * min(len(names), _MAX_TICKS))
+    longest = _CHARACTER * min(max(map(len, names), default=0), _SHORT)
+    return width, _HEIGHT + max(0.0, longest * math.sin(math.radians(_angle_of(names))) - 0.6)
+
+
+def _angle_of(names: Sequence[str]) -> int:
+    """Return the angle of names below the axis: long ones are slanted, or upright if there are many."""
+    number = min(len(names), _MAX_TICKS)
+    longest = _CHARACTER * (min(max(map(len, names), default=0), _SHORT) + 0.5)
+    if longest * number <= _WIDTH - _MARGIN:
+        return 0
+    return 40 if number <= 10 else 90
+
+
 def _name_ticks(axes: Axes, names: Sequence[str]) -> None:
-    """Write names below the axis at 0, 1, …, slanted or upright where they are long or many."""
+    """Write names below the axis at 0, 1, …, and at most 40 of them."""
     every = math.ceil(len(names) / _MAX_TICKS) or 1
     shown = [_shown(name, _SHORT) for name in names[::every]]
-    # A name in a line takes a character more than its own, and 70 characters fit below the axis.
-    room = 70 / len(shown) if shown else 70
+    angle = _angle_of(names)
     style: dict[str, Any] = {}
-    if max(map(len, shown), default=0) + 1 > room:
-        angle = 40 if len(shown) <= 16 else 90
+    if angle:
         style = {"rotation": angle, "rotation_mode": "anchor", "ha": "right", "va": "top" if angle < 90 else "center"}
-    axes.set_xticks(range(0, len(names), every), shown, fontsize=_SMALL, parse_math=False, **style)
+    axes.set_xticks(range(0, len(names), every), shown, parse_math=False, **style)
 
 
 def _without_shared_prefix(names: Sequence[str]) -> list[str]:
@@ -233,6 +256,12 @@ def _without_shared_prefix(names: Sequence[str]) -> list[str]:
     while all(len(part) > 1 for part in parts) and len({part[0] for part in parts}) == 1:
         parts = [part[1:] for part in parts]
     return [".".join(part) for part in parts]
+
+
+def _label(name: str) -> str:
+    """Return a name for a legend. matplotlib leaves out empty labels and those that begin with an underscore."""
+    label = _shown(name, _SHORT)
+    return f" {label}" if label.startswith("_") or not label else label
 
 
 def _shown(name: str, most: int) -> str:
