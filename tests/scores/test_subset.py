@@ -67,4 +67,4 @@ def test_subset_keeps_no_batch_alive():
 def test_empty_subset_keeps_nothing():
     subset = Subset(0)
     subset.add(rows_of(torch.randn(5, 3), torch.arange(5)), torch.arange(5))
-    assert (subset.part(), len(subset.index)) == ([], 0)
+    assert (subset.contents(), len(subset.index)) == ([], 0)
