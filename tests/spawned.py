@@ -24,7 +24,8 @@ GRACE = 5.0  # seconds that the other processes get after one has failed
 
 # Processes are forked off a server that has imported everything and started no thread: a fork of this process could
 # inherit a lock that nobody will release, and a spawned process takes seconds to import torch.
-multiprocessing.set_forkserver_preload(["pytest", "lightning.pytorch", "lightning_logme", "models", "witness"])
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["pytest", "lightning.pytorch", "lightning_logme", "models", "backbones", "witness"])
 
 
 class ProcessError(RuntimeError):
@@ -35,14 +36,13 @@ class ProcessGroup:
     """A fixed number of processes. All of them run the same function, one function after the other."""
 
     def __init__(self, world: int) -> None:
-        context = multiprocessing.get_context("forkserver")
         self._folder = tempfile.TemporaryDirectory()
         self._connections: list[Connection] = []
         self._processes = []
         for rank in range(world):
-            mine, theirs = context.Pipe()
+            mine, theirs = CONTEXT.Pipe()
             arguments = rank, world, Path(self._folder.name) / "store", theirs
-            process = context.Process(target=_work, args=arguments, daemon=True)
+            process = CONTEXT.Process(target=_work, args=arguments, daemon=True)
             process.start()
             theirs.close()
             self._connections.append(mine)

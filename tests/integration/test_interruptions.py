@@ -1,21 +1,17 @@
-"""Runs that are interrupted or killed, and resumed.
-
-`python tests/integration/test_interruptions.py WHERE OUT` is a run that kills itself.
-"""
+"""Runs that are interrupted or killed, and resumed."""
 
 import copy
 import os
 import pickle
 import signal
-import subprocess
 import sys
-from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from models import Classifier, hooks, loader, trainer
+from spawned import CONTEXT
 
 from lightning_logme import LogMECallback, read_history
 
@@ -153,6 +149,7 @@ class Deadly:
 
 def run_until_killed(where, path):
     """Run, and kill this process at that place: in a hook, or while a checkpoint is pickled or moved."""
+    torch.set_num_threads(1)
 
     def kill():
         os.kill(os.getpid(), signal.SIGKILL)
@@ -175,15 +172,15 @@ def run_until_killed(where, path):
     run.fit(module, loader(), loader())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "where", ["on_validation_batch_end", "on_validation_epoch_end", "pickled", "moved", "on_train_batch_end"]
 )
 def test_a_run_can_be_resumed_after_sigkill(tmp_path, where, whole):
     """In a validation, while a checkpoint is made, while it is moved into its place, and in training."""
-    arguments = [sys.executable, "-W", "ignore", __file__, where, str(tmp_path)]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    process = CONTEXT.Process(target=run_until_killed, args=(where, tmp_path))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
     checkpoints = list(tmp_path.glob("*.ckpt"))
     assert checkpoints
     assert all(read_history(path) for path in checkpoints)
@@ -200,8 +197,3 @@ def test_half_a_checkpoint_is_an_error_that_says_so(tmp_path):
         path.write_bytes(content[:part])
         with pytest.raises(ValueError, match=r"epoch=1.ckpt' cannot be read: it is no whole checkpoint"):
             read_history(path)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    run_until_killed(sys.argv[1], Path(sys.argv[2]))

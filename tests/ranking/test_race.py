@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader
 
 from lightning_logme import rank_backbones
 
+pytestmark = pytest.mark.slow
+
 
 def fails_in_one_process(features):
     """Pool the output of a layer, or fail in process 1."""

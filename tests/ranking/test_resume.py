@@ -1,16 +1,15 @@
 """An interrupted ranking is resumed, and anything that has changed is computed anew."""
 
-import os
 import re
 import signal
-import subprocess
-import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from backbones import QUIET, WIDTH, Columns, Counted, Stream, good_to_bad, target_loader, target_set
+from spawned import CONTEXT
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -73,28 +72,35 @@ def test_an_interrupted_ranking_keeps_finished_candidates(candidates, tmp_path, 
     assert Counted.seen == 2 * 1500 + 3 * 16  # two candidates start anew; 16 samples recognise each of the three
 
 
-def test_a_ranking_whose_process_was_killed_is_resumed(candidates, tmp_path):
-    script = f"""
-import sys, time
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-import torch
-from test_resume import Counted, rank
-class Slow(Counted):
+class Stuck(Counted):
+    """Sends a message once 2000 samples were seen, and waits for its process to be killed."""
+
+    def __init__(self, connection):
+        super().__init__(0, 8)
+        self.connection = connection
+
     def forward(self, x):
         if Counted.seen > 2000:
-            print("working", flush=True)
-            time.sleep(60)
+            self.connection.send("stuck")
+            time.sleep(600)
         return super().forward(x)
-rank({{"good": Counted(0, 8), "also": Slow(0, 8), "bad": Counted(16, 24)}}, {str(tmp_path)!r}, race=False)
-"""
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"working\n"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
+
+
+def _rank_until_stuck(connection, folder):
+    torch.set_num_threads(1)
+    rank({"good": Counted(0, 8), "also": Stuck(connection), "bad": Counted(16, 24)}, folder, race=False)
+
+
+def test_a_ranking_whose_process_was_killed_is_resumed(candidates, tmp_path):
+    mine, theirs = CONTEXT.Pipe()
+    process = CONTEXT.Process(target=_rank_until_stuck, args=(theirs, tmp_path))
+    process.start()
+    theirs.close()
+    assert mine.poll(120)
+    assert mine.recv() == "stuck"
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     Counted.seen = 0
     resumed = rank(candidates, tmp_path, race=False)
     assert Counted.seen == 2 * 1500 + 3 * 16
