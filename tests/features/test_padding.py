@@ -1,4 +1,4 @@
-"""The rows that a distributed sampler repeats, so that each process has as many samples."""
+"""Padding: the rows that a distributed sampler repeats, so that all processes have the same number of samples."""
 
 import pytest
 import torch
@@ -60,8 +60,11 @@ class Sorted(torch.utils.data.BatchSampler):
         (DataLoader(range(11), sampler=Blocks(range(11), 2, 1), batch_size=3), 3),
         (DataLoader(range(11), sampler=Twice(range(11), 2, 1), batch_size=3), 3),
         (DataLoader(range(11), batch_sampler=Sorted(DistributedSampler(range(11), 2, 1), 3, False)), 3),
-        (DataLoader(range(11), sampler=DistributedSampler(range(11), 2, 1), batch_size=3), 6),  # two crops a sample
-        (DataLoader(range(11), sampler=DistributedSampler(range(11), 2, 1), batch_size=3), 2),  # one was dropped
+        (
+            DataLoader(range(11), sampler=DistributedSampler(range(11), 2, 1), batch_size=3),
+            6,
+        ),  # two crops a sample
+        (DataLoader(range(11), sampler=DistributedSampler(range(11), 2, 1), batch_size=3), 2),  # one row was dropped
     ],
 )
 def test_padding_of_other_orders_and_rows_is_not_guessed(data, number):

@@ -43,7 +43,7 @@ def test_metric_of_uneven_shards(processes, empty_rank, world):
             torch.testing.assert_close(score, expected.score, rtol=1e-10, atol=0)
             assert num_samples == 101
             torch.testing.assert_close(weight, expected.weight)
-        assert count == number  # own sums are back after the sync
+        assert count == number  # after the sync, the metric has its own sums again
         assert later == 101 + 10 * world
 
 
@@ -60,7 +60,7 @@ def test_metric_of_fewer_samples_than_processes(processes):
 
 
 def _scores_without_gathering(rank, world):
-    """Gathering takes as many matrices as there are processes, in each of them."""
+    """Gathering would need a matrix for each process, in every process."""
 
     def refused(*args, **kwargs):
         raise AssertionError("a state was gathered")
@@ -210,7 +210,7 @@ class SkipsBatchInProcess1(Quiet):
 
 
 class OutOfMemoryInProcess1(LogMECallback):
-    """Process 1 runs out of memory when the sums are there and are turned into evidence."""
+    """Process 1 runs out of memory after the sums were reduced, when they are turned into evidence."""
 
     def on_validation_epoch_end(self, trainer, pl_module):
         whole = Evidence.from_moments
@@ -298,7 +298,7 @@ def test_a_probe_without_labels_in_one_process_is_an_error_in_all(processes, tmp
 
 
 def _history_of_a_run_alone(rank, world, path):
-    """As in a search of hyperparameters, whose processes know each other and train for themselves."""
+    """As in a search of hyperparameters, where connected processes train separately."""
     callback = LogMECallback(probes={"news": loader(vectors(40))}, curve=True)
     if rank == 0:
         run = trainer(path, callback, max_epochs=1, num_sanity_val_steps=1)
@@ -317,7 +317,10 @@ def as_probes_take_them(data):
 
 
 def test_the_batches_of_probes_are_shared_out(processes, tmp_path):
-    large, small = vectors(150, seed=1), vectors(7, seed=2)  # the small one is one batch: a process has none of it
+    large, small = (
+        vectors(150, seed=1),
+        vectors(7, seed=2),
+    )  # the small one is a single batch, so that one process gets none
     logme = {"probes": {"large": loader(large, 9), "small": loader(small, 9)}, **PROBES_ALONE}
     curves = {"logme/large": as_probes_take_them(large), "logme/small": as_probes_take_them(small)}
     answers = fit(processes, tmp_path, Quiet(), loader(vectors(40)), logme=logme, curves=curves)

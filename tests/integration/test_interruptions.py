@@ -43,7 +43,7 @@ HOOKS = [
 
 
 def stop_at(hook, act, time=2):
-    """Return a callback that acts in the second call of a hook, or in the only call of hooks that are called once."""
+    """Return a callback that acts when the hook is called for the second time, or the first if there is only one call."""
     once = "fit" in hook or "sanity" in hook or hook in ("setup", "teardown", "on_train_start", "on_train_end")
     times = 0
 

@@ -44,7 +44,7 @@ class Runs:
 
 @pytest.fixture
 def trap(tmp_path):
-    """A folder that exists if code was run. First shown to work, then asserted to be absent after the test."""
+    """The path of a folder that exists if code was run. Checks that unpickling makes it, and that the test does not."""
     path = tmp_path / "trapped"
     pickle.loads(pickle.dumps(Runs(path)))
     assert path.exists()
@@ -82,7 +82,7 @@ def test_resuming_runs_nothing(tmp_path, trap):
     folder = tmp_path / "moments"
     first = rank(resume_from=folder)
     files = sorted(folder.glob("*.pt"))
-    assert len(files) == 3  # also of the one that was left
+    assert len(files) == 3  # one for each candidate, also for the one that was dropped
     saved = torch.load(files[0], weights_only=True)
     torch.save({**saved, "trap": Runs(trap)}, files[0])
     with pytest.warns(UserWarning, match=r"starts anew, as .* cannot be read"):

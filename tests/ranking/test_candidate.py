@@ -230,7 +230,7 @@ def test_batches_can_be_mappings():
     x, y = target_set().tensors
     rows = [{"image": image, "label": label} for image, label in zip(x, y, strict=True)]
     ranking = rank(loader=DataLoader(rows, 50))
-    assert ranking.scores == pytest.approx(rank().scores, abs=0.05)  # another order, the same samples at the end
+    assert ranking.scores == pytest.approx(rank().scores, abs=0.05)  # the same samples in another order
 
 
 class TestWhichFeature:

@@ -51,7 +51,7 @@ FIRST, SECOND = ("", 0), ("model.0", 0)
 
 
 def _results(rank, world, everyone):
-    """Whether each source has a finite score, and the errors, after a pass in which this process has met its own."""
+    """Return the sources with a finite score and the errors, after a pass with the sources and errors of this process."""
     widths, own = everyone[rank]
     current = Pass(Scoring(num_outputs=3), rank, world)
     current.errors.update(own)
