@@ -60,10 +60,7 @@ class Sorted(torch.utils.data.BatchSampler):
         (DataLoader(range(11), sampler=Blocks(range(11), 2, 1), batch_size=3), 3),
         (DataLoader(range(11), sampler=Twice(range(11), 2, 1), batch_size=3), 3),
         (DataLoader(range(11), batch_sampler=Sorted(DistributedSampler(range(11), 2, 1), 3, False)), 3),
-        (
-            DataLoader(range(11), sampler=DistributedSampler(range(11), 2, 1), batch_size=3),
-            6,
-        ),  # two crops a sample
+        (DataLoader(range(11), sampler=DistributedSampler(range(11), 2, 1), batch_size=3), 6),  # two crops a sample
         (DataLoader(range(11), sampler=DistributedSampler(range(11), 2, 1), batch_size=3), 2),  # one row was dropped
     ],
 )

@@ -317,10 +317,8 @@ def as_probes_take_them(data):
 
 
 def test_the_batches_of_probes_are_shared_out(processes, tmp_path):
-    large, small = (
-        vectors(150, seed=1),
-        vectors(7, seed=2),
-    )  # the small one is a single batch, so that one process gets none
+    # The small data set is a single batch, so that one process gets none of it.
+    large, small = vectors(150, seed=1), vectors(7, seed=2)
     logme = {"probes": {"large": loader(large, 9), "small": loader(small, 9)}, **PROBES_ALONE}
     curves = {"logme/large": as_probes_take_them(large), "logme/small": as_probes_take_them(small)}
     answers = fit(processes, tmp_path, Quiet(), loader(vectors(40)), logme=logme, curves=curves)

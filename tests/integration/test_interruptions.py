@@ -43,7 +43,7 @@ HOOKS = [
 
 
 def stop_at(hook, act, time=2):
-    """Return a callback that acts when the hook is called for the second time, or the first if there is only one call."""
+    """Return a callback that acts in the second call of the hook, or in the first if there is only one."""
     once = "fit" in hook or "sanity" in hook or hook in ("setup", "teardown", "on_train_start", "on_train_end")
     times = 0
 

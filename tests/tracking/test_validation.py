@@ -51,7 +51,7 @@ FIRST, SECOND = ("", 0), ("model.0", 0)
 
 
 def _results(rank, world, everyone):
-    """Return the sources with a finite score and the errors, after a pass with the sources and errors of this process."""
+    """Return what each call of ``add`` returned, whether each source has a finite score, and the errors of a pass."""
     widths, own = everyone[rank]
     current = Pass(Scoring(num_outputs=3), rank, world)
     current.errors.update(own)
