@@ -40,6 +40,7 @@ HOOKS = [
     "on_fit_end",
     "teardown",
 ]
+QUICK = ("setup", "on_validation_batch_end", "on_save_checkpoint", "teardown")  # the hooks that the quick tests cover
 
 
 def stop_at(hook, act, time=2):
@@ -71,7 +72,7 @@ def history_of(run):
     return next(callback for callback in run.callbacks if isinstance(callback, LogMECallback)).history
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def whole(tmp_path_factory):
     """The history of a run that is not interrupted."""
     run, module = prepared(tmp_path_factory.mktemp("whole"))
@@ -101,7 +102,9 @@ def check_unchanged(module):
 
 @pytest.mark.usefixtures("_interruptible")
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
-@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize(
+    "hook", [pytest.param(hook, marks=[] if hook in QUICK else pytest.mark.slow) for hook in HOOKS]
+)
 def test_ctrl_c_in_any_hook_leaves_the_module_unchanged_and_loses_no_row(tmp_path, hook, before, whole):
     run, module = prepared(tmp_path, stop_at(hook, lambda: os.kill(os.getpid(), signal.SIGINT)), before)
     with pytest.raises((SystemExit, KeyboardInterrupt)):

@@ -46,7 +46,7 @@ def test_the_score_is_that_of_one_process(tmp_path, start, world):
     check_equals_one_process(reports["exact"], [11, 11, 2, 2, 30, 30])
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def launched(tmp_path_factory):
     """The output of one script that runs several scenarios, as its start takes longer than they do, and the reports."""
     scenarios = ["probes_at_checkpoints", "tensor_parallel", "empty_loader_allowed", *["fsdp2"] * HAS_FSDP2]

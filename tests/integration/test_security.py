@@ -14,7 +14,7 @@ from models import Classifier, loader, trainer, vectors
 
 from lightning_logme import LogMECallback, read_evidence, read_history, score_checkpoints
 
-HOSTILE = [
+NAMES = [
     "../../outside",
     "/etc/outside",
     "a/b",
@@ -30,6 +30,13 @@ HOSTILE = [
     "ü" * 300,
     " ",
 ]
+
+
+def slow(names):
+    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+HOSTILE = [*NAMES[:3], *slow(NAMES[3:])]
 
 
 class Runs:
@@ -114,7 +121,7 @@ def files_below(path):
     return {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
 
 
-@pytest.mark.parametrize("name", [*HOSTILE, "$x$ and $\\y$", "_hidden"])
+@pytest.mark.parametrize("name", [*HOSTILE, *slow(["$x$ and $\\y$", "_hidden"])])
 def test_names_of_candidates_stay_in_their_folder(tmp_path, name):
     folder = tmp_path / "deep" / "down" / "moments"
     candidates = {name: good_to_bad()["good"], "other": good_to_bad()["bad"]}

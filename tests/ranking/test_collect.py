@@ -45,7 +45,7 @@ def check(ranking, networks, data, **options):
 
 
 class TestLayers:
-    @pytest.mark.parametrize("width", [12, 700])
+    @pytest.mark.parametrize("width", [12, pytest.param(700, marks=pytest.mark.slow)])
     @pytest.mark.parametrize("options", [{}, {"fit_intercept": True}])
     def test_each_row_has_the_evidence_of_its_layer(self, options, width):
         """Also with fewer samples than features, where rows are kept instead of moments."""
@@ -263,7 +263,7 @@ class TestLayers:
 
 
 class TestTokens:
-    @pytest.mark.parametrize("width", [12, 500])
+    @pytest.mark.parametrize("width", [12, pytest.param(500, marks=pytest.mark.slow)])
     @pytest.mark.parametrize("kind", ["drawn", "stream"])
     def test_each_token_that_is_not_ignored_is_a_sample(self, kind, width):
         """Also with fewer tokens than features, where rows are kept instead of moments."""

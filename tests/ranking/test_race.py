@@ -43,7 +43,7 @@ def cases(folder):
     """Return the candidates, the loader and the options of each case by name."""
     good = {"good": Columns(0, 8), "also": Columns(0, 8), "random": lambda: nn.Linear(24, 300), "bad": Columns(16, 24)}
     data = DataLoader(target_set(1100), batch_size=30)
-    nets = {"good": Net(0, 8), "also": lambda: Net(0, 8), "wide": Net(width=1500), "bad": Net(16, 24)}
+    nets = {"good": Net(0, 8), "also": lambda: Net(0, 8), "wide": Net(width=1200), "bad": Net(16, 24)}
     layers = {"layers": ["low", "high"], "layer_mean": True}
     few_layers = {"good": ["high", "low"], "bad": ["low", "high"]}
     return {
@@ -72,7 +72,7 @@ def run(folder, **options):
     }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def one_and_two(tmp_path_factory):
     """The results of one process, and those of two processes that Fabric launches from a user's script."""
     folder = tmp_path_factory.mktemp("ranking")
