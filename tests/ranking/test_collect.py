@@ -341,6 +341,7 @@ class TestTokens:
         x, y = tokens().tensors
         with pytest.warns(UserWarning, match="LogME is NaN"):
             ranking = rank({"a": Net(), "b": Net()}, DataLoader(TensorDataset(x, torch.full_like(y, -100)), 32))
+        assert len(ranking.rows) == 2
         for row in ranking.rows:
             assert math.isnan(row.logme)
             assert math.isnan(row.stderr)
