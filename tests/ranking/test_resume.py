@@ -185,11 +185,15 @@ def test_random_numbers_in_a_forward_pass_are_not_taken_for_a_change(tmp_path):
     ("change", "warning"),
     [
         ({"seed": 1}, "seed was 0 and is 1|labels was"),
-        ({"normalize": True}, "normalize was False and is True"),
-        ({"fit_intercept": True}, "fit_intercept was False and is True"),
-        ({"pooling": {"good": "mean"}}, "pooling was auto and is mean"),
-        ({"precision": "bf16-mixed"}, "precision was 32-true and is bf16-mixed"),
-        ({"transforms": {"good": lambda batch: (2 * batch[0], batch[1])}}, "transform was None"),
+        pytest.param({"normalize": True}, "normalize was False and is True", marks=pytest.mark.slow),
+        pytest.param({"fit_intercept": True}, "fit_intercept was False and is True", marks=pytest.mark.slow),
+        pytest.param({"pooling": {"good": "mean"}}, "pooling was auto and is mean", marks=pytest.mark.slow),
+        pytest.param({"precision": "bf16-mixed"}, "precision was 32-true and is bf16-mixed", marks=pytest.mark.slow),
+        pytest.param(
+            {"transforms": {"good": lambda batch: (2 * batch[0], batch[1])}},
+            "transform was None",
+            marks=pytest.mark.slow,
+        ),
         ({"n": 1400}, "samples was 1500 and is 1400"),
     ],
 )
@@ -252,6 +256,7 @@ def test_changed_labels_are_detected(tmp_path, change, warning, more):
     assert summary(resumed) == summary(fresh)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(50, 50), (50, 7), (512, 512), (300, 20)])
 def test_a_ranking_can_be_resumed_with_another_batch_size(candidates, tmp_path, sizes):
     first = rank_backbones(candidates, resume_from=tmp_path, race=False, **two_labels(sizes[0]), **QUIET)
