@@ -13,7 +13,7 @@ WIDTH = 24
 
 
 def target_set(n: int = 600, seed: int = 0, classes: int = CLASSES) -> TensorDataset:
-    """Inputs whose columns tell less and less of the labels."""
+    """Return inputs whose columns hold less and less information about the labels, and the labels."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(classes, (n,), generator=generator)
     strength = torch.linspace(1.5, 0.0, WIDTH)
@@ -22,7 +22,7 @@ def target_set(n: int = 600, seed: int = 0, classes: int = CLASSES) -> TensorDat
 
 
 def tokens(n=300, length=5, ignored=0.3):
-    """Sequences of the rows of a target set; some of their labels do not count."""
+    """Return sequences of the rows of a target set. Some of their labels are -100, which does not count."""
     x, y = target_set(n * length).tensors
     generator = torch.Generator().manual_seed(7)
     y = torch.where(torch.rand(len(y), generator=generator) < ignored, -100, y)
@@ -42,7 +42,7 @@ def target_loader(n: int = 600, batch_size: int = 50, **options) -> DataLoader:
 
 
 class Columns(nn.Module):
-    """Some of the input's columns."""
+    """Return some columns of the input."""
 
     def __init__(self, first: int, last: int) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Columns(nn.Module):
 
 
 class Counted(Columns):
-    """Counts the samples it is shown."""
+    """Count the samples that all instances together get."""
 
     seen = 0
 
@@ -64,7 +64,7 @@ class Counted(Columns):
 
 
 class Net(nn.Module):
-    """Two hidden layers and a head; takes vectors, or tokens."""
+    """Two hidden layers and a head. Takes vectors or sequences of vectors."""
 
     def __init__(self, first=0, last=WIDTH, width=12, seed=0):
         super().__init__()
@@ -80,7 +80,7 @@ class Net(nn.Module):
 
     @torch.no_grad()
     def features(self, x):
-        """The features of every row, by an ordinary call of every layer."""
+        """Return the features of each row of a ranking, from plain calls of the layers."""
         low = self.low(x[..., self.columns.first : self.columns.last])
         high = self.high(low)
         return {"": high.relu(), "/low": low, "/high": high, "/layer_mean": (low + high) / 2}

@@ -1,4 +1,4 @@
-"""TensorBoard files, read back."""
+"""Read TensorBoard files."""
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -1,6 +1,7 @@
-"""Runs in several real processes, as a user's script starts them: `python tests/launched.py SCENARIO OUT START WORLD`.
+"""Runs in several processes, started as a user's script starts them.
 
-Each process leaves what it has seen in OUT/<rank>.json.
+`python tests/launched.py SCENARIOS OUT START WORLD` runs scenarios (names of functions below, with commas between them)
+one after the other. Each process writes what it reports to OUT/<scenario>/<rank>.json.
 """
 
 from __future__ import annotations
@@ -14,80 +15,53 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from models import CLASSES, Classifier, loader, mlp, penultimate, trainer, vectors
 from torch.utils.data import DataLoader, TensorDataset
+from witness import CallsHeadTwice, Quiet, Witness
 
 from lightning_logme import LogMECallback, Probe, read_history
 from lightning_logme.functional import evidence
 
 
-class Quiet(Classifier):
-    """Logs nothing itself, so that any warning of Lightning is about what the callback logs."""
-
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self(batch[0])
+def write(out: Path, rank: int, report: Any) -> None:
+    (out / f"{rank}.json").write_text(json.dumps(report))
 
 
-class Checked(pl.Callback):
-    """Compares in each process, where the history of the callback is, with all the data in one."""
+class WritingWitness(Witness):
+    """Writes its reports, as a process that the Trainer has spawned cannot return them."""
 
-    def __init__(self, callback: LogMECallback, datasets: list[TensorDataset]) -> None:
-        self.callback, self.datasets = callback, datasets
+    def __init__(self, out: Path, *args: Any) -> None:
+        super().__init__(*args)
+        self.out = out
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.sanity_checking:
-            return
-        assert len(self.callback.history) >= len(self.datasets) * (1 + len(self.callback.layers))
-        for index, data in enumerate(self.datasets):
-            key = "logme" if len(self.datasets) == 1 else f"logme/dataloader_idx_{index}"
-            expected = evidence(*penultimate(pl_module, "model.2", data), num_classes=CLASSES)
-            row = next(row for row in reversed(self.callback.history) if row["key"] == key)
-            assert row["num_samples"] == len(data)
-            assert row["logme"] == pytest.approx(float(expected.score), rel=1e-10)
-            assert row["gain"] == pytest.approx(float(expected.gain), rel=1e-10, abs=1e-12)
-            assert float(trainer.callback_metrics[key]) == pytest.approx(row["logme"], rel=1e-6)
-
-
-class Report(pl.Callback):
-    """Writes down what a process has seen."""
-
-    def __init__(self, callback: LogMECallback, out: Path) -> None:
-        self.callback, self.out = callback, out
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
         if not trainer.sanity_checking:
-            metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
-            seen = {"history": self.callback.history, "metrics": metrics}
-            (self.out / f"{trainer.global_rank}.json").write_text(json.dumps(seen))
-
-
-def strategy(start: str, **options: Any) -> Any:
-    return DDPStrategy(start_method=start, **options)
+            write(self.out, trainer.global_rank, self.reports)
 
 
 def run(callback: LogMECallback, out: Path, start: str, world: int, *others: pl.Callback, **options: Any) -> pl.Trainer:
     defaults: dict[str, Any] = {"devices": world, "max_epochs": 1, "precision": "64-true", "num_sanity_val_steps": 1}
-    options = {**defaults, "strategy": strategy(start), **options}
-    return trainer(out, callback, *others, Report(callback, out), **options)
+    options = {**defaults, "strategy": DDPStrategy(start_method=start), **options}
+    return trainer(out, callback, *others, **options)
 
 
 def exact(out: Path, start: str, world: int) -> None:
     """Padding, fewer samples than processes, several loaders, layers, accumulated gradients."""
     datasets = [vectors(number, seed=number) for number in (11, 2, 30)]
     callback = LogMECallback(layers=["model.0"])
-    done = run(callback, out, start, world, Checked(callback, datasets), accumulate_grad_batches=2)
+    done = run(callback, out, start, world, WritingWitness(out, callback, datasets), accumulate_grad_batches=2)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="LogME is NaN: only one class")
         done.fit(Quiet(), loader(vectors(40)), [loader(data, batch_size=3) for data in datasets])
 
 
-def probes_at_checkpoints(out: Path, start: str, world: int) -> None:
-    """Probes that run while a checkpoint is saved, and their results in that checkpoint."""
+def probes_at_checkpoints(out: Path, start: str, world: int) -> dict[str, Any]:
+    """Probes that run while a checkpoint is saved. Their results are in that checkpoint."""
     data = vectors(21, seed=3)
     probe = Probe(loader(data, batch_size=4), num_classes=CLASSES)
     callback = LogMECallback(probes={"others": probe}, probe_every="checkpoint")
@@ -97,13 +71,13 @@ def probes_at_checkpoints(out: Path, start: str, world: int) -> None:
     module = Classifier().double()
     module.load_state_dict(checkpoint["state_dict"])
     inputs, labels = data.tensors
-    doubled = TensorDataset(inputs.double(), labels)
-    expected = evidence(*penultimate(module, "model.2", doubled), num_classes=CLASSES)
-    row = callback.history[-1]
-    assert (row["key"], row["num_samples"], row["global_step"]) == ("logme/others", 21, checkpoint["global_step"])
-    assert row["logme"] == pytest.approx(float(expected.score), rel=1e-10)
-    assert read_history(out / "saved.ckpt") == callback.history
-    (out / f"{dist.get_rank()}.json").write_text(json.dumps(callback.history))
+    features = penultimate(module, "model.2", TensorDataset(inputs.double(), labels))
+    return {
+        "history": callback.history,
+        "saved": read_history(out / "saved.ckpt"),
+        "global_step": checkpoint["global_step"],
+        "expected": float(evidence(*features, num_classes=CLASSES).score),
+    }
 
 
 class Sharded(Quiet):
@@ -116,40 +90,35 @@ class Sharded(Quiet):
 
 
 def doubles(number: int) -> TensorDataset:
-    """Of double precision, which Lightning has no option for under this strategy."""
+    """Return data in double precision: Lightning has no option for it under this strategy."""
     x, y = vectors(number).tensors
     return TensorDataset(x.double(), y)
 
 
-class Whole(pl.Callback):
-    """Compares sharded runs with the weights put together: those of the checkpoint, and of the history within."""
+class Unsharded(pl.Callback):
+    """Record the score of the sharded weights put together, and the history in a sharded checkpoint."""
 
-    def __init__(self, callback: LogMECallback) -> None:
-        self.callback = callback
+    def __init__(self) -> None:
+        self.report: dict[str, Any] = {}
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         module = Classifier().double()
         module.load_state_dict({name: value.full_tensor() for name, value in pl_module.state_dict().items()})
-        expected = evidence(*penultimate(module, "model.2", doubles(23)))
-        assert self.callback.history[-2]["num_samples"] == 23
-        assert self.callback.history[-2]["logme"] == pytest.approx(float(expected.score), rel=1e-10)
         path = Path(trainer.default_root_dir) / "saved.ckpt"
         trainer.save_checkpoint(path)
-        assert path.is_dir()
-        assert read_history(path) == self.callback.history
+        self.report = {
+            "expected": float(evidence(*penultimate(module, "model.2", doubles(23))).score),
+            "is_sharded": path.is_dir(),
+            "saved": read_history(path),
+        }
 
 
-def fsdp2(out: Path, start: str, world: int) -> None:
+def fsdp2(out: Path, start: str, world: int) -> dict[str, Any]:
     shards = ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1, process_group_backend="gloo")
-    callback = LogMECallback(layers=["model.0"])
-    done = run(callback, out, start, world, Whole(callback), strategy=shards, precision="32-true")
+    callback, unsharded = LogMECallback(layers=["model.0"]), Unsharded()
+    done = run(callback, out, start, world, unsharded, strategy=shards, precision="32-true")
     done.fit(Sharded(mlp().double()), loader(doubles(40)), loader(doubles(23), batch_size=4))
-
-
-def tensor_parallel(out: Path, start: str, world: int) -> None:
-    split = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=world, process_group_backend="gloo")
-    done = run(LogMECallback(), out, start, world, strategy=split, precision="32-true")
-    done.validate(Split(), loader(), verbose=False)
+    return {**unsharded.report, "history": callback.history}
 
 
 class Split(Quiet):
@@ -160,53 +129,44 @@ class Split(Quiet):
         parallelize_module(self.model, self.device_mesh["tensor_parallel"], plan)
 
 
-class RankFails(Quiet):
-    """One process raises an exception of its own, or is killed, while the others go on."""
+def tensor_parallel(out: Path, start: str, world: int) -> None:
+    split = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=world, process_group_backend="gloo")
+    callback = LogMECallback()
+    witness = WritingWitness(out, callback)
+    run(callback, out, start, world, witness, strategy=split, precision="32-true").validate(
+        Split(), loader(), verbose=False
+    )
 
-    how = "raises"
+
+class FailsInProcess1(Quiet):
+    """Process 1 raises an exception, or is killed, while the others go on."""
+
+    is_killed = False
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         if self.global_rank == 1 and batch_idx == 1:
-            if self.how == "killed":
+            if self.is_killed:
                 os.kill(os.getpid(), signal.SIGKILL)
             raise RuntimeError("a mistake of the user's own")
         self(batch[0])
 
 
-def rank_raises(out: Path, start: str, world: int) -> None:
-    run(LogMECallback(), out, start, world).fit(RankFails(), loader(vectors(40)), loader(batch_size=10))
+def one_process_raises(out: Path, start: str, world: int) -> None:
+    run(LogMECallback(), out, start, world).fit(FailsInProcess1(), loader(vectors(40)), loader(batch_size=10))
 
 
-def rank_killed(out: Path, start: str, world: int) -> None:
-    module = RankFails()
-    module.how = "killed"
+def one_process_is_killed(out: Path, start: str, world: int) -> None:
+    module = FailsInProcess1()
+    module.is_killed = True
     run(LogMECallback(), out, start, world).fit(module, loader(vectors(40)), loader(batch_size=10))
 
 
-class FirstBatchFails(Quiet):
-    """What the head gets in one process cannot be scored, from the very first batch."""
-
-    failing = 1000  # batches
-
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self(batch[0])
-        if self.global_rank == 1 and batch_idx < self.failing:
-            self(batch[0])
-
-
 def first_batch_fails(out: Path, start: str, world: int) -> None:
-    run(LogMECallback(), out, start, world).fit(FirstBatchFails(), loader(vectors(40)), loader(batch_size=10))
+    run(LogMECallback(), out, start, world).fit(CallsHeadTwice(), loader(vectors(40)), loader(batch_size=10))
 
 
-def only_first_batch_fails(out: Path, start: str, world: int) -> None:
-    module = FirstBatchFails()
-    module.failing = 1
-    done = run(LogMECallback(), out, start, world, num_sanity_val_steps=0)
-    done.fit(module, loader(vectors(40)), loader(batch_size=10))
-
-
-class EmptyRank(pl.LightningDataModule):
-    """A loader of length 0 in one process."""
+class EmptyLoader(pl.LightningDataModule):
+    """The validation loader has length 0 in every process but the first."""
 
     def __init__(self, allow: bool) -> None:
         super().__init__()
@@ -219,21 +179,27 @@ class EmptyRank(pl.LightningDataModule):
         return loader(vectors(12) if self.trainer.global_rank == 0 else TensorDataset(torch.empty(0, 16)))
 
 
-def empty_rank(out: Path, start: str, world: int) -> None:
+def empty_loader(out: Path, start: str, world: int) -> None:
     done = run(LogMECallback(), out, start, world, use_distributed_sampler=False)
-    done.fit(Quiet(), datamodule=EmptyRank(allow=False))
+    done.fit(Quiet(), datamodule=EmptyLoader(allow=False))
 
 
-def empty_rank_allowed(out: Path, start: str, world: int) -> None:
-    done = run(LogMECallback(), out, start, world, use_distributed_sampler=False)
-    done.fit(Quiet(), datamodule=EmptyRank(allow=True))
+def empty_loader_allowed(out: Path, start: str, world: int) -> None:
+    callback = LogMECallback()
+    done = run(callback, out, start, world, WritingWitness(out, callback), use_distributed_sampler=False)
+    done.fit(Quiet(), datamodule=EmptyLoader(allow=True))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    scenario, folder, start_method, number = sys.argv[1:]
-    globals()[scenario](Path(folder), start_method, int(number))
+    scenarios, folder, start_method, number = sys.argv[1:]
+    for scenario in scenarios.split(","):
+        torch.manual_seed(0)
+        out = Path(folder) / scenario
+        out.mkdir(exist_ok=True)
+        report = globals()[scenario](out, start_method, int(number))
+        if report is not None:
+            write(out, dist.get_rank(), report)
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Networks of the shapes that people bring, small."""
+"""Small networks of common shapes, data for them, and a quiet Trainer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CLASSES = 4
 
 
 class ConvNet(nn.Module):
-    """As torchvision's and timm's CNNs: features, pooling, `fc`."""
+    """A CNN as in torchvision and timm: features, pooling, `fc`."""
 
     def __init__(self, num_classes: int = CLASSES) -> None:
         super().__init__()
@@ -27,11 +27,11 @@ class ConvNet(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """As torchvision's ViT: a CLS token, blocks of linear layers, `heads.head`."""
+    """A vision transformer as in torchvision: a CLS token, blocks of linear layers, `heads.head`."""
 
     def __init__(self, num_classes: int = CLASSES, checkpointing: bool = False) -> None:
         super().__init__()
-        self.heads = nn.Sequential()  # registered before what comes before it
+        self.heads = nn.Sequential()  # registered first, although it runs last
         self.heads.add_module("head", nn.Linear(16, num_classes))
         self.patches = nn.Conv2d(3, 16, 4, stride=4)
         self.cls_token = nn.Parameter(torch.randn(1, 1, 16))
@@ -54,7 +54,7 @@ def mlp(num_features: int = 16, num_outputs: int = CLASSES) -> nn.Sequential:
 
 
 class Classifier(pl.LightningModule):
-    """An ordinary LightningModule, which knows nothing of LogME."""
+    """An ordinary LightningModule without any code for LogME."""
 
     def __init__(
         self, model: nn.Module | None = None, loss: Any = nn.functional.cross_entropy, lr: float = 0.1
@@ -108,13 +108,13 @@ def trainer(tmp_path: Any, *callbacks: pl.Callback, **options: Any) -> pl.Traine
 
 
 def hooks(module: nn.Module) -> int:
-    """How many there are in all of its parts."""
+    """Return the number of forward hooks of a module and of all modules inside it."""
     return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules())
 
 
 @torch.no_grad()
 def penultimate(module: nn.Module, head: str, data: Any) -> tuple[Tensor, Tensor]:
-    """The input of the head for a whole data set, by an ordinary loop."""
+    """Return the input of the head for a whole data set, and the labels."""
     seen: list[Tensor] = []
     handle = module.get_submodule(head).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     training = module.training

@@ -1,212 +1,216 @@
-"""Two real processes give what one gives."""
+"""Two or three real processes give what one process gives."""
 
 import math
-import multiprocessing
+import re
+import warnings
+from functools import partial
 
-import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from launched import Checked, Quiet
 from lightning.pytorch.strategies import DDPStrategy
 from models import CLASSES, loader, penultimate, trainer, vectors
 from oracles import problem
-from spawned import spawn
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchmetrics import MetricCollection
+from witness import CallsHeadTwice, Quiet, Witness, check_equals_one_process
 
 from lightning_logme import Evidence, LogME, LogMECallback, Probe
-from lightning_logme.features.padding import rows_without_padding
 from lightning_logme.features.sampling import Samples
-from lightning_logme.functional import evidence
+from lightning_logme.functional import evidence, logme
 from lightning_logme.scores.moments import Moments, Rows
 
-# Imported before tests fork: see spawned.py.
-multiprocessing.set_forkserver_preload(["torch", "lightning.pytorch", "lightning_logme", "models", "launched"])
 
-
-def _sync_of_uneven_shards(rank, world, empty_rank):
+def _metric_of_uneven_shards(rank, world, empty_rank):
     features, labels = map(torch.as_tensor, problem(101, 6, 4))
     metric = LogME("multiclass", 6, num_classes=4)
     full = [other for other in range(world) if other != empty_rank]
     mine = slice(full.index(rank), None, len(full)) if rank in full else slice(0, 0)
     metric.update(features[mine], labels[mine])
-    expected = evidence(features, labels)
-    for _ in range(2):
-        torch.testing.assert_close(metric.compute(), expected.score, rtol=1e-10, atol=0)
-        assert metric.evidence().num_samples == 101
-        torch.testing.assert_close(metric.evidence().weight, expected.weight)
-    assert int(metric.count) == len(features[mine])  # own sums are back after the sync
+    computed = [(metric.compute(), metric.evidence().num_samples, metric.evidence().weight) for _ in range(2)]
+    own = len(features[mine]), int(metric.count)
     metric.update(features[:10], labels[:10])
-    assert metric.evidence().num_samples == 101 + 10 * world
+    return computed, own, metric.evidence().num_samples
 
 
 @pytest.mark.parametrize(("empty_rank", "world"), [(None, 2), (0, 2), (1, 3)])
-def test_metric(empty_rank, world):
-    spawn(_sync_of_uneven_shards, empty_rank, world=world)
+def test_metric_of_uneven_shards(processes, empty_rank, world):
+    expected = evidence(*map(torch.as_tensor, problem(101, 6, 4)))
+    reports = processes.run(_metric_of_uneven_shards, empty_rank, world=world)
+    assert sum(number for _, (number, _), _ in reports) == 101
+    for computed, (number, count), later in reports:
+        for score, num_samples, weight in computed:
+            torch.testing.assert_close(score, expected.score, rtol=1e-10, atol=0)
+            assert num_samples == 101
+            torch.testing.assert_close(weight, expected.weight)
+        assert count == number  # after the sync, the metric has its own sums again
+        assert later == 101 + 10 * world
 
 
-def _fewer_samples_than_processes(rank, world):
+def _metric_of_two_samples(rank, world):
     features, labels = map(torch.as_tensor, problem(2, 6, 2))
     metric = LogME("multiclass", 6, num_classes=2)
     metric.update(features[rank : rank + 1], labels[rank : rank + 1])
-    torch.testing.assert_close(metric.compute(), evidence(features, labels).score, rtol=1e-10, atol=0)
+    return metric.compute()
 
 
-def test_metric_of_fewer_samples_than_processes():
-    spawn(_fewer_samples_than_processes, world=3)
+def test_metric_of_fewer_samples_than_processes(processes):
+    expected = evidence(*map(torch.as_tensor, problem(2, 6, 2))).score
+    torch.testing.assert_close(processes.run(_metric_of_two_samples, world=3), [expected] * 3, rtol=1e-10, atol=0)
 
 
-def _gathers_nothing(rank, world):
-    """Gathering takes as many matrices as there are processes, in each of them."""
+def _scores_without_gathering(rank, world):
+    """Gathering would need a matrix for each process, in every process."""
 
     def refused(*args, **kwargs):
         raise AssertionError("a state was gathered")
 
-    dist.all_gather = refused
     features, labels = map(torch.as_tensor, problem(50, 6, 4))
     plain, centred = LogME("multiclass", 6, num_classes=4), LogME("multiclass", 6, num_classes=4, fit_intercept=True)
-    collection = MetricCollection({"plain": plain, "centred": centred})  # of one group, which shares its states
-    for part in (slice(rank, 25, world), slice(25 + rank, 50, world)):
-        collection.update(features[part], labels[part])
-        values = collection.compute()
-    assert len(collection.compute_groups) == 1
-    torch.testing.assert_close(values["plain"], evidence(features, labels).score, rtol=1e-10, atol=0)
-    expected = evidence(features, labels, fit_intercept=True)
-    torch.testing.assert_close(values["centred"], expected.score, rtol=1e-10, atol=0)
+    collection = MetricCollection({"plain": plain, "centred": centred})  # in one group, which shares its states
     on_step = LogME("multiclass", 6, num_classes=4, dist_sync_on_step=True)
-    score = on_step(features[rank::world], labels[rank::world])
-    torch.testing.assert_close(score, values["plain"], rtol=1e-10, atol=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_gather", refused)
+        for part in (slice(rank, 25, world), slice(25 + rank, 50, world)):
+            collection.update(features[part], labels[part])
+            values = collection.compute()
+        values["on_step"] = on_step(features[rank::world], labels[rank::world])
+    return values, len(collection.compute_groups)
 
 
-def test_sums_are_reduced_and_never_gathered():
-    spawn(_gathers_nothing)
+def test_sums_are_reduced_and_never_gathered(processes):
+    features, labels = map(torch.as_tensor, problem(50, 6, 4))
+    expected = {name: evidence(features, labels, fit_intercept=name == "centred").score for name in NAMES}
+    reports = processes.run(_scores_without_gathering)
+    assert len(reports) == 2
+    for values, groups in reports:
+        torch.testing.assert_close(values, expected, rtol=1e-10, atol=0)
+        assert groups == 1
 
 
-def _after_inference_mode(rank, world):
+NAMES = ("plain", "centred", "on_step")
+
+
+def _score_after_inference_mode(rank, world):
     features, labels = map(torch.as_tensor, problem(50, 6, 4))
     with torch.inference_mode():
         sums = Moments.zeros(6, 4).accumulate(Rows(features[rank::world], labels[rank::world]))
-    evidences = Evidence.from_moments(sums.all_reduce(), "multiclass")
-    torch.testing.assert_close(evidences.score, evidence(features, labels).score, rtol=1e-10, atol=0)
+    return Evidence.from_moments(sums.all_reduce(), "multiclass").score
 
 
-def test_sums_made_in_inference_mode():
-    spawn(_after_inference_mode)
+def test_sums_made_in_inference_mode_can_be_reduced(processes):
+    expected = evidence(*map(torch.as_tensor, problem(50, 6, 4))).score
+    torch.testing.assert_close(processes.run(_score_after_inference_mode), [expected] * 2, rtol=1e-10, atol=0)
 
 
-def fit(path, module, datasets, train, val=None, layers=(), **options):
-    callback = LogMECallback(layers=layers)
-    checked = Checked(callback, datasets)
-    defaults = {"devices": 2, "strategy": DDPStrategy(start_method="forkserver"), "max_epochs": 1}
-    run = trainer(path, callback, checked, **{**defaults, "precision": "64-true", **options})
-    run.fit(module, train, val)
-    assert "logme" in " ".join(run.callback_metrics)  # what was logged comes back from the processes
+def _fit(rank, world, *, path, module, val, logme=None, callback=LogMECallback, datasets=(), curves=None, **options):
+    """Return the reports of a Witness, and all warnings."""
+    callback = callback(**(logme or {}))
+    witness = Witness(callback, datasets, curves)
+    strategy = DDPStrategy(find_unused_parameters=options.pop("find_unused_parameters", False))
+    defaults = {"devices": world, "strategy": strategy, "max_epochs": 1, "precision": "64-true"}
+    run = trainer(path, callback, witness, **{**defaults, **options})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run.fit(module, loader(vectors(40)), val)
+    return witness.reports, [str(warning.message) for warning in caught]
+
+
+def fit(processes, path, module, val, **options):
+    """Return what :func:`_fit` returns in each of two processes."""
+    return processes.run(partial(_fit, path=path, module=module, val=val, **options))
+
+
+def _error(rank, world, message, **options):
+    with pytest.raises(ValueError, match=message) as caught:
+        _fit(rank, world, **options)
+    return str(caught.value)
+
+
+def check_error_in_both(processes, message, **options):
+    """Assert that a run ends with the same error in both processes."""
+    first, second = processes.run(partial(_error, message=message, **options))
+    assert re.match(message, first)
+    assert first == second
+
+
+def fit_and_compare(processes, path, module, val, datasets, num_samples=None, **options):
+    """Compare a run in two processes with one process that has the whole data sets."""
+    reports = [report for report, _ in fit(processes, path, module, val, datasets=datasets, **options)]
+    check_equals_one_process(reports, num_samples or list(map(len, datasets)))
+
+
+LAYERS = {"layers": ["model.0"]}
 
 
 @pytest.mark.parametrize("number", [11, 16])
-def test_callback_counts_no_padding(tmp_path, number):
+def test_callback_counts_no_padding(processes, tmp_path, number):
     data = vectors(number)
-    fit(tmp_path, Quiet(), [data], loader(vectors(40)), loader(data, batch_size=3), layers=["model.0"])
+    fit_and_compare(processes, tmp_path, Quiet(), loader(data, batch_size=3), [data], [number] * 2, logme=LAYERS)
 
 
-def test_callback_with_several_loaders(tmp_path):
+def test_callback_with_several_loaders(processes, tmp_path):
     datasets = [vectors(number, seed=number) for number in (9, 5, 8)]
-    fit(tmp_path, Quiet(), datasets, loader(vectors(40)), [loader(data, batch_size=3) for data in datasets])
+    fit_and_compare(processes, tmp_path, Quiet(), [loader(data, batch_size=3) for data in datasets], datasets)
 
 
-class FirstRankOnly(IterableDataset):
+class OnlyInFirstProcess(IterableDataset):
     def __iter__(self):
         return iter(vectors(12) if dist.get_rank() == 0 else ())
 
 
-def test_a_rank_without_data(tmp_path):
-    fit(
-        tmp_path,
-        Quiet(),
-        [vectors(12)],
-        loader(vectors(40)),
-        DataLoader(FirstRankOnly(), batch_size=5),
-        layers=["model.0"],
-        num_sanity_val_steps=0,
-    )
+def test_a_process_without_data(processes, tmp_path):
+    val, options = DataLoader(OnlyInFirstProcess(), batch_size=5), {"num_sanity_val_steps": 0, "logme": LAYERS}
+    fit_and_compare(processes, tmp_path, Quiet(), val, [vectors(12)], [12] * 2, **options)
 
 
-class Failing(Quiet):
-    """Calls its head twice in the last batch of one process."""
+class Uneven(IterableDataset):
+    """The first process has twice as many samples as the second."""
 
-    def validation_step(self, batch, batch_idx):
-        self(batch[0])
-        if batch_idx == 1 and self.global_rank == 1:
-            self(batch[0])
+    def __iter__(self):
+        return iter([vectors(30)[index] for index in (range(20) if dist.get_rank() == 0 else range(20, 30))])
 
 
-class AllNaN(pl.Callback):
-    def on_validation_end(self, trainer, pl_module):
-        if not trainer.sanity_checking:
-            assert math.isnan(trainer.callback_metrics["logme"])
+def test_a_process_with_fewer_batches(processes, tmp_path):
+    val = DataLoader(Uneven(), batch_size=5)
+    fit_and_compare(processes, tmp_path, Quiet(), val, [vectors(30)], num_sanity_val_steps=0)
 
 
-@pytest.mark.filterwarnings("ignore:logme is NaN for this validation")
-@pytest.mark.filterwarnings("ignore:LogME is NaN for these samples, after an error. .* .process 1.")
-def test_what_breaks_on_one_rank_is_nan_on_all_and_ends_nothing(tmp_path):
-    run = trainer(
-        tmp_path,
-        LogMECallback(),
-        AllNaN(),
-        devices=2,
-        strategy=DDPStrategy(start_method="forkserver"),
-        num_sanity_val_steps=1,
-    )
-    run.fit(Failing(), loader(vectors(40)), loader(vectors(40), batch_size=10))
-    assert math.isnan(run.callback_metrics["logme"])
+class Unused(Quiet):
+    def __init__(self):
+        super().__init__()
+        self.unused = torch.nn.Parameter(torch.zeros(3))
 
 
-def fit_to_the_end(path, module, callback=None, val=None, **options):
-    """In two processes; whatever happens in one of them must not end the run."""
-    callback = callback or LogMECallback()
-    defaults = {"devices": 2, "strategy": DDPStrategy(start_method="forkserver"), "max_epochs": 1}
-    run = trainer(path, callback, AllNaN(), **{**defaults, **options})
-    run.fit(module, loader(vectors(40)), val or loader(vectors(40), batch_size=10))
-    return run
+def test_unused_parameters(processes, tmp_path):
+    data = vectors(11)
+    fit_and_compare(processes, tmp_path, Unused(), loader(data, 3), [data], find_unused_parameters=True)
 
 
-class NaNOnOneRank(Quiet):
+def test_metrics_come_back_from_processes_that_the_trainer_starts(tmp_path):
+    module, data = Quiet(), vectors(11)
+    strategy = DDPStrategy(start_method="forkserver")
+    options = {"devices": 2, "strategy": strategy, "max_epochs": 1, "precision": "64-true"}
+    run = trainer(tmp_path, LogMECallback(), **options)
+    run.fit(module, loader(vectors(40)), loader(data, batch_size=3))
+    expected = logme(*penultimate(module, "model.2", data), num_classes=CLASSES)
+    assert float(run.callback_metrics["logme"]) == pytest.approx(float(expected), rel=1e-6)
+
+
+class NaNInProcess1(Quiet):
     def validation_step(self, batch, batch_idx):
         self(batch[0] * (math.nan if batch_idx == 1 and self.global_rank == 1 else 1.0))
 
 
-class OneRankSkipsABatch(Quiet):
+class SkipsBatchInProcess1(Quiet):
     def validation_step(self, batch, batch_idx):
         if batch_idx == 1 and self.global_rank == 1:
             return
         self(batch[0])
 
 
-@pytest.mark.timeout(120)
-@pytest.mark.filterwarnings("ignore:LogME is NaN|logme is NaN")
-@pytest.mark.parametrize("module", [NaNOnOneRank, OneRankSkipsABatch])
-def test_what_one_rank_spoils_is_nan_on_all_and_ends_nothing(tmp_path, module):
-    run = fit_to_the_end(tmp_path, module())
-    assert math.isnan(run.callback_metrics["logme"])
-
-
-class Uneven(IterableDataset):
-    """The last batch of one process is missing in the other."""
-
-    def __iter__(self):
-        return iter([vectors(30)[index] for index in (range(20) if dist.get_rank() == 0 else range(20, 30))])
-
-
-@pytest.mark.timeout(120)
-def test_a_rank_with_fewer_batches(tmp_path):
-    data = DataLoader(Uneven(), batch_size=5)
-    fit(tmp_path, Quiet(), [vectors(30)], loader(vectors(40)), data, num_sanity_val_steps=0)
-
-
-class FailsInTheEnd(LogMECallback):
-    """One process runs out of memory when the first points of a curve are turned into evidence."""
+class OutOfMemoryInProcess1(LogMECallback):
+    """Process 1 runs out of memory after the sums were reduced, when they are turned into evidence."""
 
     def on_validation_epoch_end(self, trainer, pl_module):
         whole = Evidence.from_moments
@@ -216,231 +220,139 @@ class FailsInTheEnd(LogMECallback):
                 raise MemoryError("on purpose")
             return whole(moments, *args)
 
-        Evidence.from_moments = fails
-        try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Evidence, "from_moments", fails)
             super().on_validation_epoch_end(trainer, pl_module)
-        finally:
-            Evidence.from_moments = whole
 
 
-@pytest.mark.timeout(120)
-@pytest.mark.filterwarnings("ignore:LogME is NaN, after an error")
-def test_a_rank_that_fails_when_the_sums_are_there_keeps_nobody_waiting(tmp_path):
-    run = fit_to_the_end(tmp_path, Quiet(), FailsInTheEnd(curve=True, layers=["model.0"]))
-    assert math.isnan(run.callback_metrics["logme"])
+@pytest.mark.parametrize(
+    ("module", "options", "warnings"),
+    [
+        (
+            CallsHeadTwice([1]),
+            {"num_sanity_val_steps": 1},
+            (
+                "LogME is NaN for these samples, after an error: .* was called 2 times for one batch, .* .process 1.",
+                "logme is NaN for this validation, after an error in batch 1: .* was called 2 times for one batch",
+            ),
+        ),
+        (NaNInProcess1(), {}, ("LogME is NaN: the features contain NaN or Inf",) * 2),
+        (
+            SkipsBatchInProcess1(),
+            {},
+            (
+                "LogME is NaN for these samples, after an error: it called none of the modules .* .process 1.",
+                "logme is NaN for this validation, after an error in batch 1: it called none of the modules",
+            ),
+        ),
+        (
+            Quiet(),
+            {"callback": OutOfMemoryInProcess1, "logme": {"curve": True, **LAYERS}},
+            (None, "LogME is NaN, after an error: MemoryError: on purpose"),
+        ),
+    ],
+    ids=["head called twice", "NaN features", "batch skipped", "no memory for the evidence"],
+)
+def test_a_failure_in_one_process_is_nan_in_all_and_the_run_goes_on(processes, tmp_path, module, options, warnings):
+    answers = fit(processes, tmp_path, module, loader(vectors(40), batch_size=10), **options)
+    assert len(answers) == 2
+    for ((report,), messages), warning in zip(answers, warnings, strict=True):
+        assert math.isnan(report["metrics"]["logme"])
+        assert warning is None or any(re.match(warning, message) for message in messages), messages
 
 
-class NoLabelsOnOneRank:
-    """Batches whose labels are missing in one process."""
+@pytest.mark.parametrize(("batches", "sanity"), [(None, 0), (None, 1), ([0], 0)])
+def test_a_first_batch_that_cannot_be_scored_in_one_process_is_an_error_in_all(processes, tmp_path, batches, sanity):
+    logme = {"probes": {"news": loader(vectors(60), 9)}}
+    options = {"path": tmp_path, "module": CallsHeadTwice(batches), "val": loader(vectors(40), 10)}
+    message = "the head 'model.2' was called 2 times for one batch, .* .process 1."
+    check_error_in_both(processes, message, **options, logme=logme, num_sanity_val_steps=sanity)
+
+
+@pytest.mark.parametrize("sanity", [0, 1])
+def test_probes_alone_do_not_mind_how_validation_calls_the_head(processes, tmp_path, sanity):
+    logme = {"probes": {"news": loader(vectors(60), 9)}, "validation": False}
+    val = loader(vectors(40), 10)
+    answers = fit(processes, tmp_path, CallsHeadTwice(), val, logme=logme, num_sanity_val_steps=sanity)
+    assert len(answers) == 2
+    for (report,), _ in answers:
+        assert "logme" not in report["metrics"]
+        assert math.isfinite(report["metrics"]["logme/news"])
+
+
+class NoLabelsInProcess1:
+    """Batches whose labels are missing in process 1."""
 
     def __iter__(self):
         x, y = vectors(20).tensors
         yield (x, y) if dist.get_rank() == 0 else (x,)
 
 
-@pytest.mark.timeout(120)
-def test_a_probe_without_labels_on_one_rank_is_an_error_on_all(tmp_path):
-    probes = {"news": Probe(NoLabelsOnOneRank(), num_classes=CLASSES)}
-    with pytest.raises(mp.ProcessRaisedException, match=r"probes\['news'\]: no labels found .*process 1"):
-        fit_with_probes(tmp_path, probes)
+PROBES_ALONE = {"curve": True, "validation": False}
 
 
-class Unused(Quiet):
-    def __init__(self):
-        super().__init__()
-        self.unused = torch.nn.Parameter(torch.zeros(3))
+def test_a_probe_without_labels_in_one_process_is_an_error_in_all(processes, tmp_path):
+    logme = {"probes": {"news": Probe(NoLabelsInProcess1(), num_classes=CLASSES)}, **PROBES_ALONE}
+    options = {"path": tmp_path, "module": Quiet(), "val": loader(vectors(40))}
+    check_error_in_both(processes, r"probes\['news'\]: no labels found .*process 1", **options, logme=logme)
 
 
-def test_unused_parameters(tmp_path):
-    strategy = DDPStrategy(start_method="forkserver", find_unused_parameters=True)
-    fit(tmp_path, Unused(), [vectors(11)], loader(vectors(40)), loader(vectors(11), 3), strategy=strategy)
-
-
-def _runs_of_their_own(rank, world, path):
-    """As in a search of hyperparameters, whose processes know each other and train for themselves."""
+def _history_of_a_run_alone(rank, world, path):
+    """As in a search of hyperparameters, where connected processes train separately."""
+    callback = LogMECallback(probes={"news": loader(vectors(40))}, curve=True)
     if rank == 0:
-        callback = LogMECallback(probes={"news": loader(vectors(40))}, curve=True)
         run = trainer(path, callback, max_epochs=1, num_sanity_val_steps=1)
         run.fit(Quiet(), loader(vectors(40)), loader(vectors(40)))
-        assert [row["num_samples"] for row in callback.history] == [40, 40]
+    return [row["num_samples"] for row in callback.history]
 
 
-@pytest.mark.timeout(120)
-def test_a_run_of_one_process_waits_for_no_other(tmp_path):
-    spawn(_runs_of_their_own, tmp_path)
+def test_a_run_of_one_process_waits_for_no_other(processes, tmp_path):
+    assert processes.run(_history_of_a_run_alone, tmp_path) == [[40, 40], []]
 
 
-class ProbesOfOneProcess(pl.Callback):
-    """Compares in each process, where the callback's curves are, with a run that is not distributed."""
-
-    def __init__(self, callback, datasets):
-        self.callback, self.datasets = callback, datasets
-
-    def on_validation_end(self, trainer, pl_module):
-        if trainer.sanity_checking:
-            return
-        for name, data in self.datasets.items():
-            portions = list(Samples(loader(data, 9), "multiclass", None, 0).portions(0, None))
-            tensors = torch.cat([p.batch[0] for p in portions]), torch.cat([p.target for p in portions])
-            features, labels = penultimate(pl_module, "model.2", TensorDataset(*tensors))
-            curve = self.callback.curves[name]
-            assert curve[-1].num_samples == len(data)
-            for point in curve:
-                number = point.num_samples
-                expected = evidence(features[:number], labels[:number], num_classes=CLASSES)
-                assert point.logme == pytest.approx(float(expected.score), rel=1e-9)
-            assert float(trainer.callback_metrics[name]) == pytest.approx(curve[-1].logme, rel=1e-6)
+def as_probes_take_them(data):
+    """Return a data set in the order in which a probe takes its samples."""
+    portions = list(Samples(loader(data, 9), "multiclass", None, 0).portions(0, None))
+    return TensorDataset(torch.cat([p.batch[0] for p in portions]), torch.cat([p.target for p in portions]))
 
 
-def fit_with_probes(path, probes, checked=(), module=None, **options):
-    callback = LogMECallback(probes=probes, curve=True, validation=False)
-    run = trainer(
-        path,
-        callback,
-        ProbesOfOneProcess(callback, dict(checked)),
-        devices=2,
-        strategy=DDPStrategy(start_method="forkserver"),
-        max_epochs=1,
-        precision="64-true",
-        **options,
-    )
-    run.fit(module or Quiet(), loader(vectors(40)), loader(vectors(40)))
-    return run
+def test_the_batches_of_probes_are_shared_out(processes, tmp_path):
+    # The small data set is a single batch, so that one process gets none of it.
+    large, small = vectors(150, seed=1), vectors(7, seed=2)
+    logme = {"probes": {"large": loader(large, 9), "small": loader(small, 9)}, **PROBES_ALONE}
+    curves = {"logme/large": as_probes_take_them(large), "logme/small": as_probes_take_them(small)}
+    answers = fit(processes, tmp_path, Quiet(), loader(vectors(40)), logme=logme, curves=curves)
+    check_equals_one_process([reports for reports, _ in answers], [150, 7])
+    for (report,), _ in answers:
+        assert {key: curve[-1][0] for key, curve in report["curves"].items()} == {"logme/large": 150, "logme/small": 7}
 
 
-def test_probes_are_shared_out(tmp_path):
-    large, small = vectors(150, seed=1), vectors(7, seed=2)  # the small one is one batch: a process has none of it
-    probes = {"large": loader(large, 9), "small": loader(small, 9)}
-    fit_with_probes(tmp_path, probes, {"logme/large": large, "logme/small": small})
+def test_a_curve_of_the_validation_set(processes, tmp_path):
+    data = vectors(75)
+    answers = fit(processes, tmp_path, Quiet(), loader(data, 6), logme={"curve": True}, curves={"logme": data})
+    check_equals_one_process([reports for reports, _ in answers], [75])
+    for (report,), _ in answers:
+        assert [number for number, _, _ in report["curves"]["logme"]] == [32, 64, 75]
 
 
-class FailingProbe(Quiet):
+class ProbeFailsInProcess1(Quiet):
+    """Fails in batches of 9 samples, which only a probe has."""
+
     def forward(self, x):
         if len(x) == 9 and not self.trainer.sanity_checking and self.global_rank == 1:
             raise RuntimeError("on purpose")
         return super().forward(x)
 
 
-@pytest.mark.filterwarnings("ignore:logme/broken is NaN")
-def test_a_probe_that_breaks_on_one_rank_is_nan_on_all(tmp_path):
-    probes = {"broken": loader(vectors(60), 9), "whole": loader(vectors(60), 10)}
-    run = fit_with_probes(tmp_path, probes, module=FailingProbe())
-    assert math.isnan(run.callback_metrics["logme/broken"])
-    assert math.isfinite(run.callback_metrics["logme/whole"])
-
-
-class FailingAtOnce(Quiet):
-    """Calls its head twice in every batch of one process, the first one too."""
-
-    def validation_step(self, batch, batch_idx):
-        self(batch[0])
-        if self.global_rank == 1:
-            self(batch[0])
-
-
-class OnlyProbes(pl.Callback):
-    def on_validation_end(self, trainer, pl_module):
-        if not trainer.sanity_checking:
-            assert "logme" not in trainer.callback_metrics
-            assert math.isfinite(trainer.callback_metrics["logme/news"])
-
-
-@pytest.mark.timeout(120)
-@pytest.mark.parametrize("sanity", [0, 1])
-def test_first_batch_that_cannot_be_scored_on_one_rank_is_an_error_on_all(tmp_path, sanity):
-    options = {"devices": 2, "num_sanity_val_steps": sanity}
-    callback = LogMECallback(probes={"news": loader(vectors(60), 9)})
-    run = trainer(tmp_path, callback, strategy=DDPStrategy(start_method="forkserver"), **options)
-    message = "the head 'model.2' was called 2 times for one batch, .* .process 1."
-    with pytest.raises(mp.ProcessRaisedException, match=message):
-        run.fit(FailingAtOnce(), loader(vectors(40)), loader(vectors(40), 10))
-    callback = LogMECallback(probes={"news": loader(vectors(60), 9)}, validation=False)
-    run = trainer(tmp_path, callback, OnlyProbes(), strategy=DDPStrategy(start_method="forkserver"), **options)
-    run.fit(FailingAtOnce(), loader(vectors(40)), loader(vectors(40), 10))
-    assert math.isfinite(run.callback_metrics["logme/news"])
-
-
-class CurveOfOneProcess(pl.Callback):
-    def __init__(self, callback, data):
-        self.callback, self.data = callback, data
-
-    def on_validation_end(self, trainer, pl_module):
-        if trainer.sanity_checking:
-            return
-        features, labels = penultimate(pl_module, "model.2", self.data)
-        assert [point.num_samples for point in self.callback.curves["logme"]] == [32, 64, 75]
-        for point in self.callback.curves["logme"]:
-            expected = evidence(features[: point.num_samples], labels[: point.num_samples], num_classes=CLASSES)
-            assert point.logme == pytest.approx(float(expected.score), rel=1e-9)
-
-
-def test_curve_of_the_validation_set(tmp_path):
-    data, callback = vectors(75), LogMECallback(curve=True)
-    strategy = DDPStrategy(start_method="forkserver")
-    options = {"devices": 2, "strategy": strategy, "max_epochs": 1, "precision": "64-true"}
-    run = trainer(tmp_path, callback, CurveOfOneProcess(callback, data), **options)
-    run.fit(Quiet(), loader(vectors(40)), loader(data, 6))
-
-
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
-@pytest.mark.parametrize("number", [1, 2, 5, 8, 11])
-@pytest.mark.parametrize("shuffle", [False, True])
-@pytest.mark.parametrize("batch_size", [1, 2, 3])
-def test_padding_rule(world, number, shuffle, batch_size):
-    """Over all ranks each sample is kept exactly once."""
-    kept = []
-    for rank in range(world):
-        sampler = DistributedSampler(range(number), world, rank, shuffle=shuffle)
-        data = DataLoader(range(number), batch_size=batch_size, sampler=sampler)
-        for index, batch in enumerate(data):
-            kept += batch[: rows_without_padding(data, index, len(batch))].tolist()
-    assert sorted(kept) == list(range(number))
-
-
-def test_a_data_set_of_batches_has_whole_batches_of_padding():
-    kept = []
-    for rank in range(2):
-        data = DataLoader(vectors(5), batch_size=None, sampler=DistributedSampler(range(5), 2, rank, shuffle=False))
-        kept += [rows_without_padding(data, index, 7) for index in range(3)]
-    assert kept == [7, 7, 7, 7, 7, 0]
-
-
-class Blocks(DistributedSampler):
-    """The first process has the first samples."""
-
-    def __iter__(self):
-        share = len(self)
-        return iter([index % 11 for index in range(self.rank * share, (self.rank + 1) * share)])
-
-
-class Twice(DistributedSampler):
-    """Every sample comes two times."""
-
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
-        self.num_samples *= 2
-        self.total_size *= 2
-
-
-class Sorted(torch.utils.data.BatchSampler):
-    """By length, for instance."""
-
-    def __iter__(self):
-        return iter(sorted(super().__iter__()))
-
-
-@pytest.mark.parametrize(
-    ("data", "number"),
-    [
-        (DataLoader(range(11), sampler=Blocks(range(11), 2, 1), batch_size=3), 3),
-        (DataLoader(range(11), sampler=Twice(range(11), 2, 1), batch_size=3), 3),
-        (DataLoader(range(11), batch_sampler=Sorted(DistributedSampler(range(11), 2, 1), 3, False)), 3),
-        (DataLoader(range(11), sampler=DistributedSampler(range(11), 2, 1), batch_size=3), 6),  # two crops a sample
-        (DataLoader(range(11), sampler=DistributedSampler(range(11), 2, 1), batch_size=3), 2),  # one was dropped
-    ],
-)
-def test_padding_of_other_orders_and_rows_is_not_guessed(data, number):
-    assert rows_without_padding(data, 0, number) is None
+def test_a_probe_that_fails_in_one_process_is_nan_in_all(processes, tmp_path):
+    logme = {"probes": {"broken": loader(vectors(60), 9), "whole": loader(vectors(60), 10)}, **PROBES_ALONE}
+    answers = fit(processes, tmp_path, ProbeFailsInProcess1(), loader(vectors(40)), logme=logme)
+    assert len(answers) == 2
+    for (report,), _ in answers:
+        assert math.isnan(report["metrics"]["logme/broken"])
+        assert math.isfinite(report["metrics"]["logme/whole"])
+    message = "LogME is NaN for these samples, after an error: RuntimeError: on purpose (process 1)"
+    assert message in answers[0][1]
 
 
 class Crops(Quiet):
@@ -450,34 +362,10 @@ class Crops(Quiet):
         return [tensor.repeat_interleave(2, 0) for tensor in batch]
 
 
-class CropsCounted(pl.Callback):
-    def __init__(self, callback):
-        self.callback = callback
-
-    def on_validation_end(self, trainer, pl_module):
-        if not trainer.sanity_checking:
-            assert self.callback.history[-1]["num_samples"] == 2 * 12  # one sample comes twice
-
-
-@pytest.mark.filterwarnings("ignore:logme. the rows of a batch are not the samples")
-def test_two_rows_a_sample(tmp_path):
-    callback = LogMECallback()
-    run = trainer(
-        tmp_path,
-        callback,
-        CropsCounted(callback),
-        devices=2,
-        strategy=DDPStrategy(start_method="forkserver"),
-        max_epochs=1,
-    )
-    run.fit(Crops(), loader(vectors(40)), loader(vectors(11), 3))
-    assert "logme" in run.callback_metrics
-
-
-def test_other_samplers_have_no_padding():
-    assert rows_without_padding(DataLoader(range(5), batch_size=2), 2, 2) == 2
-    assert rows_without_padding(None, 0, 3) == 3
-    sampler = DistributedSampler(range(5), 2, 1, drop_last=True)
-    assert rows_without_padding(DataLoader(range(5), sampler=sampler), 0, 2) == 2
-    batched = torch.utils.data.BatchSampler(DistributedSampler(range(5), 2, 1), 2, drop_last=False)
-    assert rows_without_padding(DataLoader(range(5), batch_sampler=batched), 1, 1) == 0
+def test_padding_is_counted_where_a_sample_has_two_rows(processes, tmp_path):
+    answers = fit(processes, tmp_path, Crops(), loader(vectors(11), 3))
+    assert len(answers) == 2
+    for (report,), _ in answers:
+        assert report["history"][-1]["num_samples"] == 2 * 12  # one of 11 samples comes twice
+        assert "logme" in report["metrics"]
+    assert any("logme: the rows of a batch are not the samples" in message for message in answers[0][1])

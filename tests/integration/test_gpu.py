@@ -1,4 +1,4 @@
-"""The same on a CUDA device."""
+"""Scores on a CUDA device equal those on the CPU."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def test_function_and_metric_equal_the_cpu(n, d, fit_intercept):
     assert metric.cpu().gram.device.type == "cpu"
 
 
-def test_bad_labels_raise_instead_of_a_device_side_assert():
+def test_bad_labels_raise_an_error_and_no_device_side_assert():
     metric = LogME("multiclass", 4, num_classes=3).cuda()
     with pytest.raises(ValueError, match="labels from 0 to 7"):
         metric.update(torch.randn(5, 4).cuda(), torch.tensor([0, 1, 2, 7, 1]).cuda())
@@ -36,7 +36,7 @@ def test_bad_labels_raise_instead_of_a_device_side_assert():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_small_batches_equal_exact_sums(dtype):
+def test_sums_of_small_batches_are_exact(dtype):
     features, labels = map(torch.as_tensor, problem(20_000, 12, 3))
     features = (features + 3).to(dtype)
     metric = LogME("multiclass", 12, num_classes=3).cuda()
@@ -60,7 +60,7 @@ def test_memory_does_not_depend_on_the_number_of_samples():
     assert peaks[1] <= 1.1 * peaks[0]
 
 
-def test_sums_over_processes_by_nccl():
+def test_sums_are_reduced_by_nccl():
     features, labels = (torch.as_tensor(part).cuda() for part in problem(200, 8, 4))
     metric = LogME("multiclass", 8, num_classes=4).cuda()
     metric.update(features, labels)
@@ -75,7 +75,7 @@ def test_sums_over_processes_by_nccl():
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed", "bf16-true"])
 @pytest.mark.parametrize("build", [ConvNet, VisionTransformer])
-def test_trainer(tmp_path, precision, build):
+def test_callback_scores_every_sample_in_any_precision(tmp_path, precision, build):
     callback, data = LogMECallback(), images()
     run = trainer(tmp_path, callback, accelerator="cuda", precision=precision)
     run.fit(Classifier(build(), lr=1e-3), loader(data), loader(data))
@@ -83,7 +83,7 @@ def test_trainer(tmp_path, precision, build):
     assert callback.history[-1]["gain"] > 0
 
 
-def test_compile(tmp_path):
+def test_callback_scores_a_compiled_module(tmp_path):
     torch.compiler.reset()
     module, callback = Classifier(), LogMECallback()
     module.compile()
@@ -91,7 +91,7 @@ def test_compile(tmp_path):
     assert [row["num_samples"] for row in callback.history] == [96, 96]
 
 
-def test_ranking_equals_that_of_the_cpu():
+def test_ranking_equals_that_on_the_cpu():
     candidates = {**good_to_bad(), "made": lambda: torch.nn.Linear(24, 300)}
     devices = {}
     for accelerator in ("cpu", "cuda"):
@@ -99,11 +99,12 @@ def test_ranking_equals_that_of_the_cpu():
             candidates, target_loader(1100), **{**QUIET, "accelerator": accelerator, "race": False}
         )
     assert devices["cuda"].scores == pytest.approx(devices["cpu"].scores, abs=1e-5)
+    assert len(devices["cuda"].rows) == 4
     assert all(row.peak_memory > 0 for row in devices["cuda"].rows)
     assert next(candidates["good"].parameters()).device.type == "cpu"
 
 
-def test_ranking_goes_on_after_running_out_of_memory():
+def test_a_candidate_that_runs_out_of_memory_does_not_end_the_ranking():
     def too_large():
         return torch.nn.Linear(24, 2**36, device="cuda")
 
@@ -113,7 +114,7 @@ def test_ranking_goes_on_after_running_out_of_memory():
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_probes_layers_and_curves(tmp_path, precision):
+def test_probes_layers_and_curves_equal_those_on_the_cpu(tmp_path, precision):
     other = vectors(150, seed=7, classes=3)
     scores = {}
     for accelerator in ("cpu", "cuda"):
@@ -125,10 +126,11 @@ def test_probes_layers_and_curves(tmp_path, precision):
         assert torch.equal(torch.cuda.get_rng_state(), state)
         scores[accelerator] = {key: torch.tensor(curve) for key, curve in callback.curves.items()}
     tolerance = 1e-5 if precision == "32-true" else 2e-2
+    assert len(scores["cpu"]) == 8
     torch.testing.assert_close(scores["cuda"], scores["cpu"], rtol=tolerance, atol=tolerance)
 
 
-def test_features_that_a_callable_leaves_on_the_cpu(tmp_path):
+def test_features_on_the_cpu_are_scored(tmp_path):
     callback = LogMECallback(features=lambda module, batch: module.model[0](batch[0]).cpu(), num_classes=4)
     trainer(tmp_path, callback, accelerator="cuda").validate(Classifier(), loader(), verbose=False)
     (row,) = callback.history

@@ -1,21 +1,17 @@
-"""Runs that are interrupted or killed, and resumed.
-
-`python tests/integration/test_interruptions.py WHERE OUT` is one such run.
-"""
+"""Runs that are interrupted or killed, and resumed."""
 
 import copy
 import os
 import pickle
 import signal
-import subprocess
 import sys
-from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from models import Classifier, hooks, loader, trainer
+from spawned import CONTEXT
 
 from lightning_logme import LogMECallback, read_history
 
@@ -44,10 +40,11 @@ HOOKS = [
     "on_fit_end",
     "teardown",
 ]
+QUICK = ("setup", "on_validation_batch_end", "on_save_checkpoint", "teardown")  # the hooks that the quick tests cover
 
 
 def stop_at(hook, act, time=2):
-    """A callback that acts when this hook comes for the second time, or once where it comes but once."""
+    """Return a callback that acts in the second call of the hook, or in the first if there is only one."""
     once = "fit" in hook or "sanity" in hook or hook in ("setup", "teardown", "on_train_start", "on_train_end")
     times = 0
 
@@ -62,7 +59,7 @@ def stop_at(hook, act, time=2):
 
 
 def prepared(path, stop=None, before=True, **saving):
-    """Three epochs, each of which leaves a checkpoint, and something that may stop them."""
+    """Return a Trainer for three epochs, each of which writes a checkpoint, and a module. ``stop`` may stop the run."""
     torch.manual_seed(0)
     callbacks = [LogMECallback(layers=["model.0"])]
     if stop is not None:
@@ -75,17 +72,17 @@ def history_of(run):
     return next(callback for callback in run.callbacks if isinstance(callback, LogMECallback)).history
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def whole(tmp_path_factory):
-    """The history of a run that nothing stops."""
+    """The history of a run that is not interrupted."""
     run, module = prepared(tmp_path_factory.mktemp("whole"))
     run.fit(module, loader(), loader())
     assert len(history_of(run)) == 6
     return history_of(run)
 
 
-def check_that_it_goes_on(path, whole):
-    """From the last checkpoint, or from the start where there is none: nothing is lost, and nothing comes twice."""
+def check_resumed(path, whole):
+    """Resume from the last checkpoint, or start again where there is none: no row is lost, and none comes twice."""
     last = path / "last.ckpt"
     run, module = prepared(path)
     run.fit(module, loader(), loader(), ckpt_path=last if last.exists() else None)
@@ -93,7 +90,8 @@ def check_that_it_goes_on(path, whole):
     assert read_history(last) == whole
 
 
-def check_that_nothing_is_left_in(module):
+def check_unchanged(module):
+    """Check that the callback left nothing in the module: no hook, no state, nothing that cannot be pickled."""
     assert hooks(module) == 0
     assert set(module.state_dict()) == set(Classifier().state_dict())
     assert set(vars(module.model)) == set(vars(Classifier().model))
@@ -104,31 +102,33 @@ def check_that_nothing_is_left_in(module):
 
 @pytest.mark.usefixtures("_interruptible")
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
-@pytest.mark.parametrize("hook", HOOKS)
-def test_ctrl_c(tmp_path, hook, before, whole):
+@pytest.mark.parametrize(
+    "hook", [pytest.param(hook, marks=[] if hook in QUICK else pytest.mark.slow) for hook in HOOKS]
+)
+def test_ctrl_c_in_any_hook_leaves_the_module_unchanged_and_loses_no_row(tmp_path, hook, before, whole):
     run, module = prepared(tmp_path, stop_at(hook, lambda: os.kill(os.getpid(), signal.SIGINT)), before)
     with pytest.raises((SystemExit, KeyboardInterrupt)):
         run.fit(module, loader(), loader())
-    check_that_nothing_is_left_in(module)
+    check_unchanged(module)
     assert history_of(run) == whole[: len(history_of(run))]
-    check_that_it_goes_on(tmp_path, whole)
+    check_resumed(tmp_path, whole)
 
 
 @pytest.mark.usefixtures("_interruptible")
-def test_the_same_callback_goes_on_after_ctrl_c(tmp_path, whole):
+def test_the_same_callback_can_resume_after_ctrl_c(tmp_path, whole):
     run, module = prepared(tmp_path, stop_at("on_validation_end", lambda: os.kill(os.getpid(), signal.SIGINT)))
     with pytest.raises((SystemExit, KeyboardInterrupt)):
         run.fit(module, loader(), loader())
     callback = next(callback for callback in run.callbacks if isinstance(callback, LogMECallback))
-    assert len(callback.history) == 4  # of two epochs, and one checkpoint
+    assert len(callback.history) == 4  # two epochs, but only the first has left a checkpoint
     again = trainer(tmp_path, callback, max_epochs=3)
     again.fit(Classifier(), loader(), loader(), ckpt_path=tmp_path / "epoch=0.ckpt")
     assert callback.history == whole
 
 
 @pytest.mark.filterwarnings("ignore:.*fit.ckpt_path=:UserWarning")
-def test_a_checkpoint_written_in_the_middle_of_a_validation(tmp_path, whole):
-    """Lightning goes on after that validation, which therefore has no row; no other is lost or comes twice."""
+def test_a_checkpoint_written_in_the_middle_of_a_validation_loses_only_its_row(tmp_path, whole):
+    """Lightning resumes after that validation, which therefore has no row. No other row is lost or comes twice."""
 
     def fail():
         raise RuntimeError("a mistake of the user's own")
@@ -150,8 +150,9 @@ class Deadly:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def to_be_killed(where, path):
-    """A run in a process of its own."""
+def run_until_killed(where, path):
+    """Run, and kill this process at that place: in a hook, or while a checkpoint is pickled or moved."""
+    torch.set_num_threads(1)
 
     def kill():
         os.kill(os.getpid(), signal.SIGKILL)
@@ -177,17 +178,20 @@ def to_be_killed(where, path):
 @pytest.mark.parametrize(
     "where", ["on_validation_batch_end", "on_validation_epoch_end", "pickled", "moved", "on_train_batch_end"]
 )
-def test_sigkill(tmp_path, where, whole):
-    """In a validation, while a checkpoint is made and while it is put into its place, and in training."""
-    arguments = [sys.executable, "-W", "ignore", __file__, where, str(tmp_path)]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert all(read_history(path) for path in tmp_path.glob("*.ckpt"))  # every one that there is can be read
-    check_that_it_goes_on(tmp_path, whole)
+def test_a_run_can_be_resumed_after_sigkill(tmp_path, where, whole):
+    """In a validation, while a checkpoint is made, while it is moved into its place, and in training."""
+    process = CONTEXT.Process(target=run_until_killed, args=(where, tmp_path))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    checkpoints = list(tmp_path.glob("*.ckpt"))
+    assert checkpoints
+    assert all(read_history(path) for path in checkpoints)
+    check_resumed(tmp_path, whole)
 
 
-def test_half_a_checkpoint_is_told(tmp_path):
-    """As a file system leaves it that does not move files into their place."""
+def test_half_a_checkpoint_is_an_error_that_says_so(tmp_path):
+    """A file system that does not move files into their place can leave one."""
     run, module = prepared(tmp_path)
     run.fit(module, loader(), loader())
     path = tmp_path / "epoch=1.ckpt"
@@ -196,8 +200,3 @@ def test_half_a_checkpoint_is_told(tmp_path):
         path.write_bytes(content[:part])
         with pytest.raises(ValueError, match=r"epoch=1.ckpt' cannot be read: it is not a complete checkpoint"):
             read_history(path)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    to_be_killed(sys.argv[1], Path(sys.argv[2]))

@@ -1,4 +1,4 @@
-"""What can be a candidate of rank_backbones, and how it is called."""
+"""Candidates of rank_backbones, and how they are called."""
 
 import re
 from typing import NamedTuple
@@ -6,7 +6,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from backbones import CLASSES, WIDTH, Columns, good_to_bad, rank, target_loader, target_set
-from models import ConvNet, VisionTransformer, images
+from models import ConvNet, VisionTransformer, hooks, images
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification, BertModel
@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel
 from lightning_logme.functional import logme
 
 
-def test_modules_are_left_as_they_were():
+def test_ranking_leaves_modules_unchanged():
     model = ConvNet().train()
     model.fc.eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -24,12 +24,12 @@ def test_modules_are_left_as_they_were():
     assert model.training
     assert not model.fc.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert not model.fc._forward_pre_hooks
+    assert hooks(model) == 0
     assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "64-true"])
-def test_precision_leaves_the_module_as_it_was(precision):
+def test_precision_leaves_the_module_unchanged(precision):
     model = nn.Linear(WIDTH, 8)
     weight = model.weight.detach().clone()
     data = target_set()
@@ -45,12 +45,12 @@ def test_precision_leaves_the_module_as_it_was(precision):
     ("model", "head", "width"),
     [(ConvNet(), "auto", 8), (ConvNet(), "fc", 8), (ConvNet(), None, 4), (VisionTransformer(), "heads.head", 16)],
 )
-def test_head(model, head, width):
+def test_head_selects_the_feature(model, head, width):
     ranking = rank({"net": model}, DataLoader(images(), 16), head=head, num_classes=4)
     assert ranking.rows[0].num_features == width
 
 
-def test_options_by_candidate():
+def test_options_can_differ_by_candidate():
     backbone = VisionTransformer().patches  # maps (N, 16, 3, 3)
     candidates = {"mean": backbone, "first": backbone, "head": ConvNet(), "own": ConvNet()}
     ranking = rank(
@@ -65,7 +65,7 @@ def test_options_by_candidate():
     assert len(set(ranking.scores.values())) == 4
 
 
-def test_transforms_are_each_candidates_own():
+def test_a_transform_applies_to_its_candidate_alone():
     x, y = target_set().tensors
     ranking = rank(
         {"raw": nn.Identity(), "first": nn.Identity(), "inputs only": nn.Identity()},
@@ -79,7 +79,7 @@ def test_transforms_are_each_candidates_own():
     assert ranking.scores["first"] == pytest.approx(float(logme(x[:, :8], y)), abs=1e-9)
 
 
-def test_factories_are_made_anew_and_seeded():
+def test_a_factory_is_called_in_each_round_with_the_same_seed():
     made = []
 
     def factory():
@@ -96,8 +96,8 @@ def test_factories_are_made_anew_and_seeded():
     assert all(torch.equal(made[0].weight, other.weight) for other in made)
 
 
-def test_a_factory_that_changes_is_found_out():
-    generator = torch.Generator()  # not torch's own, which is seeded
+def test_a_factory_that_makes_another_network_is_detected():
+    generator = torch.Generator()  # rankings seed the default generator
 
     class Random(Columns):
         def __init__(self):
@@ -122,7 +122,7 @@ def test_a_factory_that_changes_is_found_out():
     assert {row.ended for row in rank(candidates, target_loader(2000)).rows} == {"finished"}
 
 
-def test_outputs_that_share_memory():
+def test_outputs_that_share_memory_are_copied():
     class Buffered(nn.Module):
         def __init__(self):
             super().__init__()
@@ -136,7 +136,7 @@ def test_outputs_that_share_memory():
     assert ranking.scores["buffered"] == ranking.scores["plain"]
 
 
-def test_inputs_that_are_written_to():
+def test_a_candidate_that_writes_to_its_inputs_does_not_affect_another():
     batches = list(target_loader())
     before = batches[0][0].clone()
     candidates = {"relu": nn.Sequential(nn.ReLU(inplace=True)), "plain": nn.Identity()}
@@ -145,14 +145,14 @@ def test_inputs_that_are_written_to():
     assert torch.equal(batches[0][0], before)
 
 
-def test_a_head_that_begins_with_an_activation_in_place():
+def test_an_in_place_activation_in_the_head_does_not_change_the_feature():
     head = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(WIDTH, 4))
     model = nn.Sequential(nn.Identity(), head)
     ranking = rank({"tapped": model, "plain": nn.Identity()}, head={"tapped": "1"}, race=False)
     assert ranking.scores["tapped"] == ranking.scores["plain"]
 
 
-def test_what_a_module_keeps_can_be_trained_with():
+def test_a_tensor_that_a_module_caches_can_be_trained_with():
     class Cached(nn.Module):
         def __init__(self):
             super().__init__()
@@ -168,7 +168,7 @@ def test_what_a_module_keeps_can_be_trained_with():
     assert model.linear.weight.grad is not None
 
 
-def test_batches_that_are_named_tuples():
+def test_batches_can_be_named_tuples():
     class Pair(NamedTuple):
         x: torch.Tensor
         labels: torch.Tensor
@@ -182,7 +182,7 @@ def test_batches_that_are_named_tuples():
     assert rank({"a": Greedy()}, loader).scores["a"] == pytest.approx(rank({"a": nn.Identity()}).scores["a"], abs=1e-9)
 
 
-def test_a_compiled_module_takes_what_it_would_take():
+def test_a_compiled_module_gets_the_arguments_of_its_original():
     torch.compiler.reset()
     x, y = target_set().tensors
     rows = [{"x": a, "index": k, "labels": b} for k, (a, b) in enumerate(zip(x, y, strict=True))]
@@ -195,7 +195,7 @@ def test_a_compiled_module_takes_what_it_would_take():
     assert ranking.rows[0].ended == "finished", ranking.rows[0].message
 
 
-def test_transformers():
+def test_transformers_are_pooled_under_their_attention_mask():
     config = BertConfig(
         vocab_size=50,
         hidden_size=16,
@@ -207,7 +207,7 @@ def test_transformers():
     labels = torch.arange(64) % CLASSES
     ids = torch.randint(10, 50, (64, 7))
     ids[:, 0] = labels
-    ids[::5, 0] = 9  # or the fit would be perfect, and what rounding leaves of the residual would make the score
+    ids[::5, 0] = 9  # otherwise the fit would be perfect, and the score would depend on rounding
     mask = torch.ones_like(ids)
     mask[::2, 5:] = 0
     rows = [{"input_ids": i, "attention_mask": m, "labels": y} for i, m, y in zip(ids, mask, labels, strict=True)]
@@ -226,15 +226,15 @@ def test_transformers():
     assert ranking.scores["cls"] == pytest.approx(float(logme(hidden[:, 0], labels)), abs=1e-5)
 
 
-def test_batches_that_are_mappings():
+def test_batches_can_be_mappings():
     x, y = target_set().tensors
     rows = [{"image": image, "label": label} for image, label in zip(x, y, strict=True)]
     ranking = rank(loader=DataLoader(rows, 50))
-    assert ranking.scores == pytest.approx(rank().scores, abs=0.05)  # another order, the same samples at the end
+    assert ranking.scores == pytest.approx(rank().scores, abs=0.05)  # the same samples in another order
 
 
 class TestWhichFeature:
-    """``head="auto"``: the input of the layer that makes the output, and the output where there is none."""
+    """``head="auto"``: the input of the layer that makes the output, or the output if there is no such layer."""
 
     @pytest.mark.parametrize(
         ("model", "feature", "width"),
@@ -248,13 +248,13 @@ class TestWhichFeature:
             (nn.Sequential(nn.Unflatten(1, (4, 6)), nn.Conv1d(4, 7, 1), nn.Flatten()), "input of '1'", 4),
         ],
     )
-    def test_is_found_by_running_one_batch(self, model, feature, width):
+    def test_the_feature_is_found_by_running_one_batch(self, model, feature, width):
         ranking = rank({"net": model}, race=False)
         assert (ranking.rows[0].feature, ranking.rows[0].num_features) == (feature, width)
         assert feature in str(ranking)
         assert f"| {feature} | {width} |" in ranking.to_markdown()
 
-    def test_is_found_without_a_forward_pass_more(self):
+    def test_finding_the_feature_takes_no_extra_forward_pass(self):
         class Counted(nn.Sequential):
             seen = 0
 
@@ -266,14 +266,14 @@ class TestWhichFeature:
         assert Counted.seen == len(target_set())
 
     @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
-    def test_a_network_that_hooks_cannot_see_into_needs_a_head(self):
+    def test_a_network_of_torchscript_needs_head_none(self):
         scripted = torch.jit.script(nn.Sequential(nn.Linear(WIDTH, 8), nn.ReLU(), nn.Linear(8, 3)))
         with pytest.raises(RuntimeError, match="head='auto': no layer of .* called its hooks.*head=None"):
             rank({"net": scripted}, race=False)
         ranking = rank({"net": scripted}, head=None, race=False)
         assert (ranking.rows[0].feature, ranking.rows[0].num_features) == ("output", 3)
 
-    def test_head_none_is_the_output(self):
+    def test_head_none_scores_the_output(self):
         model = nn.Sequential(nn.Linear(WIDTH, 8), nn.ReLU(), nn.Linear(8, 3))
         ranking = rank({"net": model, "auto": model}, head={"net": None}, race=False)
         assert {row.name: (row.feature, row.num_features) for row in ranking.rows} == {
@@ -296,7 +296,7 @@ class TestWhichFeature:
         ranking = rank({"net": TwoHeads()}, head=["head", "head_dist"], race=False)
         assert (ranking.rows[0].feature, ranking.rows[0].num_features) == ("input of 'head' and 'head_dist'", 14)
 
-    def test_a_forward_of_the_users_own_returns_features_unless_it_runs_the_classifier(self):
+    def test_a_custom_forward_returns_features_unless_it_runs_the_classifier(self):
         model = nn.ModuleDict({"backbone": nn.Linear(WIDTH, 8), "projector": nn.Linear(8, 5), "head": nn.Linear(8, 3)})
 
         def through(*names):

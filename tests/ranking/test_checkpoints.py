@@ -27,7 +27,7 @@ def target():
 
 @pytest.fixture
 def run(tmp_path):
-    """A real training with a checkpoint an epoch; its folder."""
+    """The folder of a run of three epochs, with a checkpoint after each."""
     saving = ModelCheckpoint(tmp_path / "saved", "{epoch}", save_top_k=-1)
     fitting = trainer(tmp_path, saving, LogMECallback(probes={"target": loader(target())}), max_epochs=3)
     fitting.fit(Classifier(), loader(shuffle=True), loader())
@@ -47,18 +47,19 @@ def test_scores_of_every_checkpoint_by_its_path(run):
     assert all(row.num_samples == 300 and row.stderr > 0 for row in ranking.rows)
 
 
-def test_a_folder_and_the_same_as_the_probe(run):
+def test_the_checkpoints_of_a_folder_have_the_scores_of_the_probe(run):
     ranking = score_checkpoints(Classifier(), run, loader(target()), race=False, **QUIET)
     assert set(ranking.scores) == {str(run / f"epoch={epoch}.ckpt") for epoch in range(3)}
     history = torch.load(run / "epoch=2.ckpt", weights_only=True)["callbacks"]["LogMECallback{'name': 'logme'}"][
         "history"
     ]
     probed = {row["epoch"]: row["logme"] for row in history if row["key"] == "logme/target"}
+    assert set(probed) == {0, 1, 2}
     for epoch, score in probed.items():
         assert ranking.scores[str(run / f"epoch={epoch}.ckpt")] == pytest.approx(score, rel=1e-6)
 
 
-def test_the_module_is_left_as_it_was(run):
+def test_scoring_leaves_the_module_unchanged(run):
     module = Classifier()
     before = {name: value.clone() for name, value in module.state_dict().items()}
     score_checkpoints(module, run, loader(target()), **QUIET)
@@ -66,7 +67,7 @@ def test_the_module_is_left_as_it_was(run):
     assert module.training
 
 
-def test_broken_files_are_rows(run, tmp_path):
+def test_a_broken_file_becomes_a_failed_row(run, tmp_path):
     (run / "broken.ckpt").write_bytes(b"no checkpoint")
     torch.save({"state_dict": {"other": torch.ones(3)}}, run / "other.ckpt")
     torch.save([1, 2], run / "list.ckpt")
@@ -84,13 +85,13 @@ def test_broken_files_are_rows(run, tmp_path):
     assert len(ranking.scores) == 3
 
 
-def test_all_broken(tmp_path):
+def test_an_error_is_raised_if_every_file_is_broken(tmp_path):
     (tmp_path / "a.ckpt").write_bytes(b"")
     with pytest.raises(RuntimeError, match="every candidate failed.*a.ckpt"):
         score_checkpoints(Classifier(), tmp_path, loader(target()), **QUIET)
 
 
-def test_a_plain_module_and_state_dict(tmp_path):
+def test_a_plain_module_and_its_state_dict_are_scored(tmp_path):
     module = mlp()
     torch.save(module.state_dict(), tmp_path / "weights.pt")
     ranking = score_checkpoints(mlp(), tmp_path / "weights.pt", loader(target()), **QUIET)
@@ -111,11 +112,11 @@ def test_on_load_checkpoint_is_called(run):
     assert ranking.scores == pytest.approx({str(path): expected(path)}, rel=1e-6)
 
 
-class TestTheModuleAsItWas:
-    """What sits on an instance must not go on with the weights of the original."""
+class TestModifiedInstances:
+    """Nothing that is attached to an instance may keep using the weights of the original."""
 
     @pytest.mark.parametrize("way", ["from_compiled", "compile", "wrapped"])
-    def test_compiled(self, run, way):
+    def test_a_compiled_module_is_scored_with_the_weights_of_each_checkpoint(self, run, way):
         torch.compiler.reset()
         module: Any = Classifier()
         if way == "compile":
@@ -128,14 +129,14 @@ class TestTheModuleAsItWas:
         ranking = score_checkpoints(module, run, loader(target()), race=False, **QUIET)
         assert ranking.scores == pytest.approx({str(path): expected(path) for path in run.glob("*.ckpt")}, rel=1e-6)
 
-    def test_a_forward_set_on_the_instance(self, run):
+    def test_a_forward_set_on_the_instance_is_an_error(self, run):
         module = Classifier()
         original = module.forward
         module.forward = lambda x: original(x)
         with pytest.raises(RuntimeError, match="has a forward function set on the instance"):
             score_checkpoints(module, run, loader(target()), **QUIET)
 
-    def test_checkpoints_of_a_compiled_network(self, run, tmp_path):
+    def test_checkpoints_of_a_compiled_network_are_scored(self, run, tmp_path):
         saved = torch.load(run / "epoch=1.ckpt", weights_only=True)
         weights = {name.replace("model.", "model._orig_mod."): value for name, value in saved["state_dict"].items()}
         torch.save({"state_dict": weights}, tmp_path / "compiled.ckpt")
@@ -143,8 +144,8 @@ class TestTheModuleAsItWas:
         assert list(ranking.scores.values()) == pytest.approx([expected(run / "epoch=1.ckpt")], rel=1e-6)
 
 
-def test_what_load_from_checkpoint_does(run):
-    """configure_model, what on_load_checkpoint puts in place, and strict_loading."""
+def test_checkpoints_are_loaded_as_by_load_from_checkpoint(run):
+    """With configure_model, changes by on_load_checkpoint, and strict_loading."""
 
     class Module(Classifier):
         def __init__(self):
@@ -168,7 +169,7 @@ def test_what_load_from_checkpoint_does(run):
 
 
 class TestWhichFeature:
-    def test_a_named_head(self, run):
+    def test_head_names_the_layer_that_is_scored(self, run):
         path = str(run / "epoch=1.ckpt")
         module = Classifier()
         module.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
@@ -178,7 +179,7 @@ class TestWhichFeature:
             assert ranking.scores[path] == pytest.approx(float(expected), rel=1e-6)
 
     @pytest.mark.parametrize("through_the_head", [False, True])
-    def test_forward(self, run, through_the_head):
+    def test_a_custom_forward_returns_features_unless_it_runs_the_classifier(self, run, through_the_head):
         def forward(module, batch):
             return module.model(batch[0]) if through_the_head else module.model[0](batch[0])
 
@@ -217,7 +218,7 @@ class TestWhichFeature:
         (Classifier(), ["x.ckpt", "x.ckpt"], "two entries named 'x.ckpt'"),
     ],
 )
-def test_bad_input(module, paths, message, tmp_path, monkeypatch):
+def test_bad_arguments_are_an_error(module, paths, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
         score_checkpoints(module, paths, loader(target()), **QUIET)
@@ -232,13 +233,14 @@ def test_bad_input(module, paths, message, tmp_path, monkeypatch):
         ({"seed": "0"}, "seed must be an integer, got '0'"),
     ],
 )
-def test_bad_options(options, message, run):
+def test_bad_options_are_an_error(options, message, run):
     with pytest.raises(ValueError, match=message):
         score_checkpoints(Classifier(), run, loader(target()), **{**QUIET, **options})
 
 
-def test_its_options_are_those_of_rank_backbones():
+def test_options_are_those_of_rank_backbones():
     own, others = (inspect.signature(call).parameters for call in (score_checkpoints, rank_backbones))
+    assert len(own) > 10
     assert list(own)[3:] == list(others)[2:]
     for name in list(own)[3:]:
         assert own[name].kind is inspect.Parameter.KEYWORD_ONLY
@@ -253,11 +255,11 @@ class Data(pl.LightningDataModule):
         return loader(target())
 
 
-def test_from_the_shell(run, tmp_path, capsys):
+def test_checkpoints_can_be_scored_from_the_shell(run, tmp_path, capsys):
     config = {
         "module": {"class_path": "models.Classifier", "init_args": {"lr": 0.2}},
         "paths": str(run),
-        "data": {"class_path": "test_checkpoints.Data"},
+        "data": {"class_path": f"{Data.__module__}.Data"},
         "accelerator": "cpu",
         "progress": False,
     }

@@ -1,4 +1,4 @@
-"""Layers, their mean, and labels of tokens in rankings, against functional calls on features of a plain loop."""
+"""Layers, their mean, and labels of tokens in rankings, compared with functional calls on features of a plain loop."""
 
 import math
 
@@ -15,14 +15,14 @@ OPTIONS = {**QUIET, "race": False}
 
 
 class NotANumber(nn.Module):
-    """Puts out NaN where nobody looks later."""
+    """Appends a column of NaN, which the next module drops."""
 
     def forward(self, x):
         return torch.cat([x, torch.full_like(x[:, :1], math.nan)], 1)
 
 
 def expected(net, data, ignore_index=-100, **options):
-    """The evidence of every row of a candidate."""
+    """Return the evidence of each row of a candidate."""
     x, y = (tensor.flatten(0, y.ndim - 1) for y in [data.tensors[1]] for tensor in data.tensors)
     kept = y != ignore_index
     return {row: evidence(features[kept], y[kept], **options) for row, features in net.features(x).items()}
@@ -45,10 +45,10 @@ def check(ranking, networks, data, **options):
 
 
 class TestLayers:
-    @pytest.mark.parametrize("width", [12, 700])
+    @pytest.mark.parametrize("width", [12, pytest.param(700, marks=pytest.mark.slow)])
     @pytest.mark.parametrize("options", [{}, {"fit_intercept": True}])
-    def test_values_of_every_row(self, options, width):
-        """Also with fewer samples than features, where rows are held."""
+    def test_each_row_has_the_evidence_of_its_layer(self, options, width):
+        """Also with fewer samples than features, where rows are kept instead of moments."""
         nets = {"one": Net(width=width), "two": Net(0, 16, width, seed=1)}
         ranking = rank(nets, layers=["low", "high"], layer_mean=True, race=False, **options)
         check(ranking, nets, target_set(), **options)
@@ -61,7 +61,7 @@ class TestLayers:
         assert [row.logme for row in ranking.rows] == sorted(ranking.scores.values(), reverse=True)
         assert all(row.stderr > 0 for row in ranking.rows)
 
-    def test_normalize(self):
+    def test_normalize_applies_to_every_layer(self):
         x, y = target_set().tensors
         ranking = rank({"net": Net()}, layers=["low"], normalize=True, race=False)
         for row, features in Net().features(x).items():
@@ -70,7 +70,7 @@ class TestLayers:
                 assert ranking.scores[f"net{row}"] == pytest.approx(float(logme(unit, y)), abs=1e-6)
         assert len(ranking.scores) == 2
 
-    def test_patterns_and_a_mapping_by_candidate(self):
+    def test_layers_can_be_patterns_and_differ_by_candidate(self):
         candidates = {"a": Net(), "b": Net(seed=1), "c": Net(seed=2)}
         ranking = rank(candidates, layers={"a": ["high.*", "low"], "b": ["high", "low"]}, layer_mean=True, race=False)
         assert {row.name for row in ranking.rows} == {
@@ -90,17 +90,17 @@ class TestLayers:
         with pytest.raises(ValueError, match="layer_mean must be True or False, got 'yes'"):
             rank(candidates, layers=["low"], layer_mean="yes")
 
-    def test_a_generator_of_layers_is_for_all_candidates(self):
+    def test_a_generator_of_layers_serves_all_candidates(self):
         ranking = rank({"a": Net(), "b": Net(seed=1)}, layers=(name for name in ["low", "high"]))
         assert {row.name for row in ranking.rows} == {"a", "a/low", "a/high", "b", "b/low", "b/high"}
 
-    def test_rows_of_two_candidates_never_have_one_name(self):
+    def test_a_candidate_with_the_name_of_a_layers_row_is_an_error(self):
         candidates = {"net": Net(), "net/low": Net(seed=1)}
         with pytest.raises(ValueError, match="candidates: 'net/low' could be the row of a layer of 'net'; rename"):
             rank(candidates, layers=["low"])
         assert set(rank(candidates, layers={"net/low": ["low"]}).scores) == {"net", "net/low", "net/low/low"}
 
-    def test_maps_are_pooled_by_layer(self):
+    def test_pooling_can_differ_by_layer(self):
         class Maps(nn.Module):
             def __init__(self):
                 super().__init__()
@@ -119,9 +119,9 @@ class TestLayers:
         assert ranking.scores["net/conv"] == pytest.approx(float(logme(maps.amax(2), y)), abs=1e-6)
         assert ranking.scores["net"] == pytest.approx(float(logme(maps.relu().mean(2), y)), abs=1e-6)
 
-    def test_a_candidate_stays_while_one_of_its_rows_does(self):
+    def test_a_candidate_stays_in_the_race_while_one_of_its_rows_does(self):
         class Hidden(nn.Module):
-            """Its output is as bad as the bad one's, and a layer in it is the best."""
+            """Its output is as bad as that of the bad candidate, and one of its layers is the best."""
 
             def __init__(self):
                 super().__init__()
@@ -142,7 +142,7 @@ class TestLayers:
         without = rank({**candidates, "also": Columns(0, 8)}, target_loader(2000))
         assert {row.name: row.ended for row in without.rows}["hidden"] == "dropped"
 
-    def test_the_message_of_a_dropped_candidate_is_that_of_its_best_row(self):
+    def test_a_dropped_candidate_has_the_message_of_its_best_row(self):
         candidates = {
             "bad": nn.Sequential(Columns(16, 24), Columns(4, 8)),
             "good": Columns(0, 8),
@@ -198,7 +198,7 @@ class TestLayers:
         assert pytest.raises(AssertionError, match=message).matches(AssertionError(odd.message)), odd.message
         assert {row.name for row in others} == {"net", "net/low"}
 
-    def test_a_layer_that_fails_later_leaves_the_rounds_before_it(self):
+    def test_a_layer_that_fails_later_keeps_the_rounds_before(self):
         seen = 0
 
         def pool(features):
@@ -223,7 +223,7 @@ class TestLayers:
             assert ranking.evidence[name].num_samples == 256
 
     @pytest.mark.filterwarnings("ignore:LogME is NaN. the features contain NaN or Inf")
-    def test_a_row_without_a_score_does_not_keep_its_candidate_in_the_race(self):
+    def test_a_row_of_nan_does_not_keep_its_candidate_in_the_race(self):
         candidates = {"bad": nn.Sequential(NotANumber(), Columns(16, 24)), "good": Columns(0, 8)}
         ranking = rank(candidates, target_loader(2000), layers={"bad": ["0"]})
         assert [(row.name, row.ended, math.isnan(row.logme)) for row in ranking.rows] == [
@@ -232,7 +232,7 @@ class TestLayers:
             ("bad/0", "dropped", True),
         ]
 
-    def test_ctrl_c_keeps_whole_rounds(self):
+    def test_ctrl_c_keeps_complete_rounds(self):
         class Stops(Net):
             seen = 0
 
@@ -251,7 +251,7 @@ class TestLayers:
         }
         assert ranking.scores["stops/low"] == ranking.curves["net/low"][0].logme
 
-    def test_checkpoints(self, tmp_path):
+    def test_layers_of_checkpoints_are_scored(self, tmp_path):
         nets = {str(tmp_path / f"{seed}.pt"): Net(seed=seed) for seed in range(2)}
         for path, net in nets.items():
             torch.save(net.state_dict(), path)
@@ -263,10 +263,10 @@ class TestLayers:
 
 
 class TestTokens:
-    @pytest.mark.parametrize("width", [12, 500])
+    @pytest.mark.parametrize("width", [12, pytest.param(500, marks=pytest.mark.slow)])
     @pytest.mark.parametrize("kind", ["drawn", "stream"])
     def test_each_token_that_is_not_ignored_is_a_sample(self, kind, width):
-        """Also with fewer tokens than features, where rows are held."""
+        """Also with fewer tokens than features, where rows are kept instead of moments."""
         data = tokens(length=5 if width == 12 else 2)
         nets = {"one": Net(width=width), "two": Net(0, 16, width, seed=1)}
         loader = DataLoader(data if kind == "drawn" else Stream(data), 32)
@@ -277,7 +277,7 @@ class TestTokens:
         assert number != data.tensors[1].numel()
 
     @pytest.mark.parametrize("kind", ["drawn", "stream"])
-    def test_a_race_ends_with_the_sequences(self, kind):
+    def test_a_race_over_tokens_ends_with_the_sequences(self, kind):
         data = tokens(1000)
         loader = DataLoader(data if kind == "drawn" else Stream(data), 64)
         ranking = rank({"good": Net(0, 8), "also": Net(0, 8), "bad": Net(16, 24)}, loader)
@@ -290,7 +290,7 @@ class TestTokens:
         assert len(ranking.curves["good"]) == 3  # 256, 512, 1000 sequences
         assert f"standard errors behind at {rows['bad'].num_samples} samples" in rows["bad"].message
 
-    def test_a_bar_counts_sequences(self, monkeypatch):
+    def test_the_progress_bar_counts_sequences(self, monkeypatch):
         totals = []
         bar = type("Bar", (), {"__enter__": lambda self: self, "__exit__": lambda *_: None})
 
@@ -304,7 +304,7 @@ class TestTokens:
         assert totals == [[256, 256], [400, 144]]
 
     @pytest.mark.parametrize("ignore_index", [-100, 3, None])
-    def test_ignore_index(self, ignore_index):
+    def test_labels_equal_to_ignore_index_do_not_count(self, ignore_index):
         data = target_set()
         if ignore_index == -100:
             data = TensorDataset(data.tensors[0], torch.where(torch.arange(600) % 5 == 0, -100, data.tensors[1]))
@@ -315,7 +315,7 @@ class TestTokens:
             assert ranking.scores[f"net{end}"] == pytest.approx(float(one[end].score), abs=1e-6)
         assert {row.num_samples for row in ranking.rows} == {one[""].num_samples}
 
-    def test_without_ignore_index_such_labels_are_an_error(self):
+    def test_negative_labels_are_an_error_without_ignore_index(self):
         with pytest.raises(ValueError, match="target holds labels from -100 to 3"):
             rank({"net": Net()}, DataLoader(tokens(), 32), ignore_index=None)
         with pytest.raises(ValueError, match="ignore_index must be an integer or None, got 'no'"):
@@ -326,7 +326,7 @@ class TestTokens:
         ranking = rank({"net": net}, DataLoader(data, 32), num_classes=None, race=False)
         assert ranking.scores["net"] == pytest.approx(float(expected(net, data)[""].score), abs=1e-6)
 
-    def test_a_first_round_without_a_label_that_counts(self):
+    def test_a_first_round_of_ignored_labels_does_not_end_the_race(self):
         x, y = tokens(600, ignored=0.0).tensors
         data = TensorDataset(x, torch.where(torch.arange(600)[:, None] < 300, -100, y))
         candidates = {"good": Net(0, 8), "also": Net(0, 8)}
@@ -337,10 +337,11 @@ class TestTokens:
         assert [point.num_samples for point in ranking.curves["good"]] == [0, (512 - 300) * 5, 300 * 5]
         assert math.isnan(ranking.curves["good"][0].logme)
 
-    def test_no_label_that_counts_at_all(self):
+    def test_only_ignored_labels_give_nan(self):
         x, y = tokens().tensors
         with pytest.warns(UserWarning, match="LogME is NaN"):
             ranking = rank({"a": Net(), "b": Net()}, DataLoader(TensorDataset(x, torch.full_like(y, -100)), 32))
+        assert len(ranking.rows) == 2
         for row in ranking.rows:
             assert math.isnan(row.logme)
             assert math.isnan(row.stderr)
@@ -349,7 +350,7 @@ class TestTokens:
                 "there is no evidence in these samples; a warning gives the cause",
             )
 
-    def test_features_of_sequences_do_not_fit_labels_of_tokens(self):
+    def test_features_of_sequences_with_labels_of_tokens_are_a_failed_row(self):
         data = DataLoader(tokens(), 32)
         ranking = rank({"pooled": Net(), "tokens": Net()}, data, forward={"pooled": lambda net, batch: batch[0].sum(1)})
         row = ranking.rows[-1]
@@ -357,7 +358,7 @@ class TestTokens:
         assert "got (32, 5); give one label per sample" in row.message
 
 
-def test_a_factory_of_layers_is_recognised_in_every_round():
+def test_layers_of_a_factory_are_scored_in_every_round():
     made = []
 
     def factory():

@@ -1,4 +1,4 @@
-"""Two real processes rank as one does."""
+"""Rankings in two real processes."""
 
 import json
 import os
@@ -14,9 +14,11 @@ from torch.utils.data import DataLoader
 
 from lightning_logme import rank_backbones
 
+pytestmark = pytest.mark.slow
+
 
 def fails_in_one_process(features):
-    """Pool a layer's output."""
+    """Pool the output of a layer, or fail in process 1."""
     if os.environ.get("LOCAL_RANK") == "1":
         raise torch.OutOfMemoryError("CUDA out of memory")
     return features
@@ -38,10 +40,10 @@ def summary(ranking):
 
 
 def cases(folder):
-    """Calls by name, each with what is to be ranked on what."""
+    """Return the candidates, the loader and the options of each case by name."""
     good = {"good": Columns(0, 8), "also": Columns(0, 8), "random": lambda: nn.Linear(24, 300), "bad": Columns(16, 24)}
     data = DataLoader(target_set(1100), batch_size=30)
-    nets = {"good": Net(0, 8), "also": lambda: Net(0, 8), "wide": Net(width=1500), "bad": Net(16, 24)}
+    nets = {"good": Net(0, 8), "also": lambda: Net(0, 8), "wide": Net(width=1200), "bad": Net(16, 24)}
     layers = {"layers": ["low", "high"], "layer_mean": True}
     few_layers = {"good": ["high", "low"], "bad": ["low", "high"]}
     return {
@@ -70,9 +72,9 @@ def run(folder, **options):
     }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def one_and_two(tmp_path_factory):
-    """The results of one process, and those of two that Fabric launches from a script, as a user would."""
+    """The results of one process, and those of two processes that Fabric launches from a user's script."""
     folder = tmp_path_factory.mktemp("ranking")
     script = folder / "script.py"
     script.write_text(
@@ -104,7 +106,7 @@ def one_and_two(tmp_path_factory):
         "resumed",
     ],
 )
-def test_two_processes_give_the_result_of_one(one_and_two, case):
+def test_two_processes_rank_as_one_does(one_and_two, case):
     one, two = one_and_two
     for rank in range(2):
         mine, expected = two[rank][case], one[case]
@@ -112,6 +114,7 @@ def test_two_processes_give_the_result_of_one(one_and_two, case):
         for row, expected_row in zip(mine["rows"], expected["rows"], strict=True):
             assert row[1:4] == pytest.approx(expected_row[1:4], rel=1e-9)
             assert row[4:] == expected_row[4:]
+        assert mine["curves"].keys() == expected["curves"].keys() == mine["weight"].keys()
         for name, curve in expected["curves"].items():
             for point, expected_point in zip(mine["curves"][name], curve, strict=True):
                 assert point == pytest.approx(expected_point, rel=1e-9)
@@ -120,13 +123,13 @@ def test_two_processes_give_the_result_of_one(one_and_two, case):
             torch.testing.assert_close(torch.tensor(mine["weight"][name]), torch.tensor(weight))
 
 
-def test_a_resumed_ranking_is_the_same(one_and_two):
+def test_a_resumed_ranking_equals_the_first(one_and_two):
     one, two = one_and_two
     for results in (one, *two):
         assert results["resumed"] == results["first time"]
 
 
-def test_a_failure_in_one_process_is_known_to_all(one_and_two):
+def test_a_failure_in_one_process_is_a_failed_row_in_all(one_and_two):
     _, two = one_and_two
     assert two[0]["failure in one"]["rows"] == two[1]["failure in one"]["rows"]
     *others, fails = two[0]["failure in one"]["rows"]
@@ -142,8 +145,8 @@ def test_a_failure_in_one_process_is_known_to_all(one_and_two):
 
 
 @pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_spawn"])
-def test_processes_that_end_give_their_result_back(tmp_path, strategy):
-    """As in a notebook: in a process of its own, for a fork would inherit this one's threads."""
+def test_ranking_in_forked_or_spawned_processes_returns_the_result(tmp_path, strategy):
+    """As in a notebook. In a new process, because a fork would inherit the threads of this one."""
     script = tmp_path / "script.py"
     script.write_text(
         "from backbones import QUIET, Columns, target_loader\n"

@@ -1,4 +1,4 @@
-"""rank_backbones on one device: what it gives, what it takes, and what can go wrong."""
+"""rank_backbones on one device: results, arguments and errors."""
 
 import csv
 import math
@@ -34,7 +34,7 @@ class TestResult:
             assert (row.ended, row.message, row.peak_memory) == ("finished", "", None)
             assert row.seconds > 0
 
-    def test_a_race_drops_what_trails_and_keeps_the_winner(self):
+    def test_a_race_drops_candidates_that_trail_and_keeps_the_winner(self):
         ranking = rank(loader=target_loader(2000))
         assert ranking.best == "good"
         good, fair, bad = ranking.rows
@@ -44,14 +44,14 @@ class TestResult:
         assert good.num_samples >= fair.num_samples > bad.num_samples or fair.ended == "dropped"
         assert [row.tied_with_best for row in ranking.rows] == [True, False, False]
 
-    def test_the_same_features_are_tied(self):
+    def test_candidates_with_the_same_features_are_tied(self):
         ranking = rank({**good_to_bad(), "good too": Columns(0, 8), "good, scaled": nn.Sequential(Columns(0, 8))})
         assert set(ranking.tied) == {"good", "good too", "good, scaled"}
         assert all(row.ended == "finished" for row in ranking.rows if row.tied_with_best)
 
     @pytest.mark.parametrize("race", [False, True])
-    def test_what_is_within_chance_is_tied(self, race):
-        """Two that differ in a column that tells nothing; those that were dropped count as compared too."""
+    def test_candidates_that_differ_by_chance_are_tied(self, race):
+        """Two candidates differ in a column without information. Dropped candidates count as compared too."""
 
         class With(nn.Module):
             def __init__(self, column):
@@ -65,21 +65,23 @@ class TestResult:
         assert ranking.rows[0].logme > ranking.rows[1].logme
         assert set(ranking.tied) == {"22", "23"}
 
-    def test_curves_follow_the_samples(self):
+    def test_curves_have_a_point_for_each_round(self):
         ranking = rank(loader=target_loader(2000), race=False)
         assert [point.num_samples for point in ranking.curves["good"]] == [256, 512, 1024, 2000]
         last = ranking.curves["good"][-1]
         assert (last.logme, last.gain) == (ranking.rows[0].logme, ranking.rows[0].gain)
         assert ranking.curves["good"][0].gain < last.gain
 
-    def test_race_and_full_pass_agree_where_both_are(self):
+    def test_a_race_and_a_full_pass_agree_on_the_rounds_they_share(self):
         race, full = rank(loader=target_loader(2000)), rank(loader=target_loader(2000), race=False)
         assert race.best == full.best
+        assert race.curves.keys() == full.curves.keys() == {"good", "fair", "bad"}
         for name, curve in race.curves.items():
+            assert curve
             for mine, whole in zip(curve, full.curves[name], strict=False):
                 assert mine == pytest.approx(whole, abs=1e-9)
 
-    def test_head_predicts(self):
+    def test_the_head_predicts_the_labels(self):
         ranking = rank()
         x, y = target_set().tensors
         with torch.no_grad():
@@ -89,7 +91,7 @@ class TestResult:
         with pytest.raises(KeyError, match="no evidence for 'ugly', only for 'good'"):
             ranking.head("ugly")
 
-    def test_table_and_csv(self, tmp_path):
+    def test_table_and_csv_hold_every_candidate(self, tmp_path):
         ranking = rank()
         lines = str(ranking).splitlines()
         assert len(lines) == 4
@@ -102,7 +104,7 @@ class TestResult:
         assert float(rows[0]["logme"]) == ranking.rows[0].logme
         assert ranking.to_markdown().count("\n") == 4
 
-    def test_figures_show_every_candidate(self):
+    def test_plots_show_every_candidate(self):
         ranking = rank(loader=target_loader(2000))
         axes = ranking.plot().axes[0]
         assert [bar.get_width() for bar in axes.patches] == [row.gain for row in ranking.rows]
@@ -112,7 +114,7 @@ class TestResult:
         assert list(lines[0].get_ydata()) == [point.gain for point in ranking.curves["good"]]
 
     @pytest.mark.parametrize("fit_intercept", [False, True])
-    def test_regression(self, fit_intercept):
+    def test_regression_scores_are_those_of_logme(self, fit_intercept):
         x, _ = target_set().tensors
         y = x[:, 0] + 0.1 * torch.randn(len(x))
         loader = DataLoader(TensorDataset(x, y), batch_size=64)
@@ -122,7 +124,7 @@ class TestResult:
         expected = logme(x[:, :8], y, "regression", fit_intercept=fit_intercept)
         assert ranking.scores["good"] == pytest.approx(float(expected), abs=1e-6)
 
-    def test_normalize(self):
+    def test_normalize_scores_unit_vectors(self):
         x, y = target_set().tensors
         for precision in (None, "bf16-true"):
             ranking = rank(normalize=True, race=False, precision=precision)
@@ -130,7 +132,7 @@ class TestResult:
             assert ranking.scores["good"] == pytest.approx(expected, abs=1e-6 if precision is None else 2e-3)
             assert ranking.scores["good"] != pytest.approx(rank(race=False).scores["good"], abs=1e-2)
 
-    def test_binary_and_multilabel(self):
+    def test_binary_and_multilabel_scores_are_those_of_logme(self):
         x, y = target_set().tensors
         options = {"num_classes": None, "race": False}
         binary = rank(loader=DataLoader(TensorDataset(x, y % 2), 64), task="binary", **options)
@@ -141,7 +143,7 @@ class TestResult:
 
 
 class TestFailures:
-    """One candidate's failure is its own."""
+    """The failure of a candidate does not affect another."""
 
     @pytest.mark.parametrize(
         ("bad", "message"),
@@ -153,7 +155,7 @@ class TestFailures:
             (nn.Sequential(nn.Linear(WIDTH, 2), nn.Threshold(99.0, math.nan)), "the features contain NaN or Inf"),
         ],
     )
-    def test_is_in_its_row(self, bad, message):
+    def test_a_failed_candidate_becomes_a_failed_row(self, bad, message):
         ranking = rank({"broken": bad, **good_to_bad()})
         assert [row.name for row in ranking.rows] == ["good", "fair", "bad", "broken"]
         row = ranking.rows[-1]
@@ -163,7 +165,7 @@ class TestFailures:
         assert "broken" not in ranking.scores
         assert "broken" in str(ranking)
 
-    def test_out_of_memory_later_keeps_what_was_known(self):
+    def test_running_out_of_memory_keeps_earlier_rounds(self):
         class Leaky(Columns):
             seen = 0
 
@@ -180,7 +182,7 @@ class TestFailures:
         assert leaky.logme == pytest.approx(ranking.curves["good"][0].logme)
         assert ranking.rows[0].num_samples == 2000
 
-    def test_features_of_different_length(self):
+    def test_features_of_different_lengths_are_a_failed_row(self):
         class Ragged(nn.Module):
             calls = 0
 
@@ -191,27 +193,28 @@ class TestFailures:
         row = rank({"ragged": Ragged(), **good_to_bad()}).rows[-1]
         assert re.search(r"features of length 1\d after features of length \d+; pool them to one length", row.message)
 
-    def test_constant_features_are_ranked_and_named(self):
+    def test_constant_features_are_ranked_with_a_message(self):
         class Constant(nn.Module):
             def forward(self, x):
                 return torch.ones(len(x), 3)
 
-        rows = rank({"constant": Constant(), **good_to_bad()}, race=False).rows  # a constant does for an intercept
+        # It need not be the last row: a constant column acts as an intercept.
+        rows = rank({"constant": Constant(), **good_to_bad()}, race=False).rows
         (row,) = (row for row in rows if row.name == "constant")
         assert row.ended == "finished"
         assert row.message == "its features are the same for every sample"
 
-    def test_leaked_labels_are_named(self):
+    def test_leaked_labels_have_a_message(self):
         labels = torch.arange(600) % CLASSES
         loader = DataLoader(TensorDataset(torch.randn(600, 3), labels), 600, shuffle=False)
         leaking = rank({"leak": nn.Identity()}, loader, forward=lambda model, batch: torch.eye(4)[batch[1]])
         assert "a perfect fit of 4 outputs, whose evidence has no bound" in leaking.rows[0].message
 
-    def test_all_fail(self):
+    def test_an_error_is_raised_if_every_candidate_fails(self):
         with pytest.raises(RuntimeError, match="every candidate failed: a: .*cannot be multiplied.*; b: "):
             rank({"a": nn.Linear(3, 3), "b": nn.Linear(4, 4)})
 
-    def test_ctrl_c_keeps_what_is_known(self):
+    def test_ctrl_c_keeps_complete_rounds(self):
         class Patient(Columns):
             seen = 0
 
@@ -250,7 +253,7 @@ class TestBadInput:
             (None, "candidates must be a mapping from names to modules .* got NoneType"),
         ],
     )
-    def test_candidates(self, candidates, message):
+    def test_bad_candidates_are_an_error(self, candidates, message):
         with pytest.raises(ValueError, match=message):
             rank_backbones(candidates, target_loader(), **QUIET)
 
@@ -284,7 +287,7 @@ class TestBadInput:
             ({"task": "multilabel"}, "target must have shape"),
         ],
     )
-    def test_options(self, options, message):
+    def test_bad_options_are_an_error(self, options, message):
         with pytest.raises(ValueError, match=message):
             rank(**options)
 
@@ -300,14 +303,14 @@ class TestBadInput:
         with pytest.raises(ValueError, match="must be"):
             rank(loader=Batches(), **options)
 
-    def test_integers_of_numpy(self):
+    def test_options_can_be_numpy_integers(self):
         assert rank(num_classes=np.int64(4), seed=np.int64(0)).scores == rank().scores
 
-    def test_too_few_samples(self):
+    def test_too_few_samples_are_an_error(self):
         with pytest.raises(ValueError, match="dataloader has 12 samples, and error bars need at least 16"):
             rank(loader=target_loader(12))
 
-    def test_num_classes_from_labels_at_hand(self):
+    def test_classes_are_counted_in_the_labels_of_the_data_set(self):
         assert rank(num_classes=None).scores == pytest.approx(rank().scores)
         with pytest.raises(ValueError, match="num_classes is needed for task='multiclass': pass the number of classes"):
             rank(loader=list(target_loader()), num_classes=None)
@@ -316,18 +319,18 @@ class TestBadInput:
             rank(loader=DataLoader(floats, 50), num_classes=None)
 
     @pytest.mark.parametrize("loader", [7, None])
-    def test_no_loader(self, loader):
+    def test_an_argument_that_is_no_loader_is_an_error(self, loader):
         with pytest.raises(ValueError, match="dataloader must be a DataLoader or another iterable of batches, got"):
             rank_backbones(good_to_bad(), loader, **QUIET)
 
-    def test_no_labels(self):
+    def test_batches_without_labels_are_an_error(self):
         loader = DataLoader(TensorDataset(target_set().tensors[0]), 50)
         with pytest.raises(ValueError, match="no labels found"):
             rank(loader=loader)
 
 
 class TestLoggers:
-    def test_tensorboard_has_curves_table_and_figures(self, tmp_path):
+    def test_tensorboard_gets_curves_table_and_plots(self, tmp_path):
         logger = TensorBoardLogger(tmp_path, "", "")
         ranking = rank({**good_to_bad(), "with space": Columns(1, 9)}, target_loader(2000), logger=logger)
         seen = EventAccumulator(str(tmp_path), size_guidance={"images": 0, "tensors": 0}).Reload()
@@ -342,7 +345,7 @@ class TestLoggers:
         layout = seen.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
         assert b"gain/with_space" in layout
 
-    def test_a_logger_of_numbers_alone(self, tmp_path):
+    def test_a_logger_of_numbers_gets_the_curves(self, tmp_path):
         logger = CSVLogger(tmp_path, "", "")
         ranking = rank(logger=[logger])
         with open(tmp_path / "metrics.csv", newline="") as file:
@@ -361,6 +364,6 @@ class TestLoggers:
         with pytest.warns(UserWarning, match="^rank_backbones: Down.log_metrics failed; .*ConnectionError: no route"):
             assert rank(logger=Down(tmp_path)).best == "good"
 
-    def test_progress_says_who_is_dropped(self, capfd):
+    def test_progress_names_dropped_candidates(self, capfd):
         rank(loader=target_loader(2000), progress=True)
         assert "bad is dropped: " in capfd.readouterr().out

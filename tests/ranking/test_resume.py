@@ -1,16 +1,15 @@
-"""A ranking that was killed goes on, and does not mix what has changed."""
+"""An interrupted ranking is resumed, and anything that has changed is computed anew."""
 
-import os
 import re
 import signal
-import subprocess
-import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from backbones import QUIET, WIDTH, Columns, Counted, Stream, good_to_bad, target_loader, target_set
+from spawned import CONTEXT
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -43,17 +42,17 @@ def summary(ranking):
 
 def test_a_finished_ranking_is_not_computed_again(candidates, tmp_path):
     first = rank(candidates, tmp_path)
-    assert Counted.seen == 2 * 1500 + 256 + 3 * 16  # the first samples are kept apart
+    assert Counted.seen == 2 * 1500 + 256 + 3 * 16  # 16 samples of each candidate identify it later
     Counted.seen = 0
     again = rank(candidates, tmp_path)
     assert summary(again) == summary(first)
     assert again.curves == first.curves
     torch.testing.assert_close(again.evidence["good"].weight, first.evidence["good"].weight)
-    assert Counted.seen == 3 * 16  # some of each, to see that it is the same
+    assert Counted.seen == 3 * 16  # 16 samples of each candidate show that it is the same
 
 
 @pytest.mark.parametrize("race", [True, False])
-def test_an_interrupted_ranking_keeps_the_candidates_that_are_through(candidates, tmp_path, race):
+def test_an_interrupted_ranking_keeps_finished_candidates(candidates, tmp_path, race):
     whole = rank_backbones(candidates, target_loader(1500), race=race, **QUIET)
 
     class Interrupted(Counted):
@@ -70,38 +69,45 @@ def test_an_interrupted_ranking_keeps_the_candidates_that_are_through(candidates
     Counted.seen = 0
     resumed = rank(candidates, tmp_path, race=race)
     assert summary(resumed) == summary(whole)
-    assert Counted.seen == 2 * 1500 + 3 * 16  # the other two start anew; each is recognised by 16 samples
+    assert Counted.seen == 2 * 1500 + 3 * 16  # two candidates start anew; 16 samples recognise each of the three
 
 
-def test_a_killed_process_is_resumed(candidates, tmp_path):
-    script = f"""
-import sys, time
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-import torch
-from test_resume import Counted, rank
-class Slow(Counted):
+class Stuck(Counted):
+    """Sends a message once 2000 samples were seen, and waits for its process to be killed."""
+
+    def __init__(self, connection):
+        super().__init__(0, 8)
+        self.connection = connection
+
     def forward(self, x):
         if Counted.seen > 2000:
-            print("working", flush=True)
-            time.sleep(60)
+            self.connection.send("stuck")
+            time.sleep(600)
         return super().forward(x)
-rank({{"good": Counted(0, 8), "also": Slow(0, 8), "bad": Counted(16, 24)}}, {str(tmp_path)!r}, race=False)
-"""
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"working\n"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
+
+
+def _rank_until_stuck(connection, folder):
+    torch.set_num_threads(1)
+    rank({"good": Counted(0, 8), "also": Stuck(connection), "bad": Counted(16, 24)}, folder, race=False)
+
+
+def test_a_ranking_whose_process_was_killed_is_resumed(candidates, tmp_path):
+    mine, theirs = CONTEXT.Pipe()
+    process = CONTEXT.Process(target=_rank_until_stuck, args=(theirs, tmp_path))
+    process.start()
+    theirs.close()
+    assert mine.poll(120)
+    assert mine.recv() == "stuck"
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     Counted.seen = 0
     resumed = rank(candidates, tmp_path, race=False)
     assert Counted.seen == 2 * 1500 + 3 * 16
     assert summary(resumed) == summary(rank_backbones(candidates, target_loader(1500), race=False, **QUIET))
 
 
-def test_the_only_one_left_is_not_computed_again(tmp_path):
+def test_the_only_candidate_left_is_not_computed_again(tmp_path):
     Counted.seen = 0
     candidates = {"good": Counted(0, 8), "bad": Counted(16, 24)}
     first = rank(candidates, tmp_path)
@@ -111,7 +117,7 @@ def test_the_only_one_left_is_not_computed_again(tmp_path):
     assert Counted.seen == 2 * 16
 
 
-def test_a_dropped_candidate_that_has_to_go_on_starts_anew(tmp_path):
+def test_a_dropped_candidate_that_must_continue_starts_anew(tmp_path):
     Counted.seen = 0
     rank({"good": Counted(0, 8), "bad": Counted(16, 24)}, tmp_path)
     Counted.seen = 0
@@ -127,7 +133,7 @@ def test_a_dropped_candidate_that_has_to_go_on_starts_anew(tmp_path):
 @pytest.mark.parametrize("length", [600, 512])
 @pytest.mark.parametrize("race", [True, False])
 def test_a_finished_ranking_of_a_stream_is_not_computed_again(tmp_path, race, length):
-    """Also of one that ends with a round, where the length shows only afterwards."""
+    """Also if the stream ends with a round, so that its length is known only afterwards."""
     Counted.seen = 0
     candidates = {"good": Counted(0, 8), "also": Counted(0, 8), "bad": Counted(16, 24)}
     loader = DataLoader(Stream(target_set(length)), 64)
@@ -163,7 +169,7 @@ def test_a_finished_ranking_of_layers_is_not_computed_again(tmp_path):
 ENDS = {"bad": (16, 24), "good": (0, 8)}
 
 
-def test_random_numbers_of_a_forward_pass_do_not_look_like_a_change(tmp_path):
+def test_random_numbers_in_a_forward_pass_are_not_taken_for_a_change(tmp_path):
     class Noisy(Columns):
         def forward(self, x):
             return super().forward(x) + 0.1 * torch.randn(len(x), 1)
@@ -179,15 +185,19 @@ def test_random_numbers_of_a_forward_pass_do_not_look_like_a_change(tmp_path):
     ("change", "warning"),
     [
         ({"seed": 1}, "seed was 0 and is 1|labels was"),
-        ({"normalize": True}, "normalize was False and is True"),
-        ({"fit_intercept": True}, "fit_intercept was False and is True"),
-        ({"pooling": {"good": "mean"}}, "pooling was auto and is mean"),
-        ({"precision": "bf16-mixed"}, "precision was 32-true and is bf16-mixed"),
-        ({"transforms": {"good": lambda batch: (2 * batch[0], batch[1])}}, "transform was None"),
+        pytest.param({"normalize": True}, "normalize was False and is True", marks=pytest.mark.slow),
+        pytest.param({"fit_intercept": True}, "fit_intercept was False and is True", marks=pytest.mark.slow),
+        pytest.param({"pooling": {"good": "mean"}}, "pooling was auto and is mean", marks=pytest.mark.slow),
+        pytest.param({"precision": "bf16-mixed"}, "precision was 32-true and is bf16-mixed", marks=pytest.mark.slow),
+        pytest.param(
+            {"transforms": {"good": lambda batch: (2 * batch[0], batch[1])}},
+            "transform was None",
+            marks=pytest.mark.slow,
+        ),
         ({"n": 1400}, "samples was 1500 and is 1400"),
     ],
 )
-def test_a_changed_option_is_noticed(candidates, tmp_path, change, warning):
+def test_a_changed_option_is_detected(candidates, tmp_path, change, warning):
     rank(candidates, tmp_path)
     options = {"n": 1500, **change}
     n = options.pop("n")
@@ -197,7 +207,7 @@ def test_a_changed_option_is_noticed(candidates, tmp_path, change, warning):
     assert summary(resumed) == summary(fresh)
 
 
-def test_a_changed_model_is_noticed(candidates, tmp_path):
+def test_a_changed_model_is_detected(candidates, tmp_path):
     rank(candidates, tmp_path)
     with torch.no_grad():
         candidates["good"].scale.mul_(1.01)
@@ -205,7 +215,7 @@ def test_a_changed_model_is_noticed(candidates, tmp_path):
         rank(candidates, tmp_path)
 
 
-def test_changed_inputs_of_the_same_labels_are_noticed(candidates, tmp_path):
+def test_changed_inputs_of_the_same_labels_are_detected(candidates, tmp_path):
     rank(candidates, tmp_path)
     x, y = target_set(1500).tensors
     loader = DataLoader(TensorDataset(x + 0.1 * torch.randn_like(x), y), 50)
@@ -213,7 +223,7 @@ def test_changed_inputs_of_the_same_labels_are_noticed(candidates, tmp_path):
         rank_backbones(candidates, loader, resume_from=tmp_path, **QUIET)
 
 
-def test_a_changed_callable_of_the_same_name_is_noticed(tmp_path):
+def test_a_changed_callable_of_the_same_name_is_detected(tmp_path):
     def transform(factor):
         return lambda batch: (batch[0] * torch.linspace(1, factor, WIDTH), batch[1])
 
@@ -223,7 +233,7 @@ def test_a_changed_callable_of_the_same_name_is_noticed(tmp_path):
 
 
 def two_labels(batch_size=50, target="fine", n=1500, relabelled=False):
-    """A data set without its labels at hand, of two tasks."""
+    """Return options for a data set of two tasks, whose labels only its batches show."""
     x, y = target_set(n).tensors
     rows = [{"x": a, "coarse": b // 2, "fine": 3 - b if relabelled else b} for a, b in zip(x, y, strict=True)]
     return {"dataloader": DataLoader(rows, batch_size), "target": target, "forward": lambda m, batch: m(batch["x"])}
@@ -237,7 +247,7 @@ def two_labels(batch_size=50, target="fine", n=1500, relabelled=False):
     ],
 )
 @pytest.mark.parametrize("more", [{}, {"new": Columns(0, 9)}])
-def test_other_labels_are_noticed(tmp_path, change, warning, more):
+def test_changed_labels_are_detected(tmp_path, change, warning, more):
     first = {"good": Columns(0, 8), "bad": Columns(16, 24)}
     rank_backbones(first, resume_from=tmp_path, **two_labels(), **QUIET)
     with starts_anew("good", warning):
@@ -246,8 +256,9 @@ def test_other_labels_are_noticed(tmp_path, change, warning, more):
     assert summary(resumed) == summary(fresh)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(50, 50), (50, 7), (512, 512), (300, 20)])
-def test_batches_may_be_of_another_size(candidates, tmp_path, sizes):
+def test_a_ranking_can_be_resumed_with_another_batch_size(candidates, tmp_path, sizes):
     first = rank_backbones(candidates, resume_from=tmp_path, race=False, **two_labels(sizes[0]), **QUIET)
     Counted.seen = 0
     again = rank_backbones(
@@ -257,7 +268,7 @@ def test_batches_may_be_of_another_size(candidates, tmp_path, sizes):
     assert again.scores["good"] == first.scores["good"]
 
 
-def test_rounds_of_another_size_are_noticed(candidates, tmp_path):
+def test_rounds_of_another_size_are_detected(candidates, tmp_path):
     loader = DataLoader(target_set(1500), 50)
     rank_backbones(candidates, loader, resume_from=tmp_path, num_classes=4, accelerator="cpu", progress=False)
     with starts_anew("good", "num_outputs was 4 and is 100"):
@@ -271,14 +282,14 @@ def test_rounds_of_another_size_are_noticed(candidates, tmp_path):
         )
 
 
-def test_a_stream_in_other_batches_is_noticed(candidates, tmp_path):
+def test_a_stream_in_batches_of_another_size_is_detected(candidates, tmp_path):
     stream = Stream(target_set())
     rank_backbones(candidates, DataLoader(stream, 50), resume_from=tmp_path, **QUIET)
     with starts_anew("good", "batch was 50 and is 60"):
         rank_backbones(candidates, DataLoader(stream, 60), resume_from=tmp_path, **QUIET)
 
 
-def test_a_folder_that_cannot_be_written_to(candidates, tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_written_to_is_warned_of(candidates, tmp_path, monkeypatch):
     def full(*args, **options):
         raise OSError(28, "No space left on device")
 
@@ -287,7 +298,7 @@ def test_a_folder_that_cannot_be_written_to(candidates, tmp_path, monkeypatch):
         assert rank(candidates, tmp_path).best in ("good", "also")
 
 
-def test_a_damaged_file_is_noticed(candidates, tmp_path):
+def test_a_damaged_file_is_detected(candidates, tmp_path):
     first = rank(candidates, tmp_path)
     for path in tmp_path.glob("good*.pt"):
         path.write_bytes(path.read_bytes()[:1000])
@@ -295,7 +306,7 @@ def test_a_damaged_file_is_noticed(candidates, tmp_path):
         assert summary(rank(candidates, tmp_path)) == summary(first)
 
 
-def test_candidates_may_be_added(candidates, tmp_path):
+def test_candidates_can_be_added(candidates, tmp_path):
     rank(good_to_bad(), tmp_path, race=False)
     Counted.seen = 0
     ranking = rank({**good_to_bad(), "new": Counted(0, 9)}, tmp_path, race=False)
@@ -303,7 +314,7 @@ def test_candidates_may_be_added(candidates, tmp_path):
     assert Counted.seen == 1500 + 16
 
 
-def test_one_that_failed_is_tried_again(tmp_path):
+def test_a_failed_candidate_is_tried_again(tmp_path):
     failing = {"a": Columns(0, 8), "b": lambda: 1 / 0}
     assert rank(failing, tmp_path).rows[1].ended == "failed"
     ranking = rank({"a": Columns(0, 8), "b": lambda: Columns(0, 8)}, tmp_path)

@@ -1,12 +1,10 @@
-"""Accumulators and agreement in two or three real processes."""
+"""Sums of accumulators, and agreement, in two or three real processes."""
 
-import math
+from contextlib import ExitStack
 
 import pytest
 import torch
-import torch.distributed as dist
 from oracles import problem
-from spawned import spawn
 from streamed import rows_of
 
 from lightning_logme import LogME
@@ -27,7 +25,18 @@ def accumulated(n, d, at, size=64, k=4, seed=0):
     return accumulator
 
 
-def _equals_one_process(rank, world, n, d, empty_rank):
+def contents(accumulator):
+    rows, index = accumulator.sample()
+    return {
+        "num_samples": accumulator.num_samples,
+        "score": accumulator.evidence().score,
+        "curve": [point[0] for point in accumulator.curve()],
+        "jackknife": jackknife(accumulator)[1],
+        "sample": (index, rows.features, rows.target),
+    }
+
+
+def _reduced(rank, world, n, d, empty_rank):
     full = [other for other in range(world) if other != empty_rank]
     mine = {}
     if rank in full:
@@ -35,76 +44,82 @@ def _equals_one_process(rank, world, n, d, empty_rank):
     if rank == world - 1:
         mine["only here", 1] = accumulated(30, 5, torch.arange(30))
     results, broken = reduced(mine, "multiclass", CPU, alone=False)
-    assert broken == {}
-    assert list(results) == [("deep", 0), ("only here", 1)]
-    for key, (number, width) in zip(results, [(n, d), (30, 5)], strict=True):
-        found, expected = results[key], accumulated(number, width, torch.arange(number))
-        assert found.num_samples == number
-        torch.testing.assert_close(found.evidence().score, expected.evidence().score, rtol=1e-8, atol=0)
-        assert [point[0] for point in found.curve()] == [point[0] for point in expected.curve()]
-        assert jackknife(found)[1] == pytest.approx(jackknife(expected)[1], rel=1e-7)
-        (rows, index), (same_rows, same_index) = found.sample(), expected.sample()
-        assert torch.equal(index, same_index)
-        assert torch.equal(rows.features, same_rows.features)
-        assert torch.equal(rows.target, same_rows.target)
+    return {key: contents(result) for key, result in results.items()}, broken
 
 
 @pytest.mark.parametrize(("n", "d", "empty_rank", "world"), [(200, 8, None, 2), (50, 60, 0, 2), (200, 8, 1, 3)])
-def test_reduced_is_as_one_process(n, d, empty_rank, world):
-    spawn(_equals_one_process, n, d, empty_rank, world=world)
+def test_reduced_accumulators_equal_those_of_one_process(processes, n, d, empty_rank, world):
+    sizes = {("deep", 0): (n, d), ("only here", 1): (30, 5)}
+    expected = {key: contents(accumulated(*size, torch.arange(size[0]))) for key, size in sizes.items()}
+    for results, broken in processes.run(_reduced, n, d, empty_rank, world=world):
+        assert broken == {}
+        assert list(results) == list(expected)
+        for key, found in results.items():
+            assert found["num_samples"] == expected[key]["num_samples"] == sizes[key][0]
+            torch.testing.assert_close(found["score"], expected[key]["score"], rtol=1e-8, atol=0)
+            assert found["curve"] == expected[key]["curve"]
+            assert found["jackknife"] == pytest.approx(expected[key]["jackknife"], rel=1e-7)
+            torch.testing.assert_close(found["sample"], expected[key]["sample"], rtol=0, atol=0)
 
 
 def _different_shapes(rank, world):
     mine = {"a": accumulated(20, 5 + rank, torch.arange(20)), "b": accumulated(20, 5, torch.arange(20)[rank::2])}
     results, broken = reduced(mine, "multiclass", CPU, alone=False)
-    assert broken == {"a": "features and targets have lengths (6, 4) in process 1, but (5, 4) in another process"}
-    assert results["b"].evidence().num_samples == 20
-    assert "a" not in results
+    return {key: result.evidence().num_samples for key, result in results.items()}, broken
 
 
-def test_shapes_that_differ_break_only_their_key():
-    spawn(_different_shapes)
+def test_shapes_that_differ_between_processes_break_only_their_key(processes):
+    message = "features or targets of lengths (6, 4) in process 1, and (5, 4) in another"
+    assert processes.run(_different_shapes) == [({"b": 20}, {"a": message})] * 2
 
 
-def _fail_if(condition, error):
-    if condition:
-        raise error
+def _failure(rank, world, errors, depth):
+    """The error that processes agree on, where each has one of its own or none."""
+    try:
+        with ExitStack() as stack:
+            for _ in range(depth):
+                stack.enter_context(together(alone=False))
+            if errors[rank] is not None:
+                raise errors[rank]
+    except Failure as failure:
+        return str(failure)
+    return "none"
 
 
-def _failures(rank, world):
-    with together(alone=False):
-        pass
-    with pytest.raises(Failure, match=r"^RuntimeError: no memory \(process 1\)$"), together(alone=False):
-        _fail_if(rank == 1, RuntimeError("no memory"))
-    with pytest.raises(Failure, match=r"^the same in all$"), together(alone=False):
-        raise ValueError("the same in all")
-    with pytest.raises(Failure, match=r"^inner \(process 0\)$"), together(alone=False), together(alone=False):
-        _fail_if(rank == 0, ValueError("inner"))
-    dist.barrier()
-
-
-def test_what_fails_in_one_process_fails_in_all():
-    spawn(_failures)
+@pytest.mark.parametrize(
+    ("errors", "depth", "message"),
+    [
+        ([None, None], 1, "none"),
+        ([None, RuntimeError("no memory")], 1, "RuntimeError: no memory (process 1)"),
+        ([ValueError("the same in all")] * 2, 1, "the same in all"),
+        ([ValueError("inner"), None], 2, "inner (process 0)"),
+    ],
+)
+def test_an_error_in_one_process_is_raised_in_all(processes, errors, depth, message):
+    assert processes.run(_failure, errors, depth) == [message] * 2
 
 
 def _metric_of_few_rows(rank, world, number, width):
     features, labels = map(torch.as_tensor, problem(number, width, 4))
     metric = LogME("multiclass", width, num_classes=4)
-    if rank:  # the first process sees no data
-        metric.update(features[rank - 1 :: world - 1], labels[rank - 1 :: world - 1])
-    else:
-        metric.update(features[:0], labels[:0])
-    for _ in range(2):
-        torch.testing.assert_close(metric.compute(), evidence(features, labels).score, rtol=1e-8, atol=0)
-        metric._computed = None
+    mine = slice(rank - 1, None, world - 1) if rank else slice(0, 0)  # the first process sees no data
+    metric.update(features[mine], labels[mine])
+    scores = [metric.compute()]
+    metric.update(features[:0], labels[:0])
+    scores.append(metric.compute())
     metric.update(features[:4], labels[:4])
-    assert metric.evidence().num_samples == number + 4 * world
+    num_samples = metric.evidence().num_samples
     metric.reset()
     metric.sync()
-    assert math.isclose(float(metric.count), 0)
+    count = float(metric.count)
     metric.unsync()
+    return scores, num_samples, count
 
 
 @pytest.mark.parametrize(("number", "width"), [(30, 50), (30, 12), (90, 50)])
-def test_metric_of_few_rows(number, width):
-    spawn(_metric_of_few_rows, number, width, world=3)
+def test_metric_of_few_rows_equals_that_of_one_process(processes, number, width):
+    expected = evidence(*map(torch.as_tensor, problem(number, width, 4))).score
+    for scores, num_samples, count in processes.run(_metric_of_few_rows, number, width, world=3):
+        torch.testing.assert_close(scores, [expected] * 2, rtol=1e-8, atol=0)
+        assert num_samples == number + 4 * 3
+        assert count == 0

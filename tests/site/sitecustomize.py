@@ -1,3 +1,3 @@
-"""Python imports this file at the start of the processes that tests launch; see conftest.py."""
+"""Python imports this file when a process that tests launch starts; see conftest.py."""
 
 import torchvision_operators  # noqa: F401

@@ -1,4 +1,4 @@
-"""Define two operators of torchvision where its library cannot be loaded, as with a CUDA wheel beside a CPU torch.
+"""Define two operators of torchvision if its library cannot be loaded, as with a CUDA wheel beside a CPU torch.
 
 Without them `import torchvision` fails, and with it Lightning, timm and transformers. Import this module before those.
 """

@@ -1,4 +1,4 @@
-"""What checkpoints carry, and what resuming does with it."""
+"""The history in checkpoints, and how a resumed run continues it."""
 
 import math
 import subprocess
@@ -18,7 +18,7 @@ def saving(path, **options):
 
 @pytest.fixture
 def run(tmp_path):
-    """Three epochs, a checkpoint each."""
+    """A run of three epochs, with a checkpoint after each."""
     callback, module = LogMECallback(), Classifier()
     done = trainer(tmp_path, callback, saving(tmp_path), max_epochs=3)
     done.fit(module, loader(), loader())
@@ -33,18 +33,18 @@ def test_every_checkpoint_carries_the_history_so_far(run, tmp_path):
     assert read_history(str(path)) == callback.history
 
 
-def test_last_evidence_as_plain_numbers(run, tmp_path):
+def test_a_checkpoint_carries_the_last_evidence_as_plain_numbers(run, tmp_path):
     _, _, callback = run
-    figures = read_evidence(tmp_path / "epoch=2.ckpt")["logme"]
+    saved = read_evidence(tmp_path / "epoch=2.ckpt")["logme"]
     evidence = callback.evidence["logme"]
-    assert figures["logme"] == float(evidence.score)
-    assert figures["gain"] == float(evidence.gain)
-    assert figures["num_samples"] == 96
+    assert saved["logme"] == float(evidence.score)
+    assert saved["gain"] == float(evidence.gain)
+    assert saved["num_samples"] == 96
     for name in ("per_output", "null", "alpha", "beta", "effective_dim", "saturated"):
-        assert figures[name] == getattr(evidence, name).tolist()
+        assert saved[name] == getattr(evidence, name).tolist()
 
 
-def test_nothing_but_plain_types(run, tmp_path):
+def test_a_checkpoint_holds_only_plain_types(run, tmp_path):
     def check(value):
         assert type(value) in (dict, list, str, int, float, bool)
         if isinstance(value, dict):
@@ -56,9 +56,11 @@ def test_nothing_but_plain_types(run, tmp_path):
     checkpoint = torch.load(tmp_path / "epoch=2.ckpt", weights_only=True)
     (state,) = [state for key, state in checkpoint["callbacks"].items() if key.startswith("LogMECallback")]
     check(state)
+    assert state["history"]
+    assert state["evidence"]
 
 
-def test_readable_without_lightning(run, tmp_path):
+def test_a_checkpoint_can_be_read_without_lightning(run, tmp_path):
     code = (
         "import sys, torch\n"
         f"checkpoint = torch.load({str(tmp_path / 'epoch=2.ckpt')!r})\n"
@@ -80,7 +82,7 @@ def test_resume_continues_the_history(run, tmp_path):
     assert [row["global_step"] for row in callback.history] == [5, 10, 15, 20, 25]
 
 
-def test_resume_from_an_earlier_checkpoint_undoes_what_came_later(run, tmp_path):
+def test_resuming_from_an_earlier_checkpoint_removes_later_rows(run, tmp_path):
     _, module, callback = run
     first = callback.history[0]
     trainer(tmp_path, callback, max_epochs=2).fit(module, loader(), loader(), ckpt_path=tmp_path / "epoch=0.ckpt")
@@ -88,7 +90,7 @@ def test_resume_from_an_earlier_checkpoint_undoes_what_came_later(run, tmp_path)
     assert callback.history[0] == first
 
 
-def test_validating_a_checkpoint_loses_nothing(run, tmp_path):
+def test_validating_a_checkpoint_adds_a_row_and_loses_none(run, tmp_path):
     done, module, callback = run
     before = list(callback.history)
     done.validate(module, loader(), ckpt_path=tmp_path / "epoch=1.ckpt", verbose=False)
@@ -123,7 +125,7 @@ def test_validating_a_checkpoint_on_several_sets_keeps_every_row(run, tmp_path):
     assert [row["num_samples"] for row in callback.history] == [96, 96, 96, 96, 40, 60]
 
 
-def test_testing_and_predicting_with_a_checkpoint_lose_nothing(run, tmp_path):
+def test_testing_a_checkpoint_leaves_the_history_unchanged(run, tmp_path):
     class Tested(Classifier):
         def test_step(self, batch, batch_idx):
             self(batch[0])
@@ -134,7 +136,7 @@ def test_testing_and_predicting_with_a_checkpoint_lose_nothing(run, tmp_path):
     assert callback.history == before
 
 
-def test_nan_survives_the_way_through_a_checkpoint(tmp_path):
+def test_nan_is_saved_in_a_checkpoint_and_restored(tmp_path):
     x, y = vectors().tensors
     x[0] = math.nan
     callback = LogMECallback()
@@ -149,7 +151,7 @@ def test_nan_survives_the_way_through_a_checkpoint(tmp_path):
     assert len(callback.history) == 2
 
 
-def test_several_callbacks(tmp_path):
+def test_rows_of_several_callbacks_are_read(tmp_path):
     callbacks = LogMECallback(), LogMECallback("model.0", name="input", num_classes=4)
     trainer(tmp_path, *callbacks, saving(tmp_path), max_epochs=1).fit(Classifier(), loader(), loader())
     assert {row["key"] for row in read_history(tmp_path / "epoch=0.ckpt")} == {"logme", "input"}
@@ -166,7 +168,7 @@ def test_several_callbacks(tmp_path):
         {"history": [], "evidence": [1]},
     ],
 )
-def test_a_state_of_another_form_is_left_out_and_ends_nothing(run, tmp_path, state):
+def test_a_state_of_unknown_form_is_ignored_with_a_warning(run, tmp_path, state):
     path = tmp_path / "epoch=1.ckpt"
     checkpoint = torch.load(path, weights_only=True)
     (key,) = [key for key in checkpoint["callbacks"] if key.startswith("LogMECallback")]
@@ -224,7 +226,7 @@ def test_checkpoints_of_version_0_1_are_read_and_resumed(run, tmp_path):
     assert len(callback.history) > 2
 
 
-def test_checkpoints_without_history(tmp_path):
+def test_reading_a_checkpoint_without_history_is_an_error(tmp_path):
     run = trainer(tmp_path, saving(tmp_path, save_weights_only=True), LogMECallback(), max_epochs=1)
     run.fit(Classifier(), loader(), loader())
     with pytest.raises(ValueError, match=r"epoch=0.ckpt' holds no history of LogME; .*save_weights_only"):

@@ -1,4 +1,4 @@
-"""Other tasks, scored while a module is trained on its own."""
+"""Probes: other tasks that are scored while a module trains on its own task."""
 
 import copy
 import math
@@ -18,8 +18,8 @@ from oracles import problem
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
+from tqdm.auto import tqdm
 
-import lightning_logme.tracking.probe
 from lightning_logme import LogMECallback, Probe, read_history
 from lightning_logme.functional import evidence, logme
 from lightning_logme.tracking.probes import Probes
@@ -34,7 +34,7 @@ def rows_of(callback, key):
 
 
 class Scores(pl.Callback):
-    """What an ordinary loop over the probe's data gives, at each validation."""
+    """Record at each validation the score from an ordinary loop over the probe's data."""
 
     def __init__(self, data, task="multiclass"):
         self.data, self.task, self.expected = data, task, []
@@ -44,7 +44,7 @@ class Scores(pl.Callback):
             self.expected.append(float(logme(*penultimate(pl_module, "model.2", self.data), self.task)))
 
 
-def test_scores_are_those_of_the_features_of_the_other_task(tmp_path):
+def test_scores_are_those_of_the_features_on_the_other_task(tmp_path):
     ratings = TensorDataset(torch.randn(80, 16), torch.randn(80))
     callback = LogMECallback(
         probes={"news": loader(other(), 32), "mood": Probe(loader(ratings, 30), task="regression")}
@@ -64,13 +64,13 @@ def test_scores_are_those_of_the_features_of_the_other_task(tmp_path):
     assert callback.evidence["logme/news"].weight.shape == (3, 32)
 
 
-def test_trainer_validate_runs_them(tmp_path):
+def test_trainer_validate_runs_probes(tmp_path):
     module, callback = Classifier(), LogMECallback(probes={"news": loader(other())})
     (metrics,) = trainer(tmp_path, callback).validate(module, loader(), verbose=False)
     assert metrics["logme/news"] == pytest.approx(float(logme(*penultimate(module, "model.2", other()))), rel=1e-6)
 
 
-def test_they_can_be_monitored(tmp_path):
+def test_probes_can_be_monitored(tmp_path):
     checkpoint = ModelCheckpoint(tmp_path, "best", monitor="logme/news", mode="max")
     stopping = EarlyStopping("logme_gain/news", mode="max", patience=1, min_delta=10.0)
     callback = LogMECallback(probes={"news": loader(other())})
@@ -84,7 +84,7 @@ def test_they_can_be_monitored(tmp_path):
 
 
 class Noisy(Classifier):
-    """Leaves every trace that a forward pass can."""
+    """Changes in a forward pass everything that a forward pass can change."""
 
     def __init__(self, model=None):
         super().__init__(model or ConvNet())
@@ -92,14 +92,14 @@ class Noisy(Classifier):
         self.register_buffer("calls", torch.zeros((), dtype=torch.long))
         self.register_buffer("replaced", torch.zeros(2))
         self.accuracy = MulticlassAccuracy(CLASSES)
-        self.model.avgpool.eval()  # one part in another mode than the rest
+        self.model.avgpool.eval()  # one module in a different mode from the rest
 
     def forward(self, x):
         self.calls += 1
         self.replaced = self.replaced + 1
         torch.rand(3), random.random(), np.random.rand()  # noqa: NPY002
         logits = self.model(self.dropout(x))
-        if self._trainer is not None and self.trainer.validating:
+        if self.trainer.validating:
             self.log("norm", logits.norm())
         self.accuracy.update(logits, torch.zeros(len(x), dtype=torch.long))
         return logits
@@ -118,7 +118,7 @@ def run_of(tmp_path, probes, **options):
         def on_validation_end(self, trainer, pl_module):
             seen.append({name: value.clone() for name, value in pl_module.state_dict().items()})
             seen.append({name: value.clone() for name, value in pl_module.accuracy.metric_state.items()})
-            seen.append(pl_module.accuracy._update_count)
+            seen.append(pl_module.accuracy.update_count)
             seen.append({key: float(value) for key, value in trainer.callback_metrics.items() if "logme" not in key})
 
     run = trainer(tmp_path, LogMECallback(probes=probes), Witness(), max_epochs=2, **options)
@@ -131,7 +131,7 @@ in_eval_mode = pytest.mark.filterwarnings("ignore:Found 1 module.s. in eval mode
 
 
 @in_eval_mode
-def test_the_run_is_what_it_is_without_them(tmp_path):
+def test_probes_do_not_change_the_run(tmp_path):
     data = TensorDataset(torch.randn(40, 3, 12, 12), torch.arange(40) % 3)
     without, with_probes = run_of(tmp_path, {}), run_of(tmp_path, {"news": loader(data, 16, shuffle=True)})
     assert len(without) == len(with_probes) > 10
@@ -140,7 +140,7 @@ def test_the_run_is_what_it_is_without_them(tmp_path):
 
 
 @in_eval_mode
-def test_modes_buffers_and_metrics_after_an_error_too(tmp_path):
+def test_a_failing_probe_does_not_change_weights_and_buffers(tmp_path):
     def fails(module, batch):
         module(batch[0])
         raise RuntimeError("on purpose")
@@ -153,7 +153,7 @@ def test_modes_buffers_and_metrics_after_an_error_too(tmp_path):
 
 
 class TestForward:
-    def test_batches_of_another_form(self, tmp_path):
+    def test_a_custom_forward_takes_batches_of_another_form(self, tmp_path):
         class Rows(Dataset):
             def __len__(self):
                 return 60
@@ -173,7 +173,7 @@ class TestForward:
         expected = logme(*penultimate(module, "model.2", data), "regression")
         assert callback.history[-1]["logme"] == pytest.approx(float(expected), rel=1e-5)
 
-    def test_mappings_go_to_the_arguments_of_forward(self, tmp_path):
+    def test_mappings_are_passed_to_the_arguments_of_forward(self, tmp_path):
         class Module(Classifier):
             def forward(self, x, scale=1.0):
                 return self.model(x * scale)
@@ -190,12 +190,12 @@ class TestForward:
         assert callback.history[-1]["num_samples"] == 60
         assert math.isfinite(callback.history[-1]["logme"])
 
-    def test_limit_batches(self, tmp_path):
+    def test_limit_batches_limits_the_samples(self, tmp_path):
         callback = LogMECallback(probes={"news": Probe(loader(other(), 20), limit_batches=2)})
         trainer(tmp_path, callback).validate(Classifier(), loader(), verbose=False)
         assert callback.history[-1]["num_samples"] == 40
 
-    def test_a_stream_and_its_limit(self, tmp_path):
+    def test_a_stream_is_scored_up_to_its_limit(self, tmp_path):
         class Stream(IterableDataset):
             def __iter__(self):
                 return iter(other())
@@ -210,14 +210,14 @@ class TestForward:
         expected = logme(*penultimate(module, "model.2", other()))
         assert callback.history[1]["logme"] == pytest.approx(float(expected), rel=1e-5)
 
-    def test_precision(self, tmp_path):
+    def test_probes_run_in_the_precision_of_the_trainer(self, tmp_path):
         module, callback = Classifier(), LogMECallback(probes={"news": loader(other())})
         trainer(tmp_path, callback, precision="64-true").validate(module, loader(), verbose=False)
         expected = logme(*penultimate(module, "model.2", TensorDataset(other()[:][0].double(), other()[:][1])))
         assert callback.history[-1]["logme"] == pytest.approx(float(expected), rel=1e-9)
 
     @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-    def test_low_precision(self, tmp_path, precision):
+    def test_probes_run_in_low_precision(self, tmp_path, precision):
         module, callback = Classifier(), LogMECallback(probes={"news": loader(other())})
         expected = logme(*penultimate(module, "model.2", other()))
         trainer(tmp_path, callback, precision=precision).validate(module, loader(), verbose=False)
@@ -236,7 +236,7 @@ class TestForward:
 
 
 class SelfSupervised(pl.LightningModule):
-    """An encoder that is trained to tell its input from its code, without labels."""
+    """An autoencoder, which trains without labels."""
 
     def __init__(self, convolutional=False):
         super().__init__()
@@ -258,7 +258,7 @@ class SelfSupervised(pl.LightningModule):
 
 
 class SimSiam(pl.LightningModule):
-    """A backbone in ``forward``, and a projector or predictor that training alone uses."""
+    """A backbone in ``forward``, and a projector or predictor that only training uses."""
 
     def __init__(self, name="projector"):
         super().__init__()
@@ -284,13 +284,13 @@ UNLABELLED = TensorDataset(torch.randn(40, 16))
 
 
 class TestWithoutAHead:
-    def test_asks_for_layers_or_features(self, tmp_path):
+    def test_the_error_asks_for_layers_or_features(self, tmp_path):
         callback = LogMECallback(probes={"news": loader(other())})
         with pytest.raises(ValueError, match=r"(?s)no torch.nn.Linear.*layers=.*features=callable"):
             trainer(tmp_path, callback).fit(SelfSupervised(convolutional=True), loader(UNLABELLED), loader(UNLABELLED))
 
     @pytest.mark.parametrize("way", ["layers", "features"])
-    def test_an_encoder(self, tmp_path, way):
+    def test_the_output_of_an_encoder_is_scored(self, tmp_path, way):
         options = {
             "layers": {"layers": ["encoder"]},
             "features": {"features": lambda module, batch: module.encoder(batch[0])},
@@ -308,19 +308,19 @@ class TestWithoutAHead:
         assert float(run.callback_metrics["logme/news"]) == pytest.approx(float(expected), rel=1e-5)
         assert "logme" not in run.callback_metrics
 
-    def test_the_last_of_the_layers_stands_for_the_head(self, tmp_path):
+    def test_the_last_layer_takes_the_place_of_the_head(self, tmp_path):
         callback = LogMECallback(layers=["encoder.0", "encoder.1"], probes={"news": loader(other())}, validation=False)
         trainer(tmp_path, callback).validate(SelfSupervised(convolutional=True), loader(UNLABELLED), verbose=False)
         scores = {row["key"]: row["logme"] for row in callback.history}
         assert scores["logme/news"] == scores["logme/news/encoder.1"]
         assert callback.evidence["logme/news"].weight.shape == callback.evidence["logme/news/encoder.1"].weight.shape
 
-    def test_probes_alone_need_to_know_nothing_of_the_validation_set(self, tmp_path):
+    def test_probes_alone_need_no_labels_of_the_validation_set(self, tmp_path):
         callback = LogMECallback(layers=["encoder"], target="y", probes={"news": loader(other())}, validation=False)
         trainer(tmp_path, callback).fit(SelfSupervised(convolutional=True), loader(UNLABELLED), loader(UNLABELLED))
         assert {row["key"] for row in callback.history} == {"logme/news", "logme/news/encoder"}
 
-    def test_features_score_the_validation_set_too(self, tmp_path):
+    def test_features_are_scored_on_the_validation_set_too(self, tmp_path):
         module = SelfSupervised()
         callback = LogMECallback(features=lambda module, batch: module(batch[0]), num_classes=CLASSES)
         run = trainer(tmp_path, callback, max_epochs=1)
@@ -331,7 +331,7 @@ class TestWithoutAHead:
 
     @pytest.mark.parametrize("options", [{"layers": ["encoder"]}, {"features": lambda m, b: m(b[0]), "task": "binary"}])
     @pytest.mark.parametrize("sanity", [0, 2])
-    def test_a_validation_set_without_labels_is_left_out_only_on_request(self, tmp_path, options, sanity):
+    def test_a_validation_set_without_labels_is_skipped_only_on_request(self, tmp_path, options, sanity):
         data = loader(UNLABELLED)
         module = SelfSupervised(convolutional=True)
         callback = LogMECallback(probes={"news": loader(other())}, **options)
@@ -345,15 +345,15 @@ class TestWithoutAHead:
         assert math.isfinite(run.callback_metrics["logme/news"])
         assert "logme" not in run.callback_metrics
 
-    def test_who_says_what_the_labels_are_wants_them_scored(self, tmp_path):
-        for options in ({"target": "y"}, {"num_classes": 5}, {"class_names": ["a", "b"]}):
-            callback = LogMECallback(
-                features=lambda m, b: m(b[0]), task="multilabel", probes={"news": loader(other())}, **options
-            )
-            with pytest.raises(ValueError, match="labels|class_names|num_classes"):
-                trainer(tmp_path, callback).fit(SelfSupervised(), loader(UNLABELLED), loader(UNLABELLED))
+    @pytest.mark.parametrize("options", [{"target": "y"}, {"num_classes": 5}, {"class_names": ["a", "b"]}])
+    def test_options_about_labels_mean_that_the_validation_set_must_be_scored(self, tmp_path, options):
+        callback = LogMECallback(
+            features=lambda m, b: m(b[0]), task="multilabel", probes={"news": loader(other())}, **options
+        )
+        with pytest.raises(ValueError, match="labels|class_names|num_classes"):
+            trainer(tmp_path, callback).fit(SelfSupervised(), loader(UNLABELLED), loader(UNLABELLED))
 
-    def test_an_error_after_a_good_batch_leaves_nothing_out(self, tmp_path):
+    def test_an_error_after_a_good_batch_is_nan_for_that_validation_alone(self, tmp_path):
         class Twice(Classifier):
             def validation_step(self, batch, batch_idx):
                 self(batch[0])
@@ -366,7 +366,7 @@ class TestWithoutAHead:
         assert [math.isnan(row["logme"]) for row in rows_of(callback, "logme")] == [True, False]
 
     @pytest.mark.parametrize("name", ["projector", "predictor"])
-    def test_layers_of_a_module_with_a_projector_are_scored_and_nothing_is_guessed(self, tmp_path, name):
+    def test_layers_of_a_module_with_a_projector_are_scored_without_a_guessed_head(self, tmp_path, name):
         module = SimSiam(name)
         callback = LogMECallback(probes={"news": loader(other())}, layers=["backbone"], validation=False)
         with warnings.catch_warnings():
@@ -381,7 +381,7 @@ class TestWithoutAHead:
 
     @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
     @pytest.mark.parametrize("validated", [True, False])
-    def test_a_predictor_that_was_guessed_raises_before_training_with_the_remedy(self, tmp_path, validated):
+    def test_a_predictor_mistaken_for_the_head_is_an_error_before_training(self, tmp_path, validated):
         callback = LogMECallback(probes={"news": loader(other())}, validation=False)
         message = r"probes\['news'\]: .*'predictor' was taken for the classifier head.*head=None.*features=.*forward="
         with pytest.raises(ValueError, match=message):
@@ -389,7 +389,7 @@ class TestWithoutAHead:
                 SimSiam("predictor"), loader(UNLABELLED), loader(UNLABELLED) if validated else None
             )
 
-    def test_head_none_scores_what_forward_returns(self, tmp_path):
+    def test_head_none_scores_the_output_of_forward(self, tmp_path):
         module, callback = SimSiam(), LogMECallback(head=None, probes={"news": loader(other())}, validation=False)
         trainer(tmp_path, callback).fit(module, loader(UNLABELLED), loader(UNLABELLED))
         with torch.no_grad():
@@ -412,7 +412,7 @@ class TestWithoutAHead:
         assert len(callback.history) == 9
         assert hooks(module) == 0
 
-    def test_a_source_that_fails_spoils_no_other(self, tmp_path):
+    def test_a_source_that_fails_does_not_affect_another(self, tmp_path):
         class Sometimes(Classifier):
             def __init__(self):
                 super().__init__()
@@ -429,14 +429,14 @@ class TestWithoutAHead:
         assert failed == ["logme/extra"]
         assert len(callback.history) == 6
 
-    def test_features_that_are_none(self, tmp_path):
+    def test_features_callable_that_returns_none_is_an_error(self, tmp_path):
         callback = LogMECallback(features=lambda module, batch: None, num_classes=CLASSES)
         with pytest.raises(ValueError, match="features=callable.* returned no tensor"):
             trainer(tmp_path, callback).validate(SelfSupervised(), loader(), verbose=False)
 
     @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
-    def test_no_validation_at_all(self, tmp_path):
-        """Probes are run when an epoch ends, in time for whoever monitors them."""
+    def test_probes_run_at_the_end_of_an_epoch_without_validation(self, tmp_path):
+        """In time for callbacks that monitor them."""
         checkpoint = ModelCheckpoint(tmp_path, "best", monitor="logme/news", mode="max", save_top_k=-1)
         callback = LogMECallback(
             probes={"news": loader(other())}, validation=False, features=lambda module, batch: module(batch[0])
@@ -454,7 +454,7 @@ class TestWithoutAHead:
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
 @pytest.mark.parametrize("validated", [True, False])
-def test_figures_are_at_the_steps_of_the_scalars(tmp_path, validated):
+def test_plots_are_logged_at_the_steps_of_the_scalars(tmp_path, validated):
     callback = LogMECallback(probes={"news": loader(other())}, validation=False, plots=True)
     logger = TensorBoardLogger(tmp_path, "", "")
     run = trainer(tmp_path, callback, logger=logger, log_every_n_steps=1)
@@ -465,8 +465,8 @@ def test_figures_are_at_the_steps_of_the_scalars(tmp_path, validated):
     assert len(steps) == 2
 
 
-class TestWhen:
-    def test_every_second_validation(self, tmp_path):
+class TestSchedule:
+    def test_probes_run_in_every_second_validation(self, tmp_path):
         callback = LogMECallback(probes={"news": loader(other())}, probe_every=2)
         trainer(tmp_path, callback, max_epochs=5).fit(Classifier(), loader(), loader())
         assert [row["epoch"] for row in rows_of(callback, "logme/news")] == [0, 2, 4]
@@ -485,7 +485,7 @@ class TestWhen:
             ({"save_top_k": 0}, []),
         ],
     )
-    def test_with_a_checkpoint(self, tmp_path, checkpoint, epochs):
+    def test_probes_run_when_a_checkpoint_is_saved(self, tmp_path, checkpoint, epochs):
         class Falling(Classifier):
             def validation_step(self, batch, batch_idx):
                 super().validation_step(batch, batch_idx)
@@ -562,19 +562,19 @@ class TestWhen:
             trainer(tmp_path, callback, saving).fit(Failing(), loader(), loader())
         assert math.isnan(read_history(tmp_path / "step=10.ckpt")[-1]["logme"])
 
-    def test_validate_runs_them_without_a_checkpoint(self, tmp_path):
+    def test_validate_runs_probes_without_a_checkpoint(self, tmp_path):
         callback = LogMECallback(probes={"news": loader(other())}, probe_every="checkpoint")
         trainer(tmp_path, callback).validate(Classifier(), loader(), verbose=False)
         assert len(rows_of(callback, "logme/news")) == 1
 
 
 class TestFailures:
-    def test_training_goes_on(self, tmp_path):
+    def test_training_goes_on_after_a_failure(self, tmp_path):
         calls = []
 
         def forward(module, batch):
             calls.append(1)
-            if len(calls) == 3:  # one batch in the sanity check, one that is well
+            if len(calls) == 3:  # after one in the sanity check and one in the first epoch
                 raise RuntimeError("on purpose")
             return module(batch[0])
 
@@ -584,11 +584,11 @@ class TestFailures:
             run.fit(Classifier(), loader(), loader())
         scores = [row["logme"] for row in rows_of(callback, "logme/news")]
         assert [math.isnan(score) for score in scores] == [False, True, False]
-        assert not any(math.isnan(row["logme"]) for row in rows_of(callback, "logme"))
+        assert [math.isnan(row["logme"]) for row in rows_of(callback, "logme")] == [False] * 3
 
     @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
     @pytest.mark.parametrize("validated", [True, False])
-    def test_what_always_fails_raises_before_training(self, tmp_path, validated):
+    def test_a_failure_in_the_first_batch_raises_before_training(self, tmp_path, validated):
         class Untouched(Classifier):
             def training_step(self, batch, batch_idx):
                 pytest.fail("training began")
@@ -622,18 +622,18 @@ class TestFailures:
         trainer(tmp_path, callback).validate(NoForward(), loader(), verbose=False)
         assert math.isfinite(callback.history[0]["logme"])
 
-    def test_nan_features(self, tmp_path):
+    def test_nan_features_give_nan_and_a_warning(self, tmp_path):
         callback = LogMECallback(probes={"news": Probe(loader(other()), forward=lambda m, b: m(b[0] * math.nan))})
         with pytest.warns(UserWarning, match="features contain NaN"):
             trainer(tmp_path, callback).validate(Classifier(), loader(), verbose=False)
         assert math.isnan(callback.history[-1]["logme"])
 
-    def test_hooks_are_gone_and_the_module_pickles(self, tmp_path):
+    def test_no_hook_is_left_and_the_module_can_be_copied(self, tmp_path):
         module, callback = Classifier(), LogMECallback(probes={"news": loader(other())}, layers=["model.0"])
         trainer(tmp_path, callback, max_epochs=1).fit(module, loader(), loader())
-        assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+        assert hooks(module) == 0
         assert "log" not in vars(module)
-        copy.deepcopy(module)
+        torch.testing.assert_close(copy.deepcopy(module).state_dict(), module.state_dict())
 
 
 class TestBadInput:
@@ -672,7 +672,7 @@ class TestBadInput:
             ({"features": len, "head": "fc"}, "replaces head"),
         ],
     )
-    def test_options(self, options, message):
+    def test_bad_options_of_the_callback_are_an_error(self, options, message):
         with pytest.raises(ValueError, match=message):
             LogMECallback(**options)
 
@@ -684,11 +684,11 @@ class TestBadInput:
             ({"forward": "forward"}, "forward must be callable"),
         ],
     )
-    def test_probe(self, options, message):
+    def test_bad_options_of_a_probe_are_an_error(self, options, message):
         with pytest.raises(ValueError, match=message):
             Probe(loader(), **options)
 
-    def test_a_probe_named_as_a_layer(self, tmp_path):
+    def test_a_probe_with_the_name_of_a_layer_is_an_error(self, tmp_path):
         callback = LogMECallback(layers=["model"], probes={"model": loader(other())})
         with pytest.raises(ValueError, match="probes: the name 'model' leads to the key 'model', which is logged"):
             trainer(tmp_path, callback).fit(Classifier(), loader(), loader())
@@ -711,8 +711,8 @@ def test_batches_go_through_the_hooks_of_the_module(tmp_path):
     assert scores["logme/same"] == pytest.approx(scores["logme"], rel=1e-5)
 
 
-def test_attention_mask_beside_the_labels(tmp_path):
-    """In (inputs, labels), of the validation set and of a probe, as in a ranking."""
+def test_an_attention_mask_beside_the_labels_is_used(tmp_path):
+    """In (inputs, labels) batches, of the validation set and of a probe, as in a ranking."""
 
     class Tokens(nn.Module):
         def __init__(self):
@@ -737,16 +737,19 @@ def test_attention_mask_beside_the_labels(tmp_path):
 
 
 @pytest.mark.parametrize("shown", [True, False])
-def test_a_bar_for_those_that_take_their_time(tmp_path, monkeypatch, capsys, shown):
-    monkeypatch.setattr(lightning_logme.tracking.probe, "_BAR_DELAY", 0.0)
+def test_a_slow_probe_has_a_progress_bar(tmp_path, monkeypatch, capsys, shown):
+    def at_once(*args, **options):
+        return tqdm(*args, **{**options, "delay": 0})
+
+    monkeypatch.setattr("lightning_logme.tracking.probe.tqdm", at_once)
     callback = LogMECallback(probes={"news": loader(other())})
     trainer(tmp_path, callback, enable_progress_bar=shown).validate(Classifier(), loader(), verbose=False)
     assert ("probe news" in capsys.readouterr().err) == shown
 
 
 class TestNoTrace:
-    def test_a_cache_and_what_describes_it(self, tmp_path):
-        """As of rotary embeddings: a buffer that grows, and a number that says how long it is."""
+    def test_a_cache_and_its_length_are_restored(self, tmp_path):
+        """As rotary embeddings have: a buffer that grows, and an attribute that holds its length."""
 
         class Cached(Classifier):
             def __init__(self):
@@ -766,11 +769,11 @@ class TestNoTrace:
         module, callback = Cached(), LogMECallback(probes={"long": loader(tokens(10))})
         module(tokens(4)[:2][0])
         trainer(tmp_path, callback).fit(module, loader(tokens(6)), loader(tokens(4)))
-        assert all(math.isfinite(row["logme"]) for row in callback.history)
+        assert [math.isfinite(row["logme"]) for row in callback.history] == [True] * 4
         assert module.longest == len(module.table) == 6
         assert not hasattr(module, "seen_10")
 
-    def test_inputs_that_are_written_to(self, tmp_path):
+    def test_inputs_that_forward_writes_to_stay_unchanged(self, tmp_path):
         def forward(module, batch):
             return module(batch[0].mul_(2))
 
@@ -779,7 +782,7 @@ class TestNoTrace:
         trainer(tmp_path, callback).fit(Classifier(), loader(), loader())
         torch.testing.assert_close(batches[0][0], other()[:][0])
 
-    def test_generators_of_the_module(self, tmp_path):
+    def test_generators_of_the_module_are_restored(self, tmp_path):
         class Noisy(Classifier):
             def __init__(self):
                 super().__init__()
@@ -798,7 +801,7 @@ class TestNoTrace:
             weights.append(module.state_dict())
         torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=0)
 
-    def test_the_data_module_whose_hooks_prepare_batches(self, tmp_path):
+    def test_a_data_module_whose_hooks_prepare_batches_is_restored(self, tmp_path):
         """The run is the same to the last bit, although the hooks count batches and draw random numbers."""
 
         class Noisy(pl.LightningDataModule):
@@ -824,7 +827,7 @@ class TestNoTrace:
             seen.append((data.batches, data.generator.get_state(), *module.state_dict().values()))
         torch.testing.assert_close(*seen, rtol=0, atol=0)
 
-    def test_the_generator_of_a_shared_sampler(self, tmp_path):
+    def test_the_generator_of_a_shared_sampler_is_restored(self, tmp_path):
         def order(probes):
             generator = torch.Generator().manual_seed(5)
             sampler = RandomSampler(range(96), num_samples=60, generator=generator)
@@ -841,7 +844,7 @@ class TestNoTrace:
 
         assert torch.equal(order(probes=False), order(probes=True))
 
-    def test_a_stream_in_another_order_every_time(self, tmp_path):
+    def test_a_stream_in_another_order_has_the_same_score(self, tmp_path):
         class Stream(IterableDataset):
             generator = torch.Generator().manual_seed(1)
 
@@ -853,7 +856,7 @@ class TestNoTrace:
         first, second = (row["logme"] for row in rows_of(callback, "logme/news"))
         assert first == pytest.approx(second, rel=1e-6)
 
-    def test_a_copy_of_the_callback_from_within_a_run(self, tmp_path):
+    def test_a_copy_of_the_callback_made_during_a_run_can_be_used(self, tmp_path):
         copies = []
 
         class Copies(pl.Callback):
@@ -867,35 +870,35 @@ class TestNoTrace:
 
 
 class TestWarnings:
-    def test_a_monitor_of_what_is_not_always_scored(self, tmp_path):
+    def test_a_monitor_of_a_probe_that_skips_validations_is_warned_of(self, tmp_path):
         stopping = EarlyStopping("logme/news", mode="max", patience=1)
         callback = LogMECallback(probes={"news": loader(other())}, probe_every=2)
         with pytest.warns(UserWarning, match="probe_every=2: EarlyStopping monitors a probe"):
             trainer(tmp_path, callback, stopping).validate(Classifier(), loader(), verbose=False)
 
-    def test_a_monitor_of_another_key_that_begins_alike(self, tmp_path):
+    def test_a_monitor_of_another_key_with_the_same_prefix_gives_no_warning(self, tmp_path):
         stopping = EarlyStopping(monitor="logme/newspaper", mode="max", strict=False)
         callback = LogMECallback(probes={"news": loader(other())}, probe_every=2)
         run = trainer(tmp_path, callback, stopping)
         callback.setup(run, Classifier(), "fit")
 
     @pytest.mark.parametrize("monitor", [EarlyStopping, ModelCheckpoint])
-    def test_a_monitor_cannot_wait_for_a_checkpoint(self, tmp_path, monitor):
+    def test_a_monitor_of_a_probe_at_checkpoints_is_an_error(self, tmp_path, monitor):
         callback = LogMECallback(probes={"news": loader(other())}, probe_every="checkpoint")
         with pytest.raises(ValueError, match=f"{monitor.__name__} monitors 'logme/news'.*write probe_every=1"):
             trainer(tmp_path, callback, monitor(monitor="logme/news", mode="max")).fit(Classifier(), loader(), loader())
 
     @pytest.mark.parametrize("savings", [[], [ModelCheckpoint(save_weights_only=True)]])
-    def test_no_checkpoints_to_wait_for(self, tmp_path, savings):
+    def test_probes_at_checkpoints_warn_if_no_checkpoint_is_saved(self, tmp_path, savings):
         callback = LogMECallback(probes={"news": loader(other())}, probe_every="checkpoint")
         with pytest.warns(UserWarning, match="no ModelCheckpoint saves checkpoints with the state of callbacks"):
             trainer(tmp_path, callback, *savings).fit(Classifier(), loader(), loader())
         assert rows_of(callback, "logme/news") == []
 
-    def test_averaged_weights(self, tmp_path):
+    def test_averaging_weights_before_the_callback_is_warned_of(self, tmp_path):
         averaging = getattr(pl.callbacks, "EMAWeightAveraging", None)
         if averaging is None:
-            pytest.skip("this Lightning has none")
+            pytest.skip("this version of Lightning does not average weights")
 
         def run(*before, after=()):
             callback = LogMECallback(probes={"same": loader()})
@@ -913,12 +916,12 @@ class TestWarnings:
         trainer(tmp_path, callback, fast_dev_run=True).fit(Classifier(), loader(), loader())
         assert rows_of(callback, "logme/news")[0]["num_samples"] == 20
 
-    def test_two_things_of_one_key(self, tmp_path):
+    def test_two_sources_of_one_key_are_an_error(self, tmp_path):
         callback = LogMECallback(layers=["model.0"], probes={"a": loader(other()), "a/model.0": loader(other())})
         with pytest.raises(ValueError, match="'a/model.0', which is logged for a layer or another probe as well"):
             trainer(tmp_path, callback).validate(Classifier(), loader(), verbose=False)
 
-    def test_broken_data_sets_name_their_probe(self, tmp_path):
+    def test_the_error_of_a_broken_data_set_names_the_probe(self, tmp_path):
         class Broken(Dataset):
             def __len__(self):
                 return 40
@@ -934,7 +937,7 @@ class TestWarnings:
                 trainer(tmp_path, LogMECallback(probes={"news": probe})).fit(Classifier(), loader(), loader())
 
 
-def test_sharded_strategies_are_refused(tmp_path):
+def test_probes_are_refused_under_sharded_strategies(tmp_path):
     class FSDPStrategy:
         pass
 
@@ -944,7 +947,7 @@ def test_sharded_strategies_are_refused(tmp_path):
         probes.prepare(fsdp, LogMECallback(), "logme")
 
 
-def test_ignored_labels(tmp_path):
+def test_ignored_labels_do_not_count(tmp_path):
     features, labels = map(torch.as_tensor, problem(90, 16, 3, 5))
     labels[::4] = -100
     data = TensorDataset(features.float(), labels)

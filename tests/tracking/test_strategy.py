@@ -1,4 +1,4 @@
-"""What strategies do to a module: wrappers, and weights that are there only while they are used."""
+"""Strategies that wrap the module, or hold its weights only while they are used."""
 
 from types import SimpleNamespace
 
@@ -14,7 +14,7 @@ from lightning_logme.functional import logme
 
 
 class Engine(nn.Module):
-    """As DeepSpeed's: calls the module from within, and holds weights only while their layer is at work (ZeRO-3)."""
+    """A stand-in for DeepSpeed's engine: it holds the weights of a layer only while the layer runs (ZeRO-3)."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class EngineStrategy(SingleDeviceStrategy):
         super().teardown()
 
 
-def test_weights_that_are_gathered_for_each_layer(tmp_path):
+def test_weights_that_are_gathered_for_each_layer_are_scored(tmp_path):
     """DeepSpeed itself needs a GPU under Lightning."""
     module, callback = Classifier(), LogMECallback(layers=["model.0"])
     expected = logme(*penultimate(module, "model.2", vectors()))
@@ -68,23 +68,23 @@ def test_weights_that_are_gathered_for_each_layer(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
-def test_forward_passes_of_its_own_are_refused_where_weights_are_shared_out(tmp_path, name):
-    """Shown with a stand-in of that name: of the strategies only one runs without a GPU."""
+def test_features_callable_is_refused_where_weights_are_sharded(tmp_path, name):
+    """Tested with stand-ins of these names: only one of the strategies runs without a GPU."""
     run = SimpleNamespace(world_size=2, strategy=type(name, (), {})())
     callback = LogMECallback(features=lambda module, batch: batch[0], num_classes=4)
     with pytest.raises(ValueError, match=f"features: a callable runs extra forward passes, but under {name}"):
         callback.setup(run, Classifier(), "fit")
 
 
-def test_processes_that_are_not_connected_are_told(tmp_path):
+def test_unconnected_processes_are_not_scored_with_a_warning(tmp_path):
     run = SimpleNamespace(world_size=2, strategy=type("XLAStrategy", (), {})())
     callback = LogMECallback()
     with pytest.warns(UserWarning, match="logme will not be scored: the 2 processes of XLAStrategy are not connected"):
         callback.setup(run, Classifier(), "fit")
 
 
-def test_a_time_between_validations_is_told():
-    """Each process goes by its own clock, and validates when it likes."""
+def test_validations_by_the_clock_are_not_scored_with_a_warning():
+    """Each process would validate at a time of its own clock."""
     mesh = SimpleNamespace(device_mesh=None)
     run = SimpleNamespace(world_size=2, strategy=mesh, _val_check_time_interval=1.0)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -95,7 +95,7 @@ def test_a_time_between_validations_is_told():
         dist.destroy_process_group()
 
 
-def test_probes_of_processes_that_are_not_connected_are_not_run_before_training(tmp_path):
+def test_probes_of_unconnected_processes_are_not_run(tmp_path):
     run = SimpleNamespace(
         world_size=2, strategy=type("XLAStrategy", (), {})(), enable_validation=False, sanity_checking=False
     )

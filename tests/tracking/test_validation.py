@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 from oracles import problem
-from spawned import spawn
 
 from lightning_logme.features.labels import Labels, Target
 from lightning_logme.functional import evidence
@@ -21,7 +20,7 @@ def labels_of(target):
 
 @pytest.mark.parametrize("curve", [False, True])
 @pytest.mark.parametrize(("number", "width", "folds"), [(60, 200, False), (60, 8, True)])
-def test_few_samples_are_never_summed(number, width, folds, curve):
+def test_samples_are_summed_only_where_they_outnumber_the_features(number, width, folds, curve):
     features, target = map(torch.as_tensor, problem(number, width, 3))
     current = Pass(Scoring(num_outputs=3, curve=curve))
     for index in torch.arange(number).split(16):
@@ -29,6 +28,7 @@ def test_few_samples_are_never_summed(number, width, folds, curve):
         assert current.add({"": features[index], "x": 2 * features[index]}, labels_of(target[index]), places) == {}
     results = current.results(CPU, alone=True)
     expected = evidence(features, target)
+    assert set(current.accumulators) == set(results) == {("", 0), ("x", 0)}
     for accumulator in current.accumulators.values():
         assert bool(accumulator.sums) == folds
         assert sum(len(held.index) for held in accumulator.held) == (0 if folds else number)
@@ -39,7 +39,7 @@ def test_few_samples_are_never_summed(number, width, folds, curve):
         assert torch.equal(results["", 0].evidence.score, expected.score)
 
 
-def test_source_that_cannot_be_added_leaves_the_others():
+def test_a_source_that_cannot_be_added_does_not_affect_another():
     current = Pass(Scoring(num_outputs=3))
     errors = current.add({"": torch.randn(5, 4), "x": torch.randn(6, 4)}, labels_of(torch.arange(5) % 3), range(5))
     assert list(errors) == ["x"]
@@ -50,7 +50,20 @@ def test_source_that_cannot_be_added_leaves_the_others():
 FIRST, SECOND = ("", 0), ("model.0", 0)
 
 
-@pytest.mark.filterwarnings("ignore:LogME is NaN")
+def _results(rank, world, everyone):
+    """Return what each call of ``add`` returned, whether each source has a finite score, and the errors of a pass."""
+    widths, own = everyone[rank]
+    current = Pass(Scoring(num_outputs=3), rank, world)
+    current.errors.update(own)
+    labels = labels_of(torch.arange(12) % 3)
+    added = [
+        current.add({source: torch.randn(12, width)}, labels, range(rank, 12 * world, world), loader)
+        for (source, loader), width in widths.items()
+    ]
+    results = current.results(CPU, alone=False)
+    return added, {key: math.isfinite(result.evidence.score) for key, result in results.items()}, current.errors
+
+
 @pytest.mark.parametrize(
     ("everyone", "finite", "errors"),
     [
@@ -69,18 +82,11 @@ FIRST, SECOND = ("", 0), ("model.0", 0)
         ),
     ],
 )
-def test_processes_share_what_each_has_met_and_what_broke(everyone, finite, errors):
-    spawn(_shared, everyone, finite, errors, world=len(everyone))
-
-
-def _shared(rank, world, everyone, finite, errors):
-    widths, own = everyone[rank]
-    current = Pass(Scoring(num_outputs=3), rank, world)
-    current.errors.update(own)
-    labels = labels_of(torch.arange(12) % 3)
-    for (source, loader), width in widths.items():
-        assert current.add({source: torch.randn(12, width)}, labels, range(rank, 12 * world, world), loader) == {}
-    results = current.results(CPU, alone=False)
-    assert set(results) == finite
-    assert all(math.isfinite(result.evidence.score) for result in results.values())
-    assert current.errors == errors | own
+def test_processes_share_the_sources_and_the_errors_that_each_has_met(processes, everyone, finite, errors):
+    world = len(everyone)
+    answers = processes.run(_results, everyone, world=world)
+    assert len(answers) == world
+    for (widths, own), (added, found, shared) in zip(everyone, answers, strict=True):
+        assert added == [{}] * len(widths)
+        assert found == dict.fromkeys(finite, True)
+        assert shared == errors | own
