@@ -5,8 +5,8 @@ et al. 2021): two distorted views of an image must get the same features, and fe
 network has no classifier. `LogMECallback` scores its features at every validation on another data set: scikit-learn's
 digits, 8 × 8 pixels, enlarged to the size of MNIST's. `ModelCheckpoint` keeps the checkpoint with the highest score.
 
-The script also checks the score: it fits a logistic regression on the probe's features at every validation, and tests it
-on digits that the probe did not see.
+The script also checks the score: it fits a logistic regression on the probe's features at every validation, and tests
+it on digits that the probe did not see.
 
     pip install -e '.[examples]'
     python examples/self_supervised.py
