@@ -26,14 +26,18 @@ def mnist() -> tuple[Tensor, Tensor]:
     return pixels[order].float().view(-1, 1, 28, 28), labels[order].long()
 
 
-def small_digits() -> tuple[Tensor, Tensor]:
-    """Return scikit-learn's 1797 digits, 8 × 8 pixels, in the size, range and form of :func:`mnist`."""
+def small_digits(size: int) -> tuple[Tensor, Tensor]:
+    """Return scikit-learn's 1797 digits and labels in a fixed random order.
+
+    Args:
+        size: pixels to which the images are enlarged, from 8 × 8. Values range from 0 to 255, as in :func:`mnist`.
+    """
     from sklearn.datasets import load_digits
 
     data = load_digits()
     order = shuffled(len(data.target))
     images = torch.from_numpy(data.images)[order].float()[:, None] * (255 / 16)  # from 0 … 16
-    images = F.interpolate(images, size=(28, 28), mode="bilinear")
+    images = F.interpolate(images, size=(size, size), mode="bilinear")
     return images, torch.from_numpy(data.target)[order].long()
 
 

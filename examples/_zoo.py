@@ -119,7 +119,7 @@ def _mnist(samples: int | None) -> Target:
 
 def _digits(samples: int | None) -> Target:
     require("sklearn")
-    return _image_target(*small_digits(), samples)
+    return _image_target(*small_digits(28), samples)
 
 
 def _image_target(images: Tensor, labels: Tensor, samples: int | None) -> Target:
