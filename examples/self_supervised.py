@@ -37,16 +37,12 @@ Rows = list[dict[str, float]]
 class BarlowTwins(LightningModule):
     """An encoder and a projector, trained without labels. Nothing in it knows about LogME."""
 
-    def __init__(self, channels: tuple[int, ...] = (1, 8, 16, 32, 64), projection: int = 256) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        stages = [stage(*neighbours) for neighbours in zip(channels, channels[1:], strict=False)]
-        self.encoder = nn.Sequential(*stages, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.projector = nn.Sequential(
-            nn.Linear(channels[-1], projection),
-            nn.BatchNorm1d(projection),
-            nn.ReLU(),
-            nn.Linear(projection, projection),
+        self.encoder = nn.Sequential(
+            stage(1, 8), stage(8, 16), stage(16, 32), stage(32, 64), nn.AdaptiveAvgPool2d(1), nn.Flatten()
         )
+        self.projector = nn.Sequential(nn.Linear(64, 256), nn.BatchNorm1d(256), nn.ReLU(), nn.Linear(256, 256))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.projector(self.encoder(images))
