@@ -151,7 +151,7 @@ def print_verdict(gains: dict[str, Tensor], frozen: dict[str, Tensor], trained: 
     right = int((predicted.sign() == advantage.sign()).sum())
     print(f"\nThe network that is better after training had the larger gain in {right} of {advantage.numel()} cases.")
     print(
-        "Correlation with the difference in accuracy over the numbers of labels, of means over seeds (Pearson, Spearman)"
+        "Correlation with the difference in accuracy over the numbers of labels (Pearson, Spearman; means over seeds)"
     )
     ratio = gains["pretrained"] / gains["random"]
     print(f"{'':<32}{'accuracy, frozen':>18}{'accuracy, trained':>20}")
