@@ -121,18 +121,23 @@ def print_table(rows: Rows) -> None:
 
 def draw(rows: Rows, options: Namespace) -> None:
     """Draw loss, gain and accuracy against the epochs of pretraining."""
-    figure = make_figure(height=3.6)
+    figure = make_figure(height=3.4)
     panels = {
-        "val_loss": "Loss on MNIST,\nwithout labels",
-        "logme_gain/digits": "LogME gain on another\ntask, nats per sample",
-        "accuracy": "Accuracy on that task,\nlogistic regression",
+        "val_loss": ("Pretraining loss\n(MNIST, no labels)", "0.45"),
+        "logme_gain/digits": ("LogME gain on digits,\nnats per sample", "#4c72b0"),
+        "accuracy": ("Accuracy on digits,\nlogistic regression", "#dd8452"),
     }
     epochs = [index * VALIDATE_EVERY for index in range(len(rows))]
-    colours = "0.45", "#4c72b0", "#dd8452"
-    for axes, (name, title), colour in zip(figure.subplots(1, 3), panels.items(), colours, strict=True):
-        axes.plot(epochs, [row[name] for row in rows], marker="o", markersize=5, color=colour)
+    best = max(range(1, len(rows)), key=lambda index: rows[index]["logme/digits"])  # 0 is before training
+    for axes, (name, (title, colour)) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        values = [row[name] for row in rows]
+        axes.plot(epochs, values, marker="o", markersize=5, color=colour)
+        ring = {"marker": "o", "markersize": 12, "fillstyle": "none", "linestyle": ""}
+        axes.plot(epochs[best], values[best], color=colour, label="checkpoint kept", **ring)
         axes.set_title(title)
-        axes.set_xlabel("epochs")
+        axes.set_xlabel("epochs of pretraining")
+        axes.locator_params(nbins=5)
+        axes.legend()
     save_picture(figure, "self_supervised", options)
 
 
