@@ -1,4 +1,4 @@
-"""What all examples do as scripts: check packages, take options, save a picture."""
+"""Shared by all examples: check packages, take options, draw and save pictures."""
 
 from __future__ import annotations
 
@@ -54,8 +54,10 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 def add_output_options(parser: argparse.ArgumentParser, name: str) -> None:
     """Add ``--logdir`` and ``--update-images``, which :func:`save_picture` reads."""
-    parser.add_argument("--logdir", type=Path, default=Path("runs") / name, help="folder for all files that it writes")
-    parser.add_argument("--update-images", action="store_true", help=f"write the picture to {IMAGES.name}/ as well")
+    parser.add_argument(
+        "--logdir", type=Path, default=Path("runs") / name, help="folder for everything that the script writes"
+    )
+    parser.add_argument("--update-images", action="store_true", help="save the picture in examples/images as well")
 
 
 def make_figure(height: float) -> Figure:
