@@ -126,11 +126,11 @@ class Classifier(TextClassifier):
 class Run:
     """The results of a run."""
 
-    steps: list[int]  # of the validations
+    steps: list[int]  # training steps before each validation
     gains: np.ndarray  # (validations, OUTPUTS); the last layer's pooled output is the head's input
     changes: np.ndarray  # (before and after, OUTPUTS): distance from the pretrained encoder
     sparsity: list[float]  # share of masked weights in each layer; empty without masks
-    accuracy: float  # on the test set
+    accuracy: float  # test accuracy
     file_sizes: tuple[int, int]  # bytes of all trained parameters, and without those of the embeddings
 
 

@@ -45,9 +45,8 @@ from lightning_logme import CurvePoint, LogMECallback, Probe
 
 NUM_CLASSES = 20
 BATCH_SIZE = 32
-POINTS = [
-    2 * NUM_CLASSES * 2**doublings for doublings in range(9)
-]  # numbers of samples at which a curve for 20 classes has points
+# A curve for 20 classes has points at these numbers of samples.
+POINTS = [2 * NUM_CLASSES * 2**doublings for doublings in range(9)]
 SIZES = [80, 320, 1280, 5120, 10240]
 NETWORKS = {"pretrained": "#4c72b0", "random": "#dd8452"}
 
