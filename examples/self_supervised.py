@@ -40,9 +40,9 @@ class BarlowTwins(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.encoder = nn.Sequential(
-            stage(1, 8), stage(8, 16), stage(16, 32), stage(32, 64), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+            stage(1, 8), stage(8, 16), stage(16, 32), stage(32, 32), nn.AdaptiveAvgPool2d(1), nn.Flatten()
         )
-        self.projector = nn.Sequential(nn.Linear(64, 256), nn.BatchNorm1d(256), nn.ReLU(), nn.Linear(256, 256))
+        self.projector = nn.Sequential(nn.Linear(32, 256), nn.BatchNorm1d(256), nn.ReLU(), nn.Linear(256, 256))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.projector(self.encoder(images))
@@ -62,7 +62,7 @@ class BarlowTwins(LightningModule):
         self.log("val_loss", self.loss(*batch), prog_bar=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), lr=1e-3)
+        return torch.optim.Adam(self.parameters(), lr=3e-3)
 
 
 def stage(inputs: int, outputs: int) -> nn.Module:
