@@ -181,7 +181,7 @@ def draw(
     left.set_title("Gain before training, nats per sample")
     right.set_title("Test accuracy after training")
     left.legend(loc="upper left")
-    right.legend(loc="lower right")
+    right.legend(loc="upper left")
     for axes in (left, right):
         axes.set_xscale("log", base=2)
         axes.set_xticks(sizes, [str(size) for size in sizes])
