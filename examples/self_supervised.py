@@ -6,7 +6,7 @@ classifier. `LogMECallback` scores its features at every validation on 900 digit
 and `ModelCheckpoint` keeps the weights with the highest score.
 
 To check the score, the script also trains a logistic regression on the features of these 900 digits, and tests it on
-897 digits that neither the regression nor LogME saw. It takes two to three minutes on one core:
+897 digits that neither the regression nor LogME saw. It takes a minute on one core:
 
     pip install -e '.[examples]'
     python examples/self_supervised.py
