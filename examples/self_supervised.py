@@ -56,10 +56,10 @@ class BarlowTwins(LightningModule):
         return diagonal + 0.01 * (squares.sum() - diagonal)
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return self.loss(*batch)
+        return self.loss(batch[0])
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        self.log("val_loss", self.loss(*batch), prog_bar=True)
+        self.log("val_loss", self.loss(batch[0]), prog_bar=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=3e-3)
@@ -79,7 +79,7 @@ def distort(images: Tensor) -> Tensor:
 
 
 class Check(Callback):
-    """Keep what each validation logged, and test the encoder with a logistic regression."""
+    """Keep what each validation logged, and test the encoder on held-out digits with models of scikit-learn."""
 
     def __init__(self, probed: TensorDataset, held_out: TensorDataset) -> None:
         self.probed, self.held_out = probed, held_out
@@ -88,56 +88,75 @@ class Check(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: BarlowTwins) -> None:
         if not trainer.sanity_checking:
             row = {name: float(value) for name, value in trainer.callback_metrics.items()}
-            self.rows.append({**row, "accuracy": self.accuracy(pl_module.encoder)})
+            self.rows.append({**row, **self.test(pl_module.encoder)})
 
-    def accuracy(self, encoder: nn.Module) -> float:
-        from sklearn.linear_model import LogisticRegression
+    def test(self, encoder: nn.Module) -> dict[str, float]:
+        from sklearn.linear_model import LogisticRegression, RidgeCV
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
 
+        (train_images, train_labels), (images, labels) = self.probed.tensors, self.held_out.tensors
         with torch.inference_mode():
-            features = [encoder(data.tensors[0]).numpy() for data in (self.probed, self.held_out)]
-        regression = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-        regression.fit(features[0], self.probed.tensors[1])
-        return float(regression.score(features[1], self.held_out.tensors[1]))
+            train_features, features = encoder(train_images).numpy(), encoder(images).numpy()
+        classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+        classifier.fit(train_features, train_labels)
+        ridge = make_pipeline(StandardScaler(), RidgeCV(alphas=[0.1, 1, 10, 100]))
+        ridge.fit(train_features, F.one_hot(train_labels))
+        error = torch.from_numpy(ridge.predict(features)) - F.one_hot(labels)
+        return {
+            "accuracy": float(classifier.score(features, labels)),
+            "squared_error": float(error.square().sum(1).mean()),
+        }
 
 
-def load_data() -> tuple[TensorDataset, TensorDataset, TensorDataset, TensorDataset]:
-    """Return MNIST without labels, to train and to validate on, and digits with labels, to probe and to check with."""
-    images, _ = mnist()
-    digits, labels = small_digits(size=20)
+def load_data() -> dict[str, TensorDataset]:
+    """Return MNIST without labels, to train on; MNIST with labels, to validate on; and digits, to probe and to test."""
+    images, labels = mnist()
+    digits, digit_labels = small_digits(size=20)
     digits = F.pad(digits, (4, 4, 4, 4))  # MNIST's digits have the same size and margin
     images, digits = images / 255, digits / 255
-    unlabelled = TensorDataset(images[:4500]), TensorDataset(images[4500:])
-    return *unlabelled, TensorDataset(digits[:900], labels[:900]), TensorDataset(digits[900:], labels[900:])
+    return {
+        "train": TensorDataset(images[:4500]),
+        "val": TensorDataset(images[4500:], labels[4500:]),
+        "digits": TensorDataset(digits[:900], digit_labels[:900]),
+        "held out": TensorDataset(digits[900:], digit_labels[900:]),
+    }
 
 
 def print_table(rows: Rows) -> None:
-    print(f"\n{'epochs':>6}{'loss on MNIST':>15}{'gain on digits':>16}{'accuracy on other digits':>26}")
+    columns = ["val_loss", "logme_gain/mnist", "logme_gain/digits", "accuracy", "squared_error"]
+    print("\nepochs" + "".join(f"{column:>19}" for column in columns))
     for index, row in enumerate(rows):
-        epoch, gain = index * VALIDATE_EVERY, row["logme_gain/digits"]
-        print(f"{epoch:>6}{row['val_loss']:>15.1f}{gain:>16.3f}{row['accuracy']:>26.3f}")
+        print(f"{index * VALIDATE_EVERY:>6}" + "".join(f"{row[column]:>19.3f}" for column in columns))
 
 
 def draw(rows: Rows, options: Namespace) -> None:
-    """Draw loss, gain and accuracy against the epochs of pretraining."""
-    figure = make_figure(height=3.4)
-    panels = {
-        "val_loss": ("Pretraining loss\n(MNIST, no labels)", "0.45"),
-        "logme_gain/digits": ("LogME gain on digits,\nnats per sample", "#4c72b0"),
-        "accuracy": ("Accuracy on digits,\nlogistic regression", "#dd8452"),
-    }
+    """Draw loss, gains and accuracy against the epochs of pretraining."""
+    figure = make_figure(height=3.6)
+    loss, gain, accuracy = figure.subplots(1, 3)
     epochs = [index * VALIDATE_EVERY for index in range(len(rows))]
     best = max(range(1, len(rows)), key=lambda index: rows[index]["logme/digits"])  # 0 is before training
-    for axes, (name, (title, colour)) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+    grey, orange, blue = "0.45", "#dd8452", "#4c72b0"
+    for axes, name, colour, label in (
+        (loss, "val_loss", grey, None),
+        (gain, "logme_gain/mnist", orange, "MNIST"),
+        (gain, "logme_gain/digits", blue, "digits"),
+        (accuracy, "accuracy", blue, None),
+    ):
         values = [row[name] for row in rows]
-        axes.plot(epochs, values, marker="o", markersize=5, color=colour)
-        ring = {"marker": "o", "markersize": 12, "fillstyle": "none", "linestyle": ""}
-        axes.plot(epochs[best], values[best], color=colour, label="checkpoint kept", **ring)
-        axes.set_title(title)
+        axes.plot(epochs, values, marker="o", markersize=4, color=colour, label=label)
+        if colour == blue:
+            ring = {"marker": "o", "markersize": 12, "fillstyle": "none", "linestyle": "", "color": blue}
+            axes.plot(epochs[best], values[best], label="checkpoint kept", **ring)
+    loss.set_title("Pretraining loss\n(MNIST, no labels)")
+    gain.set_title("LogME gain of probes,\nnats per sample")
+    accuracy.set_title("Accuracy on digits,\nlogistic regression")
+    for axes in (loss, gain, accuracy):
         axes.set_xlabel("epochs of pretraining")
         axes.locator_params(nbins=5)
-        axes.legend()
+    loss.set_ylim(bottom=0)
+    gain.legend(loc="lower right")
+    accuracy.legend(loc="lower right")
     save_picture(figure, "self_supervised", options)
 
 
@@ -151,14 +170,15 @@ def main() -> None:
     run_quietly_on_one_thread()
     seed_everything(options.seed, verbose=False)
 
-    train, val, probed, held_out = load_data()
+    data = load_data()
+    val_loader = DataLoader(data["val"], batch_size=250)
     logme = LogMECallback(
         layers=["encoder"],  # there is no classifier whose input could be scored
-        probes={"digits": DataLoader(probed, batch_size=300)},
-        validation=False,  # the validation set has no labels
+        probes={"digits": DataLoader(data["digits"], batch_size=300), "mnist": val_loader},
+        validation=False,  # only the probes are scored
     )
     best = ModelCheckpoint(monitor="logme/digits", mode="max")
-    check = Check(probed, held_out)
+    check = Check(data["digits"], data["held out"])
     trainer = Trainer(
         max_epochs=options.epochs,
         check_val_every_n_epoch=VALIDATE_EVERY,
@@ -167,9 +187,9 @@ def main() -> None:
         log_every_n_steps=10,
         enable_model_summary=False,
     )
-    model, val_loader = BarlowTwins(), DataLoader(val, batch_size=250)
+    model = BarlowTwins()
     trainer.validate(model, val_loader, verbose=False)  # before training
-    trainer.fit(model, DataLoader(train, batch_size=128, shuffle=True, drop_last=True), val_loader)
+    trainer.fit(model, DataLoader(data["train"], batch_size=128, shuffle=True, drop_last=True), val_loader)
 
     print_table(check.rows)
     print(f"\nCheckpoint with the highest score: {best.best_model_path}")
