@@ -1,12 +1,13 @@
-"""Pretrain a network without labels, and watch whether it gets better at a labelled task on other images.
+"""Pretrain a network without labels, and watch when it stops getting better at a labelled task on other images.
 
 A small convolutional network learns from 4500 MNIST images without their labels, by Barlow Twins (Zbontar et al. 2021):
 two distorted views of an image must get the same features, and no two features may be correlated. The network has no
-classifier. `LogMECallback` scores its features at every validation on 900 digits of another data set, scikit-learn's,
-and `ModelCheckpoint` keeps the weights with the highest score.
+classifier. At every validation `LogMECallback` scores its features on two labelled probes: 900 digits of scikit-learn,
+which are the task of interest, and 500 other MNIST images. `ModelCheckpoint` keeps the weights with the highest score
+on the digits.
 
-To check the score, the script also trains a logistic regression on the features of these 900 digits, and tests it on
-897 digits that neither the regression nor LogME saw. It takes a minute on one core:
+To check the score, the script also fits two models of scikit-learn on the features of the 900 digits, a logistic
+regression and a ridge regression, and tests them on 897 digits that nothing else uses. It takes a minute on one core:
 
     pip install -e '.[examples]'
     python examples/self_supervised.py
