@@ -132,9 +132,9 @@ def print_table(rows: Rows) -> None:
 
 
 def draw(rows: Rows, options: Namespace) -> None:
-    """Draw loss, gains and accuracy against the epochs of pretraining."""
+    """Draw loss, gains and held-out error against the epochs of pretraining."""
     figure = make_figure(height=3.6)
-    loss, gain, accuracy = figure.subplots(1, 3)
+    loss, gain, error = figure.subplots(1, 3)
     epochs = [index * VALIDATE_EVERY for index in range(len(rows))]
     best = max(range(1, len(rows)), key=lambda index: rows[index]["logme/digits"])  # 0 is before training
     grey, orange, blue = "0.45", "#dd8452", "#4c72b0"
@@ -142,7 +142,7 @@ def draw(rows: Rows, options: Namespace) -> None:
         (loss, "val_loss", grey, None),
         (gain, "logme_gain/mnist", orange, "MNIST"),
         (gain, "logme_gain/digits", blue, "digits"),
-        (accuracy, "accuracy", blue, None),
+        (error, "squared_error", blue, None),
     ):
         values = [row[name] for row in rows]
         axes.plot(epochs, values, marker="o", markersize=4, color=colour, label=label)
@@ -151,13 +151,13 @@ def draw(rows: Rows, options: Namespace) -> None:
             axes.plot(epochs[best], values[best], label="checkpoint kept", **ring)
     loss.set_title("Pretraining loss\n(MNIST, no labels)")
     gain.set_title("LogME gain of probes,\nnats per sample")
-    accuracy.set_title("Accuracy on digits,\nlogistic regression")
-    for axes in (loss, gain, accuracy):
+    error.set_title("Held-out error on digits,\nridge regression")
+    for axes in (loss, gain, error):
         axes.set_xlabel("epochs of pretraining")
         axes.locator_params(nbins=5)
     loss.set_ylim(bottom=0)
     gain.legend(loc="lower right")
-    accuracy.legend(loc="lower right")
+    error.legend(loc="upper right")
     save_picture(figure, "self_supervised", options)
 
 
