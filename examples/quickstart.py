@@ -72,7 +72,7 @@ def fine_tune(network: nn.Module, train: DataLoader, val: DataLoader, epochs: in
     """Train a network.
 
     Returns:
-        What each validation logged, starting with a validation before training, and the path of the checkpoint with
+        The values that each validation logged, starting with one before training, and the path of the checkpoint with
         the highest score.
     """
     record, checkpoint = Record(), ModelCheckpoint(monitor="logme", mode="max")
