@@ -1,4 +1,4 @@
-"""MobileNetV2 in torchvision's layout, as the weights have it that come with pip."""
+"""MobileNetV2 in torchvision's layout, which is the layout of the weights that a pip package brings."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 
 class MobileNetV2(nn.Module):
-    """Sandler et al. 2018, its modules named as in torchvision, for whose weights it is."""
+    """MobileNetV2 (Sandler et al. 2018). Its modules have the names of torchvision's, so that its weights fit."""
 
-    # Table 2 of the paper: expansion, channels, repeats, stride of the first.
+    # Table 2 of the paper: expansion, channels, repeats, stride of the first repeat.
     STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 
     def __init__(self, num_classes: int = 1000) -> None:

