@@ -69,7 +69,7 @@ def _different_shapes(rank, world):
 
 
 def test_shapes_that_differ_between_processes_break_only_their_key(processes):
-    message = "features or targets of lengths (6, 4) in process 1, and (5, 4) in another"
+    message = "features and targets have lengths (6, 4) in process 1, but (5, 4) in another process"
     assert processes.run(_different_shapes) == [({"b": 20}, {"a": message})] * 2
 
 
