@@ -85,6 +85,8 @@ def is_known(command):
             return what == "." or (extra is not None and f"\n{extra[1]} = [" in project)
         case ["pip", "install", "--no-deps", *packages]:
             return bool(packages) and all(re.fullmatch(r"[\w.-]+==[\w.]+", package) for package in packages)
+        case ["tensorboard", "--logdir", _]:
+            return True
         case ["pytest", *options]:
             return not options or options[0].startswith("-")
         case [script]:

@@ -368,4 +368,4 @@ def test_padding_is_counted_where_a_sample_has_two_rows(processes, tmp_path):
     for (report,), _ in answers:
         assert report["history"][-1]["num_samples"] == 2 * 12  # one of 11 samples comes twice
         assert "logme" in report["metrics"]
-    assert any("logme: the rows of a batch are not the samples" in message for message in answers[0][1])
+    assert any("logme: the rows of a batch do not match the samples" in message for message in answers[0][1])

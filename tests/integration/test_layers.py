@@ -77,5 +77,5 @@ def test_gram_matrices_of_more_than_a_gibibyte_cause_a_warning(tmp_path):
 
     network = nn.Sequential(Wide(), nn.Identity(), nn.Identity(), nn.Linear(6000, CLASSES))
     callback = LogMECallback(layers=["model.[012]"])
-    with pytest.warns(UserWarning, match="logme will hold 1.1 GiB of D × D matrices, for 4 sources"):
+    with pytest.warns(UserWarning, match="logme will hold 1.1 GiB in 4 matrices of D × D"):
         trainer(tmp_path, callback).validate(Classifier(network), loader(), verbose=False)

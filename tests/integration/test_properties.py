@@ -106,8 +106,8 @@ def test_function_and_metric_agree_with_the_definition(problem, fit_intercept, c
     whole = metric(task, features, fit_intercept=fit_intercept, **options)
     other = whole.clone()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="the features are all zero")
-        warnings.filterwarnings("ignore", message=".* as the features are constant")
+        warnings.filterwarnings("ignore", message="LogME: the features are all zero")
+        warnings.filterwarnings("ignore", message=".* because the features are constant")
         for index, (start, stop) in enumerate(pairwise(bounds)):
             (whole if index % 2 else other).update(features[start:stop], target[start:stop])
         whole.merge_state(other)
