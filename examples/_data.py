@@ -42,7 +42,7 @@ def small_digits(size: int) -> tuple[Tensor, Tensor]:
 
 
 def digits(train: int, val: int, size: int = 64) -> tuple[TensorDataset, TensorDataset]:
-    """Return MNIST prepared for a network of ImageNet: images (N, 3, size, size) and labels, in two disjoint sets."""
+    """Return MNIST for a network pretrained on ImageNet: images (N, 3, size, size) and labels, in two disjoint sets."""
     images, labels = mnist()
     if min(train, val) < 1 or train + val > len(labels):
         sys.exit(f"There are {len(labels)} digits, too few for {train} to train and {val} to validate.")

@@ -1,4 +1,4 @@
-"""MobileNetV2 in torchvision's layout, which is the layout of the weights that a pip package brings."""
+"""MobileNetV2 in torchvision's layout, for the weights in a pip package."""
 
 from __future__ import annotations
 

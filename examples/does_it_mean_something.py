@@ -6,9 +6,9 @@ highest. Each of three seeds has its own documents, and trains once with the tru
 This makes 72 runs. Tokens, layers and documents are few, so that accuracies differ and stay well below 1.
 
 Each run has three validations. Each of them measures the gain of `LogMECallback`, the accuracy and the loss on the same
-300 documents. The truth is the accuracy, a mean over the classes, on 600 other documents at the end. One forward pass
-is validated against four sets of labels: all of them, 50 of them, a long tail of classes (the rarest keeps a tenth),
-and labels of which 40 % are drawn anew. The outputs of a head that is never trained are validated as well.
+300 documents. The truth is the accuracy, a mean over the classes, on 600 other documents at the end. Each forward pass
+is compared with four sets of labels: all of them, 50 of them, a long tail of classes (the rarest keeps a tenth), and
+labels of which 40 % are drawn anew. The outputs of a head that is never trained are validated as well.
 
 The script prints how well each signal orders the runs by their final accuracy (Kendall's τ), and how much accuracy is
 lost by keeping the run that the signal likes best (regret). It draws a picture. It takes a quarter of an hour on one

@@ -50,9 +50,9 @@ Rows = list[tuple[str, int]]
 
 LAYERS, TOKENS, BATCH = 2, 24, 16
 RATE = 5e-4  # learning rate of AdamW in all training
-VALIDATIONS, VALIDATE_EVERY = 3, 20  # in training on an intermediate task; steps from one to the next
-LABELS, EPOCHS, CLASSES = 160, 4, 10  # in fine-tuning on the target
-PROBED, TESTED = 500, 400  # target documents for the gain, and for the truth
+VALIDATIONS, VALIDATE_EVERY = 3, 20  # their number for each intermediate task, and the steps between them
+LABELS, EPOCHS, CLASSES = 160, 4, 10  # for fine-tuning on the target
+PROBED, TESTED = 500, 400  # documents of the target, for the gain and for the truth
 HELD_OUT = 150  # documents of an intermediate task to validate on
 NONE, TOPICS, HALVES = "no intermediate task", "other topics", "swapped halves"
 POINTS = [(NONE, 0), *((task, (1 + i) * VALIDATE_EVERY) for task in (TOPICS, HALVES) for i in range(VALIDATIONS))]
@@ -118,8 +118,8 @@ def swapped_halves(texts: list[str]) -> Rows:
 
 
 def target_and_others(part: str, count: int) -> tuple[Rows, Rows]:
-    """Return 20 Newsgroups as two tasks of ten classes. Neighbours by name, such as two on hardware, are separated."""
-    # The encoder sees no more words than that.
+    """Return 20 Newsgroups as two tasks of ten classes. Of two similar classes, each task gets one."""
+    # The encoder sees at most this many words.
     cut = [(text.split()[:TOKENS], label) for text, label in newsgroups(part, count)[0]]
     rows = [(" ".join(words), label) for words, label in cut if len(words) >= 18]
     return tuple([(text, label // 2) for text, label in rows if label % 2 == half] for half in (0, 1))
@@ -212,7 +212,7 @@ def mean(values: list[float]) -> float:
 
 
 def guidance(run: Run, truth: str) -> dict[str, float]:
-    """Return how well the gain, and the intermediate task's own accuracy, guide to the best checkpoint."""
+    """Return how well the gain, and the accuracy on the intermediate task, point to the best checkpoint."""
     every, paths = points(run), run.values()
     pairs = list(zip(run[TOPICS], run[HALVES], strict=True))[1:]
     agree = sum((a.gain > b.gain) == (getattr(a, truth) > getattr(b, truth)) for a, b in pairs)

@@ -189,7 +189,7 @@ def change(before: Tensor, after: Tensor) -> float:
 
 
 def task_arrays(model: Classifier) -> dict[str, np.ndarray]:
-    """Return all trained parameters: what one task stores beside the pretrained encoder. Scores become bits."""
+    """Return all trained parameters, which a task stores in addition to the pretrained encoder. Scores become bits."""
     trained = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
     arrays = {name: value.detach().numpy() for name, value in trained if not name.endswith("scores")}
     if masks := model.masks():

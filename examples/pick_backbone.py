@@ -1,7 +1,7 @@
 """Rank six backbones on MNIST and seven on 20 Newsgroups, without training any of them.
 
 All pretrained candidates come with pip packages. Some candidates are not pretrained, for comparison. A candidate that
-is clearly behind is dropped after a few hundred samples. The table shows which candidates are left, how certain their
+is clearly behind is dropped after a few hundred samples. The table shows which candidates remain, how certain their
 order is, and which of them are tied. It takes four minutes on one core:
 
     pip install -e '.[zoo]'

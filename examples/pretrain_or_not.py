@@ -11,7 +11,7 @@ same labels, with 600 steps of 32 documents each time. They are tested on 2000 o
 gain predict the difference in accuracy? For comparison the frozen features are tested as well, under the head that
 LogME fits.
 
-A seed draws the samples, the twin's vectors, the head and the order. There are 11293 samples, so that the largest sets
+A seed draws the samples, the twin's vectors, the head and the order. There are only 11293 samples, so the largest sets
 of different seeds overlap. The learning rate is the same for both networks. It was chosen among three with another seed
 on training documents. The network is small so that the twin can catch up within minutes: a random EfficientNet is still
 far behind after a hundred steps. It takes three minutes on one quiet core:
@@ -110,12 +110,12 @@ def score(
     model: Classifier, labelled: Subset, sizes: list[int], test: DataLoader
 ) -> tuple[list[CurvePoint], list[float]]:
     """Return the curve of an untrained network, and test accuracies of its frozen features under the posterior head."""
-    batches = list(DataLoader(labelled, batch_size=POINTS[0]))  # a list keeps its order, which is that of training
+    batches = list(DataLoader(labelled, batch_size=POINTS[0]))  # a list keeps its order: the order of training
     probes = {str(size): Probe(batches[: size // POINTS[0]], num_classes=NUM_CLASSES) for size in sizes}
     logme = LogMECallback(probes=probes, curve=True, validation=False)
     trainer(callbacks=[logme]).validate(model, test, verbose=False)
     frozen = []
-    for size in sizes:  # the curve of the largest size has all gains; the others give the heads
+    for size in sizes:  # the curve of the largest size holds all gains; each size gives a head
         model.head = logme.evidence[f"logme/{size}"].head()
         frozen.append(accuracy(model, test))
     return logme.curves[f"logme/{sizes[-1]}"], frozen
@@ -154,7 +154,7 @@ def print_verdict(gains: dict[str, Tensor], frozen: dict[str, Tensor], trained: 
     )
     ratio = gains["pretrained"] / gains["random"]
     print(f"{'':<32}{'accuracy, frozen':>18}{'accuracy, trained':>20}")
-    for name, values in (("difference in gain", predicted), ("ratio of gains (an afterthought)", ratio)):
+    for name, values in (("difference in gain", predicted), ("ratio of gains (added later)", ratio)):
         pairs = [(values.mean(0), difference(accuracies).mean(0)) for accuracies in (frozen, trained)]
         cells = [f"{pearson_corrcoef(*pair):.2f}, {spearman_corrcoef(*pair):.2f}" for pair in pairs]
         print(f"{name:<32}{cells[0]:>18}{cells[1]:>20}")

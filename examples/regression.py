@@ -1,4 +1,4 @@
-"""Score a regression on a table of numbers, and stop training by the score.
+"""Score a regression on a table of numbers, and let the score stop the training.
 
 A multilayer perceptron learns scikit-learn's diabetes data: 442 patients, 10 measurements, and the progression of the
 disease a year later. `EarlyStopping` watches LogME of the last hidden layer instead of the loss. It takes seconds on

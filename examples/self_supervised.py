@@ -1,4 +1,4 @@
-"""Pretrain a network without labels, and watch when it stops getting better at a labelled task on other images.
+"""Pretrain a network without labels, and see when it stops getting better at a labelled task on other images.
 
 A small convolutional network learns from 4500 MNIST images without their labels, by Barlow Twins (Zbontar et al. 2021):
 two distorted views of an image must get the same features, and no two features may be correlated. The network has no

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-# The folders of the helper modules, also for the processes that tests launch. Python runs the sitecustomize.py in one.
+# The folders of the helper modules, also for processes that tests launch. There, Python runs site/sitecustomize.py.
 sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parent / "site")]
 os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, (str(Path(__file__).parent), *sys.path[-2:], os.environ.get("PYTHONPATH")))
@@ -18,7 +18,7 @@ import torchvision_operators  # noqa: F401
 from spawned import Processes
 
 pytest.register_assert_rewrite("witness")
-torch.set_num_threads(1)  # small matrices: a second thread only waits for the first
+torch.set_num_threads(1)  # the matrices are small: a second thread would only wait for the first
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,7 @@ def _seed() -> None:
 
 @pytest.fixture(scope="session")
 def processes() -> Iterator[Processes]:
-    """Groups of processes that are connected by gloo. They run one function after the other."""
+    """Groups of processes that are connected by gloo. A group runs one function at a time."""
     started = Processes()
     yield started
     started.close()
@@ -36,7 +36,7 @@ def processes() -> Iterator[Processes]:
 
 @pytest.fixture
 def _interruptible() -> Iterator[None]:
-    """Let Ctrl-C raise KeyboardInterrupt. A shell prevents this in background jobs, and Lightning after a Ctrl-C."""
+    """Let Ctrl-C raise KeyboardInterrupt. Shells prevent this in background jobs, as does Lightning after a Ctrl-C."""
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, handler)

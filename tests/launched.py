@@ -1,7 +1,7 @@
-"""Runs in several processes, started as a user's script starts them.
+"""Runs in several processes, started in the way a user's script starts them.
 
-`python tests/launched.py SCENARIOS OUT START WORLD` runs scenarios (names of functions below, with commas between them)
-one after the other. Each process writes what it reports to OUT/<scenario>/<rank>.json.
+`python tests/launched.py SCENARIOS OUT START WORLD` runs scenarios (comma-separated names of functions below) one after
+the other. Each process writes what it reports to OUT/<scenario>/<rank>.json.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def write(out: Path, rank: int, report: Any) -> None:
 
 
 class WritingWitness(Witness):
-    """Writes its reports, as a process that the Trainer has spawned cannot return them."""
+    """A Witness that writes its reports to files, because a process that the Trainer spawns cannot return them."""
 
     def __init__(self, out: Path, *args: Any) -> None:
         super().__init__(*args)
@@ -51,7 +51,7 @@ def run(callback: LogMECallback, out: Path, start: str, world: int, *others: pl.
 
 
 def exact(out: Path, start: str, world: int) -> None:
-    """Padding, fewer samples than processes, several loaders, layers, accumulated gradients."""
+    """Run with padding, fewer samples than processes, several loaders, layers and accumulated gradients."""
     datasets = [vectors(number, seed=number) for number in (11, 2, 30)]
     callback = LogMECallback(layers=["model.0"])
     done = run(callback, out, start, world, WritingWitness(out, callback, datasets), accumulate_grad_batches=2)
@@ -61,7 +61,7 @@ def exact(out: Path, start: str, world: int) -> None:
 
 
 def probes_at_checkpoints(out: Path, start: str, world: int) -> dict[str, Any]:
-    """Probes that run while a checkpoint is saved. Their results are in that checkpoint."""
+    """Run probes while a checkpoint is saved. Their results are in that checkpoint."""
     data = vectors(21, seed=3)
     probe = Probe(loader(data, batch_size=4), num_classes=CLASSES)
     callback = LogMECallback(probes={"others": probe}, probe_every="checkpoint")
@@ -90,13 +90,13 @@ class Sharded(Quiet):
 
 
 def doubles(number: int) -> TensorDataset:
-    """Return data in double precision: Lightning has no option for it under this strategy."""
+    """Return data in double precision, because Lightning has no option for it under this strategy."""
     x, y = vectors(number).tensors
     return TensorDataset(x.double(), y)
 
 
 class Unsharded(pl.Callback):
-    """Record the score of the sharded weights put together, and the history in a sharded checkpoint."""
+    """Record the score of the unsharded weights, and the history in a sharded checkpoint."""
 
     def __init__(self) -> None:
         self.report: dict[str, Any] = {}

@@ -114,7 +114,7 @@ def hooks(module: nn.Module) -> int:
 
 @torch.no_grad()
 def penultimate(module: nn.Module, head: str, data: Any) -> tuple[Tensor, Tensor]:
-    """Return the input of the head for a whole data set, and the labels."""
+    """Return the inputs of the head for a whole data set, and the labels."""
     seen: list[Tensor] = []
     handle = module.get_submodule(head).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     training = module.training

@@ -20,7 +20,7 @@ def log_density(features: np.ndarray, y: np.ndarray, log_alpha: float, log_beta:
 def brute_force(features: np.ndarray, y: np.ndarray) -> float:
     """Return the maximal log evidence per sample: a dense search over both precisions, refined at the best points."""
     features, y = np.asarray(features, float), np.asarray(y, float)
-    # The precisions are in units of the data, so that one grid suits all scales.
+    # The precisions are relative to the scale of the data, so that one grid suits all scales.
     alphas = np.log(np.linalg.norm(features, 2) ** 2 / (y @ y)) + np.linspace(-12, 25, 38)
     betas = np.log(len(y) / (y @ y)) + np.linspace(-2, 22, 25)
     values = {(a, b): log_density(features, y, a, b) for a in alphas for b in betas}

@@ -22,14 +22,14 @@ import torch.distributed as dist
 PATIENCE = 60.0  # seconds that a function may take
 GRACE = 5.0  # seconds that the other processes get after one has failed
 
-# Processes are forked off a server that has imported everything and started no thread: a fork of this process could
-# inherit a lock that nobody will release, and a spawned process takes seconds to import torch.
+# Processes are forked from a server that has imported everything and started no thread. A fork of this process could
+# inherit a lock that nobody releases, and a spawned process would take seconds to import torch.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["pytest", "lightning.pytorch", "lightning_logme", "models", "backbones", "witness"])
 
 
 class ProcessError(RuntimeError):
-    """A function failed in at least one process. The message holds the traceback of each process that has one."""
+    """A function failed in at least one process. The message holds the tracebacks."""
 
 
 class ProcessGroup:
@@ -66,7 +66,7 @@ class ProcessGroup:
             for connection in waiting:
                 connection.send_bytes(task)
         except OSError:
-            deadline = time.monotonic() + GRACE  # a process has ended: reading its answer says so
+            deadline = time.monotonic() + GRACE  # a process has ended: reading its answer will show it
         while waiting and (ready := wait(list(waiting), max(0.0, deadline - time.monotonic()))):
             for connection in ready:
                 rank = waiting.pop(connection)  # type: ignore[call-overload]
@@ -118,7 +118,7 @@ class Processes:
         group = self.group(world)
         try:
             return group.run(function, *args, patience=patience)
-        except BaseException:  # the processes may be anywhere in the function, also after a timeout of pytest
+        except BaseException:  # the processes may still run the function, for example after a timeout of pytest
             del self._groups[world]
             group.close(patience=0.0)
             raise
@@ -130,7 +130,7 @@ class Processes:
 
 def _work(rank: int, world: int, store: Path, connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends pytest, and pytest ends its processes
-    # Lightning takes a process with these variables for one that it has launched itself.
+    # With these variables, Lightning believes that it has launched the process itself.
     os.environ.update(LOCAL_RANK=str(rank), WORLD_SIZE=str(world), OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
     timeout = timedelta(seconds=PATIENCE)
@@ -154,5 +154,5 @@ def _run(task: bytes, rank: int, world: int) -> bytes:
             raise ValueError(f"{function} returned None, so that the test has nothing to assert")
         dist.barrier()
         return pickle.dumps((None, result))
-    except BaseException:  # also pytest.fail
+    except BaseException:  # pytest.fail raises one
         return pickle.dumps((traceback.format_exc(), None))

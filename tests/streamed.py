@@ -1,4 +1,4 @@
-"""Rows, and the evidence by way of moments or of the metric, for tests that compare the ways to a score."""
+"""Rows, and their evidence from moments or from the metric, for tests that compare ways to compute a score."""
 
 import pytest
 import torch

@@ -26,7 +26,7 @@ def test_picture_in_the_repository_changes_only_on_request(flags, tmp_path, monk
     assert pictures == {"runs/quickstart/quickstart.png"} | ({"images/quickstart.png"} if flags else set())
 
 
-def test_only_one_place_knows_the_folder_of_pictures():
+def test_only_one_script_saves_pictures():
     scripts = [path for path in EXAMPLES.glob("*.py") if re.search(r"savefig|images\"", path.read_text("utf-8"))]
     assert [path.name for path in scripts] == ["_script.py"]
 

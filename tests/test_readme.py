@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 
 ROOT = Path(__file__).parents[1]
 README = "README.md"
-# How many Python blocks, commands, links and pictures each file has at least: a pattern that finds nothing must fail.
+# The least number of Python blocks, commands, links and pictures in each file: a pattern that finds nothing must fail.
 FOUND = {
     README: (3, 11, 9, 2),
     "examples/README.md": (0, 15, 10, 6),
@@ -96,7 +96,7 @@ def is_known(command):
 
 @pytest.fixture
 def names(tmp_path, monkeypatch):
-    """The names that the READMEs take as given, in a folder with two checkpoints."""
+    """The names that code in the READMEs uses without defining them, in a folder with two checkpoints."""
     monkeypatch.chdir(tmp_path)
     data = images()
     (tmp_path / "runs/checkpoints").mkdir(parents=True)
@@ -127,7 +127,7 @@ def test_contents_are_found(name):
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_every_block_is_of_a_language_that_is_checked(name):
-    """A block is code that runs, commands that are checked, or something to look at. No fence is left open."""
+    """A block holds code that runs, commands that are checked, or plain text. Every fence is closed."""
     fences = [line for line in TEXTS[name].splitlines() if line.lstrip(" >").startswith("```")]
     languages = [language for language, _ in FENCE.findall(TEXTS[name])]
     assert len(fences) == 2 * len(languages)

@@ -1,4 +1,4 @@
-"""The processes of a test session: whatever happens in one of them is an error of that test, and of no other."""
+"""The processes of a test session: a failure in one of them is an error of the current test, and of no other test."""
 
 import os
 import signal

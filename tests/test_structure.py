@@ -1,4 +1,4 @@
-"""The package has layers, no import circles, and one file for private names of other packages. Tests mirror it."""
+"""The package has layers, no import cycles, and one file for other packages' private names. Tests mirror it."""
 
 import ast
 import importlib.util
@@ -55,7 +55,7 @@ def layer_of(name: str) -> int:
     return LAYERS.get(name.split(".")[1], ABOVE)
 
 
-def find_circle(graph: dict[str, list[str]]) -> list[str]:
+def find_cycle(graph: dict[str, list[str]]) -> list[str]:
     done: set[str] = set()
 
     def visit(name: str, path: list[str]) -> list[str]:
@@ -63,23 +63,23 @@ def find_circle(graph: dict[str, list[str]]) -> list[str]:
             return [*path[path.index(name) :], name]
         if name not in done:
             for other in graph[name]:
-                circle = visit(other, [*path, name])
-                if circle:
-                    return circle
+                cycle = visit(other, [*path, name])
+                if cycle:
+                    return cycle
             done.add(name)
         return []
 
-    return next((circle for name in graph if (circle := visit(name, []))), [])
+    return next((cycle for name in graph if (cycle := visit(name, []))), [])
 
 
-def test_import_circle_is_found():
-    assert find_circle({"a": ["b"], "b": ["c"], "c": ["b"]}) == ["b", "c", "b"]
-    assert find_circle({"a": ["b", "c"], "b": ["c"], "c": []}) == []
+def test_import_cycle_is_found():
+    assert find_cycle({"a": ["b"], "b": ["c"], "c": ["b"]}) == ["b", "c", "b"]
+    assert find_cycle({"a": ["b", "c"], "b": ["c"], "c": []}) == []
 
 
-def test_modules_have_no_import_circle():
+def test_modules_have_no_import_cycle():
     assert len(INSIDE) > len(LAYERS)
-    assert find_circle(INSIDE) == []
+    assert find_cycle(INSIDE) == []
 
 
 def test_layers_import_only_from_lower_layers():
@@ -129,10 +129,10 @@ def test_functions_name_their_options():
 
 
 # Public names that begin with an underscore.
-PUBLIC = {"_fields", "_replace", "_asdict", "_make"}  # of named tuples
+PUBLIC = {"_fields", "_replace", "_asdict", "_make"}  # attributes of named tuples
 # Private names of other packages outside utilities/compat.py: (module, name).
 OUTSIDE = {
-    # Overridden methods of torchmetrics, and the attributes that they keep consistent.
+    # Methods of torchmetrics that are overridden, and the attributes that these must update.
     (f"{NAME}.metric", "_reduce_states"),
     (f"{NAME}.metric", "_sync_dist"),
     (f"{NAME}.metric", "_load_from_state_dict"),
@@ -140,7 +140,7 @@ OUTSIDE = {
     (f"{NAME}.metric", "_plot"),
     (f"{NAME}.metric", "_computed"),
     (f"{NAME}.metric", "_update_count"),
-    # Lightning makes the key of a callback's state with it.
+    # Lightning calls it for the key of a callback's state.
     (f"{NAME}.callback", "_generate_state_key"),
 }
 
@@ -224,7 +224,7 @@ def test_test_file_has_the_name_of_its_module(path):
     assert (ROOT / path.parent / path.name.removeprefix("test_")).is_file()
 
 
-def test_every_layer_has_tests_and_nothing_else_but_whole_runs():
+def test_only_layers_and_integration_have_folders_of_tests():
     folders = {path.parent.relative_to(TESTS).as_posix() for path in TESTS.rglob("test_*.py")}
     assert folders == {".", *LAYERS, "integration"}
 

@@ -15,7 +15,7 @@ from lightning_logme.functional import evidence
 
 
 class Quiet(Classifier):
-    """Logs nothing itself, so that all metrics and all warnings of Lightning about metrics come from the callback."""
+    """A module that logs nothing, so that all metrics, and all warnings about metrics, come from the callback."""
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         self(batch[0])
@@ -39,7 +39,7 @@ class CallsHeadTwice(Quiet):
 
 
 class Witness(pl.Callback):
-    """Record after each validation what the LogME callback reports, and what this one process gives for all the data.
+    """Record after each validation what the LogME callback reports, and the scores of all data in this process alone.
 
     Args:
         callback: the LogME callback of the run.
@@ -85,8 +85,8 @@ def check_equals_one_process(reports: Sequence[Sequence[dict[str, Any]]], num_sa
     """Assert that a run of one validation reports the scores of one process, the same in all processes.
 
     Args:
-        reports: those of a Witness, by process.
-        num_samples: of each row of the history.
+        reports: the reports of a Witness, by process.
+        num_samples: the number of samples in each row of the history.
     """
     assert len(reports) > 1
     assert all(of_process == reports[0] for of_process in reports)  # to the last bit

@@ -1,4 +1,4 @@
-"""Models of timm, torchvision and transformers that take no memory for weights, and the layer that is their head."""
+"""Models of timm, torchvision and transformers whose weights take no memory, and the layers that are their heads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "encoder_la
 
 
 class _EmptyOnMeta(TorchFunctionMode):
-    """Put weights on the meta device. Tensors that a constructor computes with stay on the CPU."""
+    """Put weights on the meta device. Other tensors, which a constructor may compute with, stay on the CPU."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -21,7 +21,7 @@ def call(module: nn.Module, batch: Any, target: TargetSpec = None) -> Any:
         module: the network. Tuples and lists of inputs become positional arguments, and mappings become keyword
             arguments as far as ``forward`` accepts them.
         batch: (inputs, labels), or a mapping.
-        target: the key of the labels. Neither it nor a usual name of labels is passed to the module.
+        target: the key of the labels. The module gets neither this key nor the usual names of labels.
 
     Raises:
         ValueError: ``forward`` accepts no key of the mapping.

@@ -43,7 +43,7 @@ def sample_indices(loader: Any) -> Tensor | None:
 
 def _each_once(indices: Iterable[Any]) -> Tensor | None:
     """Return the sorted distinct indices, or None if they are not integers."""
-    # Iterating draws from the generator, which the training loader may share.
+    # Iterating advances the generator of the sampler, which the training loader may share.
     generator = getattr(indices, "generator", None)
     state = generator.get_state() if isinstance(generator, torch.Generator) else None
     try:
@@ -84,8 +84,8 @@ def labels_at_hand(dataset: Any, target: TargetSpec) -> Tensor | None:
 def stratified_order(number: int, strata: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return a random order of the samples, and the block of each position in it.
 
-    The classes in ``strata`` are spread evenly over the order and the blocks, so that any first n samples contain them
-    in proportion.
+    The classes in ``strata`` are spread evenly over the order and the blocks. So for any n, the first n samples contain
+    the classes in proportion.
 
     Returns:
         The order (N,), and the block (N,) of each position.
@@ -98,7 +98,7 @@ def stratified_order(number: int, strata: Tensor | None, generator: torch.Genera
     size = counts.repeat_interleave(counts)
     first = (counts.cumsum(0) - counts).repeat_interleave(counts)
     member = torch.arange(number) - first  # 0, 1, … within the class
-    # Each class starts at 0, and ties are random. With random starts, the first samples could lack rare classes.
+    # Each class starts at 0, with random ties. With random starts, the first samples could lack rare classes.
     tie_break = torch.rand(len(counts), generator=generator).repeat_interleave(counts)
     interleaved = (member.double() / size + tie_break * 1e-9).argsort(stable=True)
     return by_class[interleaved], (torch.arange(number) % BLOCKS)[interleaved]

@@ -70,7 +70,7 @@ class Source:
                 raise ValueError(
                     "features=callable(module, batch) returned no tensor; it must return features of shape (N, D)."
                 )
-            # Collective operations need the features on the device of the run, where those of layers are.
+            # Collective operations need the features on the device of the run, where the features of layers are.
             tensor = tensor.detach().to(getattr(module, "device", tensor.device))
             rows = self.poolers[0].rows(tensor, labels, (trace.calls[begin:], trace.calls[:begin]))
             return owned(rows, tensor)
@@ -149,7 +149,7 @@ class Extractor:
         return self.head is not None and self.head.guess is not None
 
     def give(self, output: Any) -> None:
-        """Pass the output of the network to the captures that have no module of their own."""
+        """Pass the output of the network to the captures that have no module."""
         for capture in self.captures:
             if capture.module is None:
                 capture.receive(output)
@@ -180,7 +180,7 @@ class Extractor:
         return [pooler.description for pooler in poolers if pooler.description is not None]
 
     def start(self, labels: Labels | None) -> None:
-        """Start to capture a batch with these labels; None if they are not known yet."""
+        """Start to capture a batch. ``labels`` is None if they are not known yet."""
         self._forget()
         self._window.is_open, self._window.labels = True, labels
         for capture in self.captures:
@@ -237,7 +237,7 @@ class Extractor:
     def run(
         self, batch: Any, labels: Labels, forward: Callable[[Any, Any], Any], precision: AbstractContextManager[Any]
     ) -> tuple[dict[str, Tensor], Errors]:
-        """Run the network on a batch that is on its device, and return the same as :meth:`rows`.
+        """Run the network on a batch, which must be on its device, and return the same as :meth:`rows`.
 
         Args:
             batch: the batch.
@@ -268,7 +268,7 @@ def _mean(rows: Mapping[str, Tensor]) -> Tensor:
     shapes = {tuple(tensor.shape) for tensor in rows.values()}
     if len(shapes) > 1:
         listed = ", ".join(f"'{layer}' {tuple(tensor.shape)}" for layer, tensor in rows.items())
-        raise ValueError(f"layer_mean needs layers of one length, got {listed}; name layers of equal length.")
+        raise ValueError(f"layer_mean needs features of equal length, got {listed}; name layers that have them.")
     tensors = list(rows.values())
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
     return torch.stack([tensor.to(dtype) for tensor in tensors]).mean(0)

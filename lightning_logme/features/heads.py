@@ -26,8 +26,8 @@ def find_head(root: nn.Module, num_outputs: int | None = None) -> str:
 
     The head is a linear layer or a 1 × 1 convolution, also inside an adapter such as LoRA. Nothing is run, so the
     weights may be on the meta device. A timm model names its head. In other modules, names ("head", "classifier",
-    "fc", …), the order of a `torch.nn.Sequential` and the sizes of the layers decide. Repeated blocks, and layers whose
-    output another layer takes, do not contain the head.
+    "fc", …), the order of a `torch.nn.Sequential` and the sizes of the layers decide. The head is not inside repeated
+    blocks, and no other layer takes its output.
 
     Args:
         root: The network, for example a LightningModule.
@@ -113,8 +113,8 @@ class _Candidate(NamedTuple):
         module: The layer, or the adapter around it.
         inputs: The number of inputs.
         outputs: The number of outputs.
-        is_taken: Whether a layer elsewhere has as many inputs, and may take the output.
-        is_fed: Whether a layer elsewhere has as many outputs, and may give the input.
+        is_taken: Whether a layer elsewhere has `outputs` inputs, and so may take the output.
+        is_fed: Whether a layer elsewhere has `inputs` outputs, and so may give the input.
     """
 
     path: _Path
@@ -192,7 +192,7 @@ class _Search:
             yield from self._ends_of_branches(module, path)
 
     def _ends_of_adapter(self, module: Any, path: _Path) -> Iterator[_Candidate]:
-        """Yield the candidates in what a PEFT wrapper calls: a trained copy, or the original."""
+        """Yield the candidates in the module that a PEFT wrapper calls: a trained copy, or the original."""
         copies = getattr(module, "modules_to_save", None)
         if not isinstance(copies, nn.ModuleDict):
             return
@@ -227,7 +227,7 @@ class _Search:
         branches = [branch for branch in self._branches(module, path) if branch.candidates or branch.had_head]
         if not branches:
             return
-        # A known number of outputs, which no other layer may take, counts more than a name.
+        # The right number of outputs, if no other layer may take them, counts more than a name.
         fitting = [branch for branch in branches if any(map(self._fits, branch.candidates))]
         branches = fitting or branches
         best = max(branch.priority for branch in branches)
@@ -305,7 +305,7 @@ def _without_inner_layers(branches: list[_Branch]) -> list[_Branch]:
 
 
 def _linear(module: nn.Module) -> nn.Module | None:
-    """Return the linear layer or 1 × 1 convolution that a module is, or that it adapts, else None."""
+    """Return a module that is a linear layer or 1 × 1 convolution, or the one inside an adapter, else None."""
     while hasattr(type(module), "adapter_layer_names"):
         base = dict(module.named_children()).get("base_layer")
         if base is None:
@@ -379,7 +379,7 @@ def _kind(module: nn.Module) -> tuple[type, ...]:
 
 
 def _keeps_logits(module: nn.Module) -> bool:
-    """Return whether a module without a linear layer keeps logits, or makes predictions of them."""
+    """Return whether a module without a linear layer keeps logits, or turns them into predictions."""
     if _has_weights(module):
         return False
     hidden = ("activation", "batchnorm", "instancenorm", "normalization")

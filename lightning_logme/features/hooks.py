@@ -47,7 +47,7 @@ class CallTrace:
         self.close()
         self.calls, self._starts, self.is_open = [], {}, True
         compiled = compiled_modules(self.root)
-        # The hooks come first, so that a capture on the same layer finds its call recorded.
+        # These hooks run first, so that the call is recorded before a capture on the same layer runs.
         for module in self.root.modules():
             if module not in compiled and layer_width(module) is not None:
                 self._handles.append(module.register_forward_hook(self._on_layer, prepend=True))
@@ -261,7 +261,7 @@ def owned(rows: Tensor, tensor: Tensor) -> Tensor:
 
 
 def _registered(modules: Iterable[nn.Module]) -> list[Call]:
-    """Return the calls of the layers among modules, as if each was called once in this order."""
+    """Return the calls of the layers among modules, as if each layer was called once, in this order."""
     widths = ((module, layer_width(module)) for module in modules)
     return [Call(width, None, isinstance(module, CONVOLUTIONAL)) for module, width in widths if width]
 

@@ -54,7 +54,7 @@ def undisturbed(module: nn.Module, datamodule: object = None) -> Iterator[None]:
             if isinstance(submodule, Metric):  # A metric may write to its states, so it gets copies of them.
                 for name, state in submodule.metric_state.items():
                     setattr(submodule, name, state.clone() if isinstance(state, Tensor) else list(state))
-        vars(module)["log"] = _drop  # Else a forward that logs would mix these batches into the user's metrics.
+        vars(module)["log"] = _drop  # A forward that logs would mix these batches into the user's metrics.
         with kept_buffers(module), same_generators(), torch.no_grad():
             module.eval()
             yield

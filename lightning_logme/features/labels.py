@@ -23,7 +23,7 @@ class Target:
     """Labels of a batch, checked once for any number of sources of features.
 
     Attributes:
-        values: (m,) int64 class labels, or (m, K) numbers, of the kept samples only.
+        values: the labels of the kept samples: (m,) int64 class labels, or (m, K) numbers.
         kept: (m,) int64 indices of the kept samples, with tokens in flat order; None if all are kept.
         shape: the shape of the labels as given.
         task: the task of the labels.
@@ -291,8 +291,8 @@ def _checked_labels(
         expected = "at least 0" if num_classes is None else f"in 0…{num_classes - 1} ({num_classes} classes)"
         raise ValueError(
             f"target holds labels from {low} to {high}, but for task={task!r} labels must be {expected}; "
-            "check that these are the labels, give the right num_classes, or leave such rows out (with "
-            f"ignore_index={low if low < 0 else high}, if that is an argument)."
+            "check that these are the labels, give the right num_classes, or leave such rows out with "
+            f"ignore_index={low if low < 0 else high}, where this argument exists."
         )
     return labels, None if all_kept else keep
 

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from lightning_logme.features.hooks import Capture
 
 _SAMPLES = 2  # number of samples that are compared: a whole batch would keep all activations in memory
-_INPUTS = 4  # number of last linear layers whose inputs are kept: the head is nearly always one of them
+_INPUTS = 4  # the inputs of this many last linear layers are kept: the head is nearly always one of them
 
 
 class OutputLayer:
     """A search for the linear layer or 1 × 1 convolution that makes the output of a module, while one batch runs.
 
-    A layer makes the output if its own output, or one token of it, has the same numbers, also in another shape. The
-    last layer with parameters also makes it if only an average over positions (also after a ReLU), a factor, a softmax,
-    a log-softmax or a sigmoid follows.
+    A layer makes the output if its own output, or one token of it, holds the same numbers, in any shape. The last layer
+    with parameters also makes the output if it is followed only by a factor, a softmax, a log-softmax, a sigmoid, or an
+    average over positions (also after a ReLU).
 
     Args:
         module: the network. Its layers have hooks inside the ``with`` block.
@@ -76,7 +76,7 @@ class OutputLayer:
         if output.is_nested or output.ndim < 2:
             return None
         wanted = _Output("", tuple(output.shape), _first_samples(output))
-        for call in reversed(self._calls):  # The wrapper of an adapter returns after the layer inside it.
+        for call in reversed(self._calls):  # An adapter, which returns after the layer inside it, comes first.
             if call.name and any(torch.equal(values, wanted.values) for values in _rearranged(call, wanted)):
                 return call.name
         last = None if self._last is None else self._names.get(self._last)
@@ -156,7 +156,7 @@ def _transformed(call: _Output, wanted: _Output) -> Iterator[Tensor]:
 
 
 def _several_heads(module: nn.Module, calls: list[_Output], wanted: _Output) -> list[str]:
-    """Return the heads whose mean is the output, or that a timm model names, or an empty list."""
+    """Return the heads whose mean is the output, or the several heads that a timm model names, else an empty list."""
     same_shape = [call for call in calls if call.shape == wanted.shape]
     total = torch.zeros_like(wanted.values)
     for number, call in enumerate(reversed(same_shape), 1):

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from lightning_logme.utilities.checks import Task, positive_or_none
 
-# Larger labels are probably no class labels, unless there are enough samples for so many classes.
+# Larger numbers are probably not class labels, unless there are enough samples for so many classes.
 _MOST_CLASSES = 1_000_000
 
 
@@ -18,11 +18,12 @@ def decide_num_outputs(
     Args:
         task: the task of the labels.
         num_classes: K of "multiclass" and "multilabel", if the user gave it.
-        head_outputs: the number of outputs of the classifier head. From 2 on it is K for "multiclass".
+        head_outputs: the number of outputs of the classifier head. If it is at least 2, it is K for "multiclass"
+            without ``values``.
         values: checked labels: all labels for "multiclass", any labels for other tasks.
 
     Raises:
-        ValueError: ``num_classes`` has no meaning for the task, or the labels are probably no class labels.
+        ValueError: ``num_classes`` has no meaning for the task, or the labels are probably not class labels.
     """
     num_classes = positive_or_none("num_classes", num_classes)
     if task == "binary":

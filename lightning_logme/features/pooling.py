@@ -68,7 +68,7 @@ class Pooler:
         Args:
             tensor: the features of a batch.
             labels: its labels.
-            calls: those inside the module that made the features, and before it.
+            calls: the calls inside the module that made the features, and the calls before it.
 
         Raises:
             ValueError: the shapes do not fit, or the axis of the channels is not known.
@@ -82,7 +82,7 @@ class Pooler:
         if tensor.ndim == 1 and number == 1:  # It is a squeezed batch of one sample.
             tensor = tensor[None]
         if by_token and tensor.ndim == 2 and len(tensor) == number * tokens[0]:
-            tensor = tensor.unflatten(0, (number, tokens[0]))  # The head takes the tokens of all samples in a row.
+            tensor = tensor.unflatten(0, (number, tokens[0]))  # The head got the tokens of all samples in one matrix.
         if not (by_token and tensor.ndim == 3 and tensor.shape[:2] == labels.target.shape):
             tensor = self._pooled(tensor, labels.mask, calls)
         if len(tensor) != number:
@@ -146,7 +146,8 @@ def pool(
             name the axis of the channels. "cls" takes the first token that is not masked, "last" the last. A callable
             gets ``features`` unchanged.
         mask: (N, T), non-zero for tokens that count. Only features of three dimensions use it.
-        channel_axis: 1 or -1, see :func:`find_channel_axis`. None means the last of three axes, or the second of more.
+        channel_axis: 1 or -1, see :func:`find_channel_axis`. None takes the last of three axes, or the second of
+            four or more.
 
     Returns:
         (N, D). Averages of half precision are in float32.
@@ -238,11 +239,11 @@ def describe_pooling(shape: Sequence[int], pooling: Pooling, channel_axis: int |
 def find_channel_axis(inside: Sequence[Call], before: Sequence[Call], shape: Sequence[int]) -> int | None:
     """Return the axis of the channels, 1 or -1, in the output of a module; None if nothing decides it.
 
-    The last layers that ran inside the module decide: those whose width is the size of exactly one of the two axes, or
-    else those whose own output has their width on exactly one axis. The kind of a layer does not decide, because there
-    are layer norms for channels first, and linear layers between permutations. A module without such layers, such as an
-    activation, keeps the layout of the layers before it. If all sizes are equal and all layers are convolutions, the
-    channels are first.
+    The layers that ran inside the module decide, starting with the last one. A layer decides if its width is the size
+    of exactly one of the two axes of ``shape``. If no layer does, the same is tried with the shape of each layer's own
+    output. A module in which no layer decides, such as an activation, keeps the layout of the layers before it. If
+    nothing has decided and all layers are convolutions, the channels are first. The kind of a layer does not decide,
+    because there are layer norms for channels first, and linear layers between permutations.
 
     Args:
         inside: the calls inside the module, in order.
@@ -260,16 +261,16 @@ def find_channel_axis(inside: Sequence[Call], before: Sequence[Call], shape: Seq
 
 
 def _has_as_many_axes(made: Sequence[int] | None, shape: Sequence[int]) -> TypeGuard[Sequence[int]]:
-    """Return whether the shape that a layer made is known, and has as many axes."""
+    """Return whether the shape of a layer's output is known, and has the same number of axes."""
     return made is not None and len(made) == len(shape)
 
 
 def _has_other_sizes(made: Sequence[int] | None, shape: Sequence[int]) -> TypeGuard[Sequence[int]]:
-    """Return whether two shapes have as many axes, with other sizes. With the same sizes, axes may be permuted."""
+    """Return whether two shapes have the same number of axes, and are not permutations of each other."""
     return _has_as_many_axes(made, shape) and sorted(made) != sorted(shape)
 
 
 def _axis_of(width: int, shape: Sequence[int]) -> int | None:
-    """Return the axis that has this width, unless both or neither have it."""
+    """Return the only axis that has this width, or None if both axes or neither have it."""
     first, last = shape[FIRST] == width, shape[LAST] == width
     return None if first == last else FIRST if first else LAST

@@ -16,11 +16,11 @@ from lightning_logme.features.outputs import decide_num_outputs
 from lightning_logme.scores.subset import mixed
 from lightning_logme.utilities.checks import EXCLUSIVE, Task
 
-# Samples in the first round, and the least number per class. Fewer samples say little, and each round takes time to
-# compute the evidence, and to load a candidate that a factory makes.
+# The first round has 256 samples, or four per class if that is more. Fewer samples say little, and each round costs
+# time: the evidence is computed, and candidates that factories make are loaded again.
 _FIRST_ROUND = 256
 _PER_CLASS = 4
-# The features of these samples show later whether the candidate and the samples are still the same.
+# A later run compares the features of these samples, to see whether the candidate and the samples are still the same.
 FIRST_SAMPLES = 16
 SAME_SAMPLES = "dataloader must give the same samples in the same order every time it is iterated over."
 
@@ -110,7 +110,7 @@ class Samples:
             )
 
     def num_outputs(self, num_classes: int | None, ignore_index: int | None = None) -> int:
-        """Return K, checked against the known labels or those of the first batch.
+        """Return K, checked against all labels if they are known, else against the labels of the first batch.
 
         Args:
             num_classes: K of "multiclass" and "multilabel". None counts the classes.
@@ -172,7 +172,7 @@ class Samples:
             first, position = position, position + len(target)
             known: Portion | None = getattr(self, "first", None)  # None while the first batch itself is read
             if index == 0 and self._repeatable and known is not None and not _equal(target, known.target):
-                raise ValueError(f"the first batch has other labels than when it was read before; {SAME_SAMPLES}")
+                raise ValueError(f"the labels of the first batch have changed since the previous pass; {SAME_SAMPLES}")
             if index % world == rank:
                 yield Portion(batch, target, mixed(torch.arange(first, position)) % BLOCKS, first)
             if stop is not None and position >= stop:

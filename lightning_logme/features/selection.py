@@ -131,18 +131,18 @@ def attach(
 def attach_by_tree(
     module: nn.Module, selection: Selection, task: Task, num_classes: int | None, is_scored: bool
 ) -> tuple[Extractor, str | None]:
-    """Attach hooks before the network has run. A head that is not named is found in the module tree.
+    """Attach hooks before the network has run. A head that the user has not named is found in the module tree.
 
     Args:
         module: the network.
         selection: the features to extract.
         task: the task of the head.
         num_classes: K of "multiclass" and "multilabel". None takes the number of outputs of the head.
-        is_scored: whether the validation set is scored. If not, K may stay unknown, and the head is found only if there
-            are no layers.
+        is_scored: whether the validation set is scored. If not, K may stay unknown, and a head is searched for only if
+            there are no layers.
 
     Returns:
-        The extractor, and a text that names the head; None without a head.
+        The extractor, and a text that names the head, or None without a head.
 
     Raises:
         ValueError: a module or the head is not found, or the number of classes is not known.

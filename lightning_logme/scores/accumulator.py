@@ -20,7 +20,7 @@ from lightning_logme.utilities.checks import Task
 
 Key = TypeVar("Key")
 
-# Rows per segment that are summed at once: for fewer, reading and writing the Gram matrix takes most of the time.
+# Rows per segment that are summed at once. With fewer, reading and writing the Gram matrix takes most of the time.
 _ROWS_PER_FOLD = 256
 
 
@@ -30,7 +30,7 @@ class Held:
 
     Attributes:
         rows: the rows.
-        segment: the segment of all rows, or of each.
+        segment: one segment for all rows, or the segment of each row.
         index: (m,) int64 on the CPU, the index of each row in the data set.
     """
 
@@ -48,14 +48,14 @@ class Held:
 class Accumulator:
     """The rows of one source of features, and their sums.
 
-    Rows are held in their own dtype while they need less memory than their Gram matrices. Then they are summed to one
-    :class:`Moments` per segment, and only a random subset is kept.
+    Rows are held in their own dtype while they need less memory than their Gram matrices. After that, they are summed
+    to one :class:`Moments` per segment, and only a random subset of them is kept.
 
     Args:
         task: the task of the targets.
         num_features: D.
         num_outputs: K.
-        device: the device of the sums and results. The CPU replaces None and devices without float64 (MPS).
+        device: the device of the sums and results. None, or a device without float64 (MPS), means the CPU.
         sample_size: the number of samples in the random subset.
 
     Attributes:
@@ -103,7 +103,8 @@ class Accumulator:
 
         Args:
             rows: rows of this task, with D features each.
-            segment: the segment of a curve, or block of the jackknife, of all rows or of each (int64, on the CPU).
+            segment: the segment of a curve, or the block of the jackknife: one for all rows, or one for each (int64, on
+                the CPU).
             index: (m,) int64 on the CPU, the index of each row in the data set; None counts on from ``num_samples``.
 
         Raises:
@@ -111,8 +112,8 @@ class Accumulator:
         """
         if rows.features.shape[1] != self.num_features:
             raise ValueError(
-                f"features of length {rows.features.shape[1]} after features of length {self.num_features}; pool them "
-                "to one length, with pooling=callable or forward=callable."
+                f"features have length {rows.features.shape[1]}, but length {self.num_features} in earlier batches; "
+                "pool them to one length, with pooling=callable or forward=callable."
             )
         number = len(rows.target)
         if number == 0:
@@ -176,7 +177,7 @@ class Accumulator:
         return {segment: self.sums[segment] for segment in sorted(self.sums)}
 
     def choose(self, groups: Iterable[IndexedRows]) -> None:
-        """Copy those rows that belong to the random subset. The rows are no longer held."""
+        """Copy the rows that belong to the random subset, because the rows are no longer held."""
         if self.subset is not None:
             for rows, index in groups:
                 self.subset.add(rows, index)
@@ -210,7 +211,7 @@ class Accumulator:
         return maximise_moments(total, self.task, fit_intercept)
 
     def curve(self, fit_intercept: bool = False, whole: Evidence | None = None) -> list[CurvePoint]:
-        """Return the scores of the first segment, the first two, …, and all. Only the last warns.
+        """Return the scores of the first segment, of the first two, …, and of all. Only the last score may warn.
 
         Args:
             fit_intercept: as in :meth:`Evidence.from_moments`.
@@ -233,7 +234,7 @@ class Accumulator:
         return points
 
     def projected(self, basis: Tensor | None) -> list[Moments]:
-        """Return the moments of each segment for the features times a basis (D, R). If n < D, rows are not summed."""
+        """Return the moments of each segment for the features times a basis (D, R). If n < D, the rows stay held."""
         if not self._has_few_rows:
             sums = self.moments().values()
             return list(sums) if basis is None else [each.project(basis) for each in sums]
@@ -250,7 +251,7 @@ class Accumulator:
         return not self.sums and self.num_samples < self.num_features
 
     def _prefixes(self) -> Iterator[Rows | Moments]:
-        """Yield the rows or moments of the first segment, the first two, …, and all."""
+        """Yield the rows or moments of the first segment, of the first two, …, and of all."""
         if self._has_few_rows:
             groups = [rows for _, rows in self._by_segment(self.held)]
             yield from (self._cat(groups[: number + 1]) for number in range(len(groups)))

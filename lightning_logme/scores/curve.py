@@ -18,7 +18,7 @@ class CurvePoint(NamedTuple):
     Attributes:
         num_samples: n.
         logme: the logarithm of maximum evidence, in nats per sample; NaN without evidence.
-        gain: the excess over the score of useless features, in nats per sample.
+        gain: ``logme`` minus the score of useless features, in nats per sample.
     """
 
     num_samples: int
@@ -30,7 +30,7 @@ def segments(positions: Tensor, task: Task, num_outputs: int) -> Tensor:
     """Return the segment of a curve for each sample. Segment i ends at 2ⁱ times the length of segment 0.
 
     Args:
-        positions: (n,) int64, the positions of the samples among all.
+        positions: (n,) int64, the positions of the samples among all samples.
         task: the task of the labels.
         num_outputs: K.
     """

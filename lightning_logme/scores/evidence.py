@@ -18,7 +18,7 @@ from lightning_logme.utilities.checks import EXCLUSIVE, Task
 
 # Rounding may affect eigenvalues below this many times the resolution.
 _COARSER = 10
-# A warning is given if the score changes by more than this without those eigenvalues, in nats.
+# If the score changes by more nats than this without those eigenvalues, there is a warning.
 _LOST = 1e-3
 
 
@@ -86,7 +86,7 @@ class Evidence:
 
     @classmethod
     def from_rows(cls, rows: Rows, num_outputs: int, task: Task, fit_intercept: bool = False) -> Evidence:
-        """Return the maximised evidence, computed from all samples: far cheaper than by moments if n < D."""
+        """Return the maximised evidence, computed from all samples: far cheaper than from moments if n < D."""
         return maximise_rows(rows, num_outputs, task, fit_intercept)[0]
 
     def head(self, dtype: torch.dtype | None = None) -> torch.nn.Linear:
@@ -175,7 +175,7 @@ def _cause_of_nan(n: int, features: Tensor, square: Tensor, task: Task, fit_inte
     Any NaN or Inf propagates to these sums.
     """
     if n == 0:
-        return "there are no samples (n = 0); check that the loader is not empty, and not every label is ignore_index"
+        return "there are no samples (n = 0); check that the loader is not empty, and that not all labels are ignored"
     if not bool(torch.isfinite(features).all()):
         return "the features contain NaN or Inf, or numbers too large to square"
     if not bool(torch.isfinite(square).all()):

@@ -19,9 +19,9 @@ Name = TypeVar("Name", bound=Hashable)
 # good as the best is not reported as tied.
 ERROR_RATE = 0.05
 
-# The number of leading eigenvectors in which scores without a block are computed. On real features with D = 384 and
-# 1280, the standard errors are .84 to 1.06 times those in all directions (.76 at worst, for a random network). At
-# D = 1280, this takes an eighth of the time or less.
+# Scores without a block are computed in this many leading eigenvectors. For real features with D = 384 and 1280, the
+# standard errors are .84 to 1.06 times the standard errors in all directions, and .76 times at worst, for a random
+# network. At D = 1280, this takes an eighth of the time or less.
 _DIRECTIONS = 256
 
 
@@ -34,7 +34,7 @@ def jackknife(accumulator: Accumulator, fit_intercept: bool = False) -> tuple[Ev
 
     Returns:
         The evidence, and B scores in the leading directions of feature space. The scores are NaN without evidence, or
-        if there is only one block. A class that occurs in a single block keeps its evidence of all blocks, so that
+        if there is only one block. A class that occurs in a single block keeps its evidence from all blocks, so that
         every score is a mean over the same classes.
     """
     evidence, spectrum = accumulator.decomposed(fit_intercept)

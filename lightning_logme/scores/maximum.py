@@ -18,14 +18,14 @@ _LARGEST_RATIO = 1e10
 _POINTS_PER_DECADE = 8
 # Newton's method ends after a step in log t below this. It converges quadratically, so the next step would be rounding.
 _NEWTON_TOLERANCE = 1e-10
-# In so many steps, bisection alone halves a bracket to rounding.
+# After so many steps, bisection alone has narrowed a bracket down to rounding errors.
 _MAX_NEWTON_STEPS = 60
 # Temporary tensors of this many numbers are always allowed.
 _MIN_TEMPORARY = 2**16
 
 
 class Maximum(NamedTuple):
-    """The largest evidence of each output. An output that is zero everywhere has NaN.
+    """The largest evidence of each output. It is NaN for an output whose target is zero everywhere.
 
     Attributes:
         log_evidence: (K,) the largest log evidence.

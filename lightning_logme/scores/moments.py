@@ -68,7 +68,7 @@ class Rows:
 
     @classmethod
     def cat(cls, groups: Sequence[Rows]) -> Rows:
-        """Return the rows of several objects on one device. A single object is not copied."""
+        """Return the rows of several objects, which are on one device. A single object is not copied."""
         if len(groups) == 1:
             return groups[0]
         return cls(torch.cat([group.features for group in groups]), torch.cat([group.target for group in groups]))

@@ -30,7 +30,7 @@ def reduced(
         alone: whether the run has only one process. Then nothing changes.
 
     Returns:
-        The accumulators by key, the same in every process, and the reason for each key that has none.
+        The accumulators by key, the same in every process, and the reason why a key has no accumulator, by key.
 
     Raises:
         Failure: in all processes, if one of them could not sum its rows.

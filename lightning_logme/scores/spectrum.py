@@ -14,7 +14,7 @@ from lightning_logme.scores.moments import Moments, Rows, add_gram_
 EPS = torch.finfo(torch.float64).eps
 TINY = torch.finfo(torch.float64).tiny
 
-# The rounding error of a difference is at most this many times eps times what is subtracted.
+# The rounding error of a difference is at most this many times eps times the subtracted number.
 _ROUNDING = 4
 # Features whose mean is more than this many times their spread are centred first, at the cost of an SVD.
 _LARGE_MEAN = 100
@@ -80,8 +80,8 @@ class Spectrum:
         ratio = _ratio(mean, spread.sum() / n)
         centred = fit_intercept or ratio > _LARGE_MEAN
         if centred:
-            # Centring leaves only rounding errors of constant features, so these are set to zero. For other features,
-            # `floor` bounds the rounding errors.
+            # After centring, a constant feature holds only rounding errors, so it is set to zero. For the other
+            # features, `floor` bounds the rounding errors.
             varies = spread > 0
             gram = torch.addr(gram, moments.feature_sum, mean, alpha=-1).mul_(varies).mul_(varies[:, None])
             cross = torch.addr(cross, moments.target_sum, mean, alpha=-1).mul_(varies)
@@ -106,7 +106,7 @@ class Spectrum:
         ratio = _ratio(mean, spread.sum() / n)
         centred = fit_intercept or ratio > _LARGE_MEAN
         if centred:
-            varies = (features != features[0]).any(0)  # Centring would leave rounding errors of constant features.
+            varies = (features != features[0]).any(0)  # After centring, constant features hold rounding errors.
             features, target = (features - mean).mul_(varies), target - target_sum / n
             exact = _ratio(mean, features.square().sum() / n)
             ratio = exact if exact > _LARGE_MEAN else ratio
@@ -204,8 +204,9 @@ def centred_square(square: Tensor, total: Tensor, n: int) -> Tensor:
 def _may_vary(moments: Moments, spread: Tensor) -> bool:
     """Return whether a feature that counts as constant may vary.
 
-    Sums of n equal numbers were seen to be off by n · eps / 8 at most. Constants beside other features are common, so
-    smaller differences count as rounding. If no feature varies, only exact sums leave no doubt.
+    In experiments, the relative error of a sum of n equal numbers was n · eps / 8 at most. Constant features beside
+    varying ones are common, so small differences count as rounding errors there. If no feature varies at all, every
+    difference counts.
     """
     n, square = int(moments.count), moments.gram.diagonal()
     difference = square - moments.feature_sum.square() / n
@@ -217,7 +218,7 @@ def _may_vary(moments: Moments, spread: Tensor) -> bool:
 def _resolved(eigenvalues: Tensor, dof: int, num_features: int, floor: float = 0.0) -> tuple[Tensor, float]:
     """Return the positions of the ascending eigenvalues to keep, largest first, and the resolution."""
     largest = float(eigenvalues[-1]) if len(eigenvalues) else 0.0
-    # An exact Gram matrix has no negative eigenvalues, so they show the size of its rounding errors.
+    # An exact Gram matrix has no negative eigenvalues. So a negative one shows the size of the rounding errors.
     error = -2 * float(eigenvalues[0]) if len(eigenvalues) else 0.0
     resolution = max(num_features * EPS * largest, floor, error, TINY / EPS)
     number = min(int((eigenvalues > resolution).sum()), dof)

@@ -114,7 +114,7 @@ def is_one_of(thing: object, names: tuple[str, ...]) -> bool:
 
 
 def callbacks_of_new_trainer() -> list[Any]:
-    """Return the callbacks of a new Trainer that is comparing their ``state_key``, else an empty list.
+    """Return the callbacks of a new Trainer while it compares their ``state_key``, else an empty list.
 
     Lightning compares them in ``_validate_callbacks_list(callbacks)``, and its error does not say what to do.
     """
@@ -139,7 +139,8 @@ def validates_by_clock(trainer: Trainer) -> bool:
 def logged_step(trainer: Trainer) -> int:
     """Return the step with which ``pl_module.log`` logs now."""
     loop = trainer.fit_loop.epoch_loop
-    # The last batch is counted at the end of an epoch, but not at the end of a batch or in a validation after it.
+    # At the end of an epoch, Lightning has already counted the last batch. At the end of a batch, and in a validation
+    # that follows it, Lightning has not.
     progress = loop.batch_progress.current
     is_counted = trainer.training and progress.completed == progress.ready
     return max(0, loop._batches_that_stepped - int(is_counted))

@@ -23,7 +23,7 @@ def together(alone: bool) -> Iterator[None]:
         alone: whether the run has only one process.
 
     Raises:
-        Failure: with the reason of the lowest rank that failed, and the rank unless all reasons are the same.
+        Failure: the reason of the lowest rank that failed, with the rank unless all ranks have the same reason.
 
     Example:
         >>> from lightning_logme.utilities.distributed import together
@@ -59,7 +59,7 @@ def gathered(alone: bool, mine: T) -> list[T]:
 
 
 def reason_of(error: Exception) -> str:
-    """Return the text of an error. Its type is added unless it is a ValueError, as this package raises."""
+    """Return the text of an error, with its type unless it is a ValueError, the type that this package raises."""
     return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
 
 

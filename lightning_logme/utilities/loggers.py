@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_SHARE = 0.05  # of the time of a validation, which figures may take
+_SHARE = 0.05  # the share of a validation's time that figures may take
 # Seconds per figure. The first figure of a process imports matplotlib; the low median of these ignores its cost.
 _costs: deque[float] = deque([0.1], maxlen=9)
 
@@ -53,8 +53,8 @@ class Board:
         self._name = name
         self._info = info
         self._without_figures: list[Any] = []  # loggers that failed to show a figure
-        self._seconds: float | None = None  # of the validation that figures belong to
-        self._drawn = 0  # figures of this validation
+        self._seconds: float | None = None  # the duration of the validation that figures belong to
+        self._drawn = 0  # the number of figures of this validation
         self._charts: Mapping[str, Any] = {}  # the layout that was sent
         self._warned = self._informed = self._broken = False
 
@@ -86,10 +86,10 @@ class Board:
             self._send("add_custom_scalars", charts)
 
     def figure(self, tag: str, draw: Callable[[], Any], step: int = 0) -> None:
-        """Draw a figure once and show it in each logger that can.
+        """Draw a figure once, and show it in each logger that can show figures.
 
-        Nothing is drawn if no logger can show it, if matplotlib is not installed, if the time for figures is used up,
-        or after an error in drawing.
+        Nothing is drawn if no logger can show figures, if matplotlib is not installed, if the time for figures is
+        used up, or after an error in drawing.
         """
         if not self._plots or self._broken:
             return
@@ -147,7 +147,7 @@ class Board:
         if not self._informed:
             self._informed = True
             self._info(
-                f"plots: figures are left out, as drawing them ({cost:.2g} s each) would take more than "
+                f"plots: figures are left out, because drawing them ({cost:.2g} s each) would take more than "
                 f"{_SHARE:.0%} of this validation ({self._seconds:.2g} s); plots=True draws them always."
             )
         return False

@@ -25,8 +25,8 @@ _LINE, _CHARACTER = 0.16, 0.085  # inches that text of 10 points takes
 _DARK, _LIGHT, _ACCENT = "#4c72b0", "#b0b7c3", "#c44e52"
 _MAX_TICKS = 40  # names below an axis
 _MAX_LINES = 50
-_MAX_ENTRIES = 40  # of a legend
-_SHORT, _LONG = 24, 36  # characters of a name
+_MAX_ENTRIES = 40  # entries of a legend
+_SHORT, _LONG = 24, 36  # the most characters of a name
 
 
 def gain_by_output(
@@ -50,7 +50,7 @@ def gain_by_output(
     names = () if names is None or len(names) > _MAX_TICKS else names
     axes = _prepared(axes, f"gain by {output} (n = {num_samples})", output, _GAIN, *_size_for(names))
     if any(map(math.isfinite, gains)):
-        # One patch for all bars is faster than one rectangle each. Many bars leave no gaps, which would make them pale.
+        # One patch for all bars is faster than one rectangle each. Many bars have no gaps, or they would look pale.
         half = 0.4 if len(gains) <= _MAX_TICKS else 0.5
         edges = [index + side for index in range(len(gains)) for side in (-half, half)]
         heights = [height for gain in gains for height in (gain if math.isfinite(gain) else math.nan, math.nan)]
@@ -137,10 +137,10 @@ def gain_by_candidate(
     """Draw one horizontal bar per candidate, the first at the top, with its standard error.
 
     Args:
-        names: of the candidates.
-        gains: of the candidates; a candidate whose gain is NaN is left out.
-        stderrs: of the gains; a gain whose standard error is NaN has no error bar.
-        highlighted: whether a candidate is the best or tied with it; drawn dark.
+        names: the names of the candidates.
+        gains: the gain of each candidate. A candidate whose gain is NaN is left out.
+        stderrs: the standard error of each gain. If it is NaN, the bar has no error bar.
+        highlighted: whether each candidate is the best or tied with it. Such bars are dark.
         axes: where to draw; a new figure if None.
     """
     rows = [row for row in zip(names, gains, stderrs, highlighted, strict=True) if math.isfinite(row[1])]
@@ -167,13 +167,13 @@ def page(draw_left: Callable[[Axes], Any], draw_right: Callable[[Axes], Any], ta
     Args:
         draw_left: draws into the axes on the left.
         draw_right: draws into the axes on the right.
-        table: its lines.
+        table: the table as text.
     """
     from matplotlib.figure import Figure
 
     lines = table.splitlines()
     columns = max(map(len, lines), default=0)
-    # Each line of the table is about one name beside the axes.
+    # The table has about one line for each name beside the axes.
     above, below = max(4.0, 1.6 * _LINE * len(lines)), 0.3 + 1.2 * _LINE * len(lines)
     figure = Figure(figsize=(max(12.0, 0.4 + _CHARACTER * columns), above + below), dpi=100, layout="constrained")
     top, bottom = cast(Any, figure).subfigures(2, 1, height_ratios=(above, below))
@@ -200,7 +200,7 @@ def _prepared(axes: Axes | None, title: str, x: str, y: str, width: float = _WID
 
     if axes is None:
         axes = Figure(figsize=(width, height), dpi=_DPI, layout="constrained").subplots()
-    axes.set_title(title, fontsize=10, y=1.0)  # Given a height, matplotlib does not search for a free one.
+    axes.set_title(title, fontsize=10, y=1.0)  # Without y, matplotlib would search for a free height.
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.spines[["top", "right"]].set_visible(False)
@@ -231,7 +231,7 @@ def _size_for(names: Sequence[str]) -> tuple[float, float]:
 
 
 def _angle_of(names: Sequence[str]) -> int:
-    """Return the angle of names below the axis: long ones are slanted, or upright if there are many."""
+    """Return the angle of names below the axis: long ones are slanted, or vertical if there are many."""
     number = min(len(names), _MAX_TICKS)
     longest = _CHARACTER * (min(max(map(len, names), default=0), _SHORT) + 0.5)
     if longest * number <= _WIDTH - _MARGIN:

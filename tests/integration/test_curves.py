@@ -40,7 +40,7 @@ def test_points_of_a_validation_are_scores_of_its_first_samples(tmp_path):
 
 
 def test_points_of_a_probe_are_scores_of_random_samples(tmp_path):
-    """The data set is sorted by class. The first 32 random samples hold all classes all the same."""
+    """The data set is sorted by class, but the first 32 random samples hold all classes."""
     data = vectors(200)
     order = data.tensors[1].argsort()
     data = TensorDataset(*(tensor[order] for tensor in data.tensors))

@@ -1,4 +1,4 @@
-"""Two or three real processes give what one process gives."""
+"""Two or three real processes give the same results as one process."""
 
 import math
 import re
@@ -210,7 +210,7 @@ class SkipsBatchInProcess1(Quiet):
 
 
 class OutOfMemoryInProcess1(LogMECallback):
-    """Process 1 runs out of memory after the sums were reduced, when they are turned into evidence."""
+    """Process 1 runs out of memory after the reduction of the sums, while the evidence is computed."""
 
     def on_validation_epoch_end(self, trainer, pl_module):
         whole = Evidence.from_moments
@@ -270,7 +270,7 @@ def test_a_first_batch_that_cannot_be_scored_in_one_process_is_an_error_in_all(p
 
 
 @pytest.mark.parametrize("sanity", [0, 1])
-def test_probes_alone_do_not_mind_how_validation_calls_the_head(processes, tmp_path, sanity):
+def test_probes_alone_do_not_depend_on_head_calls_of_validation(processes, tmp_path, sanity):
     logme = {"probes": {"news": loader(vectors(60), 9)}, "validation": False}
     val = loader(vectors(40), 10)
     answers = fit(processes, tmp_path, CallsHeadTwice(), val, logme=logme, num_sanity_val_steps=sanity)
@@ -298,7 +298,7 @@ def test_a_probe_without_labels_in_one_process_is_an_error_in_all(processes, tmp
 
 
 def _history_of_a_run_alone(rank, world, path):
-    """As in a search of hyperparameters, where connected processes train separately."""
+    """Run in one of two connected processes, as in a search of hyperparameters where each process trains separately."""
     callback = LogMECallback(probes={"news": loader(vectors(40))}, curve=True)
     if rank == 0:
         run = trainer(path, callback, max_epochs=1, num_sanity_val_steps=1)
@@ -316,8 +316,8 @@ def as_probes_take_them(data):
     return TensorDataset(torch.cat([p.batch[0] for p in portions]), torch.cat([p.target for p in portions]))
 
 
-def test_the_batches_of_probes_are_shared_out(processes, tmp_path):
-    # The small data set is a single batch, so that one process gets none of it.
+def test_the_batches_of_probes_are_divided_among_processes(processes, tmp_path):
+    # The small data set is a single batch, so one process gets no batch.
     large, small = vectors(150, seed=1), vectors(7, seed=2)
     logme = {"probes": {"large": loader(large, 9), "small": loader(small, 9)}, **PROBES_ALONE}
     curves = {"logme/large": as_probes_take_them(large), "logme/small": as_probes_take_them(small)}

@@ -82,7 +82,7 @@ def whole(tmp_path_factory):
 
 
 def check_resumed(path, whole):
-    """Resume from the last checkpoint, or start again where there is none: no row is lost, and none comes twice."""
+    """Resume from the last checkpoint, or start again without one. No row may be lost or come twice."""
     last = path / "last.ckpt"
     run, module = prepared(path)
     run.fit(module, loader(), loader(), ckpt_path=last if last.exists() else None)
@@ -91,7 +91,7 @@ def check_resumed(path, whole):
 
 
 def check_unchanged(module):
-    """Check that the callback left nothing in the module: no hook, no state, nothing that cannot be pickled."""
+    """Check that the callback left nothing in the module: no hook, no state, no object that cannot be pickled."""
     assert hooks(module) == 0
     assert set(module.state_dict()) == set(Classifier().state_dict())
     assert set(vars(module.model)) == set(vars(Classifier().model))
@@ -151,7 +151,7 @@ class Deadly:
 
 
 def run_until_killed(where, path):
-    """Run, and kill this process at that place: in a hook, or while a checkpoint is pickled or moved."""
+    """Run, and kill this process in a hook, or while a checkpoint is pickled or moved."""
     torch.set_num_threads(1)
 
     def kill():
@@ -179,7 +179,7 @@ def run_until_killed(where, path):
     "where", ["on_validation_batch_end", "on_validation_epoch_end", "pickled", "moved", "on_train_batch_end"]
 )
 def test_a_run_can_be_resumed_after_sigkill(tmp_path, where, whole):
-    """In a validation, while a checkpoint is made, while it is moved into its place, and in training."""
+    """The process is killed in a validation, while a checkpoint is made or moved into its place, or in training."""
     process = CONTEXT.Process(target=run_until_killed, args=(where, tmp_path))
     process.start()
     process.join(120)
@@ -191,7 +191,7 @@ def test_a_run_can_be_resumed_after_sigkill(tmp_path, where, whole):
 
 
 def test_half_a_checkpoint_is_an_error_that_says_so(tmp_path):
-    """A file system that does not move files into their place can leave one."""
+    """A file system that does not move files into their place can leave half a file."""
     run, module = prepared(tmp_path)
     run.fit(module, loader(), loader())
     path = tmp_path / "epoch=1.ckpt"

@@ -41,7 +41,9 @@ def test_layers_are_pooled_before_the_mean(tmp_path):
 
 def test_mean_of_layers_of_different_lengths_is_an_error(tmp_path):
     callback = LogMECallback(layers=["model.0", "model.2"], layer_mean=True)
-    with pytest.raises(ValueError, match=r"layer_mean needs layers of one length, got 'model.0' \(20, 32\), 'model.2'"):
+    with pytest.raises(
+        ValueError, match=r"layer_mean needs features of equal length, got 'model.0' \(20, 32\), 'model.2'"
+    ):
         trainer(tmp_path, callback).validate(Classifier(), loader(), verbose=False)
 
 

@@ -61,7 +61,7 @@ class Growth(pl.Callback):
 
 @pytest.fixture
 def _frozen() -> Iterator[None]:
-    """Set aside the objects of other tests: the more there are, the later Python collects the garbage of this one."""
+    """Set aside the objects of other tests: with many objects, Python would collect the garbage of this test later."""
     gc.collect()
     gc.freeze()
     yield

@@ -1,4 +1,4 @@
-"""Runs in several processes that are started as users start them. None of them may hang."""
+"""Runs in several processes that are started in the way users start them. No run may hang."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def launch(out, *scenarios, start="popen", world=2):
 
 @pytest.mark.parametrize(("start", "world"), [("popen", 3), ("spawn", 2)])
 def test_the_score_is_that_of_one_process(tmp_path, start, world):
-    """To 1e-10: uneven shards, padding, fewer samples than processes, several loaders, accumulated gradients."""
+    """To 1e-10, with uneven shards, padding, fewer samples than processes, several loaders, accumulated gradients."""
     printed, reports, succeeded = launch(tmp_path, "exact", start=start, world=world)
     assert succeeded, printed
     assert len(reports["exact"]) == world
@@ -48,7 +48,7 @@ def test_the_score_is_that_of_one_process(tmp_path, start, world):
 
 @pytest.fixture(scope="session")
 def launched(tmp_path_factory):
-    """The output of one script that runs several scenarios, as its start takes longer than they do, and the reports."""
+    """The output and the reports of one script that runs several scenarios: its start takes longer than they do."""
     scenarios = ["probes_at_checkpoints", "tensor_parallel", "empty_loader_allowed", *["fsdp2"] * HAS_FSDP2]
     printed, reports, succeeded = launch(tmp_path_factory.mktemp("launched"), *scenarios)
     assert succeeded, printed
@@ -67,7 +67,7 @@ def test_probes_at_checkpoints_score_the_saved_weights(launched):
 
 @pytest.mark.skipif(not HAS_FSDP2, reason="this torch has FSDP2 only for GPUs")
 def test_fsdp2(launched):
-    """The score of sharded weights is that of the same weights put together, and the sharded checkpoint can be read."""
+    """Sharded weights have the score of the unsharded weights, and the sharded checkpoint can be read."""
     _, reports = launched
     first, second = reports["fsdp2"]
     assert first == second
@@ -104,7 +104,7 @@ def test_a_first_batch_that_cannot_be_scored_in_one_process_is_an_error_in_all(t
     for rank in (0, 1):
         message = f"[rank{rank}]: ValueError: the head 'model.2' was called 2 times for one batch"
         assert message in printed
-    assert "Connection" not in printed  # no process waited for one that had ended
+    assert "Connection" not in printed  # no process waited for a process that had ended
 
 
 def test_a_loader_of_length_zero_in_one_process_is_an_error_of_lightning(tmp_path):
@@ -114,7 +114,7 @@ def test_a_loader_of_length_zero_in_one_process_is_an_error_of_lightning(tmp_pat
 
 
 def test_nothing_is_scored_where_a_loader_of_length_zero_is_allowed(launched):
-    """The process without batches passes over the validation, so that the others would wait for it."""
+    """The process without batches skips the validation, so the other processes would wait for it."""
     printed, reports = launched
     assert "logme will not be scored: with allow_zero_length_dataloader_with_multiple_devices=True" in printed
     (report,) = reports["empty_loader_allowed"][0]

@@ -129,7 +129,7 @@ def test_stream_sorted_by_class_has_the_right_final_score():
 
 
 def test_stream_shuffled_by_the_global_generator_has_one_order():
-    """The generator is seeded, so that every candidate has the same order in every round."""
+    """The generator is seeded, so every candidate sees the same order in every round."""
     stream = Stream(target_set(), torch.utils.data.RandomSampler(range(600)))
     candidates = {"good": Columns(0, 8), "also": Columns(0, 8)}
     ranking = rank_backbones(candidates, DataLoader(stream, 50), **QUIET)
@@ -140,7 +140,7 @@ def test_stream_shuffled_by_the_global_generator_has_one_order():
 def test_stream_that_changes_its_order_is_refused(candidates):
     generator = torch.Generator()  # not the global generator
     stream = Stream(target_set(), torch.utils.data.RandomSampler(range(600), generator=generator))
-    with pytest.raises(RuntimeError, match="the first batch has other labels than when it was read before; datal"):
+    with pytest.raises(RuntimeError, match="the labels of the first batch have changed since the previous pass; datal"):
         rank_backbones({name: Columns(0, 8) for name in candidates}, DataLoader(stream, 50), **QUIET)
 
 
@@ -168,7 +168,7 @@ def test_data_set_that_can_be_read_only_once_is_refused(candidates):
         def __iter__(self):
             return self.rows
 
-    with pytest.raises((RuntimeError, ValueError), match=r"other labels than when .* read before"):
+    with pytest.raises((RuntimeError, ValueError), match=r"labels of the first batch have changed"):
         rank_backbones({name: Columns(0, 8) for name in candidates}, DataLoader(Once(), 50), **QUIET)
 
 

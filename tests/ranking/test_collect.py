@@ -170,7 +170,7 @@ class TestLayers:
             (["nothing.*"], r"layers: no module of Net matches 'nothing.\*'"),
             (["unused"], "layer 'unused' was not called for this batch"),
             (["twice"], "layer 'twice' was called 2 times for one batch"),
-            (["ragged"], r"output of 'ragged': features of length 1\d after features of length \d+; pool them"),
+            (["ragged"], r"output of 'ragged': features have length 1\d, but length \d+ in earlier batches; pool them"),
         ],
     )
     def test_a_layer_that_fails_fails_its_candidate(self, layers, message):

@@ -191,7 +191,9 @@ class TestFailures:
                 return x[:, : 8 + Ragged.calls]
 
         row = rank({"ragged": Ragged(), **good_to_bad()}).rows[-1]
-        assert re.search(r"features of length 1\d after features of length \d+; pool them to one length", row.message)
+        assert re.search(
+            r"features have length 1\d, but length \d+ in earlier batches; pool them to one length", row.message
+        )
 
     def test_constant_features_are_ranked_with_a_message(self):
         class Constant(nn.Module):

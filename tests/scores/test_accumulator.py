@@ -117,7 +117,7 @@ class TestEvidence:
 
     def test_features_of_different_lengths_are_refused(self):
         accumulator = Accumulator("multiclass", 5, 3)
-        with pytest.raises(ValueError, match="of length 6 after features of length 5; pool them to one length"):
+        with pytest.raises(ValueError, match="have length 6, but length 5 in earlier batches; pool them to one length"):
             accumulator.add(Rows(torch.randn(2, 6), torch.arange(2)))
         with pytest.raises(ValueError, match=r"lengths \(6, 3\) cannot be added to those of lengths \(5, 3\)"):
             accumulator.merge_(Accumulator("multiclass", 6, 3))
@@ -148,7 +148,7 @@ class TestEvidence:
 
 class TestFolding:
     @pytest.mark.parametrize("segments", [1, 8])
-    def test_rows_are_held_while_they_are_fewer_numbers_than_the_gram_matrices(self, segments):
+    def test_rows_are_held_while_they_have_fewer_numbers_than_the_gram_matrices(self, segments):
         features, labels = data(segments * 30 * 2, 30)
         accumulator = Accumulator("multiclass", 30, 3)
         accumulator.add(rows_of(features[:segments], labels[:segments]), torch.arange(segments))

@@ -120,7 +120,7 @@ class TestIntercept:
 
 
 class TestEnds:
-    """The edge cases."""
+    """Edge cases."""
 
     def test_useless_features_have_no_gain(self):
         # The feature is orthogonal to the target, so the best prior is infinitely narrow.
@@ -425,7 +425,7 @@ class TestPerfectFit:
         result = evidence(leaked, labels)
         assert result.saturated.all()
         assert torch.isfinite(result.score)
-        assert float(result.score) > 5  # far above the score of any honest features
+        assert float(result.score) > 5  # far above the score of features without leaked labels
         assert not evidence(features, labels).saturated.any()
 
     @pytest.mark.parametrize("seed", range(20))

@@ -143,7 +143,7 @@ def test_candidates_behind_the_leader_are_listed_unless_their_error_is_unknown()
 def simulated_race(candidates: int, rng: np.random.Generator) -> int:
     """Return how many of several equally good candidates a race of three rounds drops.
 
-    The candidates share the signal, and each has noise of its own: they are equally good, and all different.
+    The candidates share the signal, and each has its own noise. So they are different, but equally good.
     """
     n, d, classes = 240, 6, 3
     labels = torch.as_tensor(rng.integers(classes, size=n))
@@ -163,7 +163,7 @@ def simulated_race(candidates: int, rng: np.random.Generator) -> int:
 
 @pytest.mark.parametrize(("candidates", "races"), [(2, 250), (4, 200)])
 def test_ties_survive(candidates, races):
-    """The share of races that drop an equally good candidate does not significantly exceed the stated rate."""
+    """The share of races that drop an equally good candidate is not significantly above the stated rate."""
     rng = np.random.default_rng(0)
     unfair = sum(simulated_race(candidates, rng) > 0 for _ in range(races))
     assert stats.binomtest(unfair, races, ERROR_RATE, alternative="greater").pvalue > 0.05

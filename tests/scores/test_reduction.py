@@ -1,4 +1,4 @@
-"""Sums of accumulators, and agreement, in two or three real processes."""
+"""Two or three real processes add up their accumulators, and raise the same error."""
 
 from contextlib import ExitStack
 
@@ -74,7 +74,7 @@ def test_shapes_that_differ_between_processes_break_only_their_key(processes):
 
 
 def _failure(rank, world, errors, depth):
-    """The error that processes agree on, where each has one of its own or none."""
+    """Return the text of the error that this process raises, where each process fails in its own way or not at all."""
     try:
         with ExitStack() as stack:
             for _ in range(depth):

@@ -1,4 +1,4 @@
-"""The random subset of samples does not depend on the order, batches or segments in which they come."""
+"""The random subset does not depend on the order, batches or segments of the samples."""
 
 import torch
 from hypothesis import given, settings

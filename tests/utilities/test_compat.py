@@ -78,7 +78,7 @@ print(json.dumps(report))
     ],
 )
 def test_an_import_leaves_the_logs_of_lightning_unchanged(tmp_path, imported):
-    """The Trainer of the package imported last takes the callback. Its logger gets the messages, or silences them."""
+    """The Trainer of the package imported last accepts the callback. Its logger gets or silences the messages."""
     pytest.importorskip("pytorch_lightning")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", "-c", RUN, imported]

@@ -1,4 +1,4 @@
-"""What loggers receive from a board and from a callback: real TensorBoard and CSV files, read back."""
+"""Loggers receive the right values from a board and from a callback: TensorBoard and CSV files are read back."""
 
 import csv
 import logging
@@ -52,7 +52,7 @@ class BrokenLogger:
 
 
 class Clock:
-    """A clock that drawing moves."""
+    """A clock that advances only while figures are drawn."""
 
     def __init__(self, monkeypatch):
         self.time = 0.0
@@ -205,7 +205,7 @@ def test_names_in_other_scripts_give_no_warnings(tmp_path):
 
 
 def shown_in(board, logger, seconds, clock, figures=3, cost=0.1):
-    """The number of figures that a validation of this duration shows."""
+    """Return the number of figures that a validation of this duration shows."""
     before = len(logger.experiment.figures)
     board.budget(seconds)
     for _ in range(figures):
@@ -222,8 +222,8 @@ def test_auto_draws_as_long_as_figures_take_at_most_5_percent_of_a_validation(cl
     assert shown_in(board, logger, 1.2, clock) == 0
     assert shown_in(board, logger, 60, clock) == 3
     assert messages == [
-        "plots: figures are left out, as drawing them (0.1 s each) would take more than 5% of this validation (4.2 s); "
-        "plots=True draws them always."
+        "plots: figures are left out, because drawing them (0.1 s each) would take more than 5% of this validation "
+        "(4.2 s); plots=True draws them always."
     ]
 
 
@@ -237,7 +237,7 @@ def test_auto_expects_the_cost_that_was_measured(clock):
 
 
 def test_slow_first_figure_of_a_process_does_not_end_the_figures(clock):
-    """It imports matplotlib."""
+    """The first figure imports matplotlib."""
     logger = WriterLogger()
     board = Board([logger])
     assert shown_in(board, logger, 4.2, clock, figures=1, cost=3.0) == 1
@@ -384,7 +384,7 @@ def test_a_failing_plot_ends_the_plots_and_not_the_run(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("loaders", "endings"), [(1, [""]), (2, ["/dataloader_idx_0", "/dataloader_idx_1"])])
 def test_progress_bar_shows_score_and_gain_of_each_validation_loader(tmp_path, capfd, loaders, endings):
-    """The score and the gain of layers and probes are logged, and would crowd it."""
+    """The values of layers and probes are logged, but not in the progress bar, which they would crowd."""
     callback = LogMECallback(layers=["model.0"], probes={"news": loader()})
     run = trainer(tmp_path, callback, enable_progress_bar=True, max_epochs=1)
     run.fit(Classifier(), loader(), [loader() for _ in range(loaders)])
@@ -395,7 +395,7 @@ def test_progress_bar_shows_score_and_gain_of_each_validation_loader(tmp_path, c
 
 
 def test_steps_are_those_of_the_modules_own_log(tmp_path):
-    """One less than `global_step` in fit, and equal to it in a later validate of the same Trainer."""
+    """The step is `global_step` minus 1 in fit, and `global_step` in a later validate of the same Trainer."""
     callback, module = LogMECallback(), Classifier()
     run = trainer(tmp_path, callback, logger=TensorBoardLogger(tmp_path, "", ""), log_every_n_steps=1)
     run.fit(module, loader(), loader())

@@ -1,4 +1,4 @@
-"""Figures of gains: what is drawn, and that it can be read."""
+"""Figures of gains show the right values, in text that can be read."""
 
 import math
 
@@ -17,7 +17,7 @@ ODD_NAMES = ["$x_1$", "_hidden", "n" * 200, "a\x1b[31m\nb", "", r"\frac{"]
 
 
 def rendered(figure):
-    """Draw it as TensorBoard does; the tests turn warnings, such as one of a collapsed layout, into errors."""
+    """Draw a figure as TensorBoard does. Warnings are errors, such as the warning of a collapsed layout."""
     FigureCanvasAgg(figure).draw()
     return figure
 
@@ -37,7 +37,7 @@ def bar_heights(axes):
 
 
 def inside(figure):
-    """Whether nothing is cut off: the pixels at the border are white."""
+    """Return whether nothing is cut off: the pixels at the border are white."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     pixels = np.asarray(canvas.buffer_rgba())
@@ -279,7 +279,7 @@ def test_long_names_stay_inside_and_apart(number):
     )
     assert inside(figure)
     axes = figure.axes[0]
-    # Slanted names need a line height between them, measured across the slant.
+    # Slanted names need one line height between them, measured at a right angle to the text.
     angles = {label.get_rotation() for label in axes.get_xticklabels()}
     gap = axes.get_window_extent().width / (number + 0.2)
     if angles == {0}:
