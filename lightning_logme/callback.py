@@ -46,65 +46,66 @@ class LogMECallback(AnyCallback):
     values in the same epoch. :class:`~lightning_logme.Ranking` explains how to read them. The keys are:
 
     - ``logme`` and ``logme_gain``: the score, and the score minus that of useless features, in nats per sample;
-    - ``logme/<layer>`` and ``logme_gain/<layer>``: the same for each of ``layers``, and for ``layer_mean``;
-    - ``logme/<probe>``, ``logme/<probe>/<layer>`` and their gains: the same for each of ``probes``.
+    - ``logme/<layer>`` and ``logme_gain/<layer>``: the same for each layer, and for ``layer_mean``;
+    - ``logme/<probe>``, ``logme/<probe>/<layer>`` and their gains: the same for each probe.
 
     With several validation loaders, keys of the validation set end in Lightning's suffix ``/dataloader_idx_<i>``.
 
     During a pass, each source of D features needs a D × D matrix of float64 on the device, so L layers need L × D² × 8
-    bytes. Each validation loader needs that much, and with ``curve`` each doubling of its samples. While there are
-    fewer than D samples, the features themselves are kept instead.
+    bytes. Each validation loader needs that much; with ``curve``, each point of the curve does. While there are fewer
+    than D samples, the features themselves are kept instead.
 
     Checkpoints contain the history: see :func:`lightning_logme.read_history`.
 
     Args:
         head: which feature is scored. "auto" finds the classifier head, reports it, and scores its **input**. A dotted
-            name names the head. Several names stand for several heads, whose inputs are concatenated. None scores the
+            name selects the head. With several names, the inputs of these heads are concatenated. None scores the
             output of the module's ``forward``.
         layers: dotted names of modules whose **output** is scored as well, or glob patterns such as
             "encoder.layer.*", where * matches anything but a dot.
         layer_mean: score the mean of the layers' pooled features as well.
-        features: callable(module, batch) -> features instead of ``head``. It runs a forward pass of its own.
+        features: callable(module, batch) that returns the features, instead of ``head``. It runs an extra forward pass.
         task: "binary", "multiclass", "multilabel" or "regression".
         num_classes: the number of classes or labels. None takes the number of outputs of the head.
         target: where the labels are in a batch: a key, an index, or a callable(batch) -> Tensor. None takes the second
             item of a tuple, or an entry such as "labels".
         pooling: how tokens (N, T, D) and maps (N, C, H, W) become vectors (N, D). "auto" and "mean" average over
             tokens inside the batch's attention mask, or over the positions of a map; the layers that made the map show
-            which axis holds its channels. "channels_first" and "channels_last" average, too, and name that axis. "cls"
+            which axis holds its channels. "channels_first" and "channels_last" also average, and set that axis. "cls"
             takes the first token inside the mask, "last" the last one. A callable(Tensor) -> Tensor returns (N, D).
-            Give one for all, or a mapping by layer (name or pattern; "head" for the head).
-        name: prefix of all logged keys. Each callback of a Trainer needs its own.
-        fit_intercept: centre features and targets first. The papers do not.
+            Give one value for all, or a mapping by layer (name or pattern; "head" for the head).
+        name: prefix of all logged keys. Two callbacks of one Trainer need different names.
+        fit_intercept: centre features and targets first. The LogME papers do not.
         ignore_index: label of rows that are left out, as in ``torch.nn.functional.cross_entropy``. Not used in
             regression.
-        normalize: scale the features of each sample to length 1. The papers do not; on real tasks it ranks better.
+        normalize: scale the features of each sample to length 1. The LogME papers do not, but it often ranks better.
         class_names: names of the outputs, for the figure.
-        plots: whether loggers that can show them get histograms and figures at every validation. "auto" leaves out
-            figures when drawing takes more than 5 % of the validation.
+        plots: send histograms and figures to loggers that can show them, at every validation. "auto" leaves out figures
+            if drawing them takes more than 5 % of the validation.
         curve: record the score of the first 32, 64, 128, … samples and of all (see ``curves``). With more than 16
             classes the curve starts at two samples per class. Samples of the validation set keep the order of its
             loader, so shuffle a sorted set once. Samples of a probe are in a random order.
         probes: labelled loaders of other tasks, or :class:`~lightning_logme.Probe` objects, by name. At each validation
-            (without validation: at the end of each epoch) the module's forward runs on them in eval mode and leaves no
-            trace. The feature is that of ``head`` or ``features``. With ``layers`` and ``head="auto"``, a head is
-            sought only if the validation set is scored; without a head, the last layer takes its place. One batch of
-            each probe runs in the sanity check (without validation: before the first step): mistakes surface early.
-        probe_every: an integer k runs the probes at the first of every k validations; in between, monitors see the last
-            values. "checkpoint" runs them while a checkpoint is being saved. The results go into that checkpoint and to
-            the loggers. They come too late for monitors, so no monitor may name a probe. Checkpoints saved with
-            ``save_weights_only=True`` hold no state of callbacks and do not run the probes.
-        validation: score the validation set itself. Use False if it has no labels and only probes count.
+            (without validation: at the end of each epoch) the module's forward runs on them in eval mode. Afterwards,
+            the module is restored. The feature is that of ``head`` or ``features``. With ``layers`` and
+            ``head="auto"``, the callback looks for a head only if the validation set is scored; without a head, it
+            uses the last layer. One batch of each probe runs in the sanity check (without validation: before the first
+            step), so that mistakes surface early.
+        probe_every: an integer k runs the probes at the first of every k validations; in the others, monitors see the
+            last values. "checkpoint" runs them while a checkpoint is being saved. The results go into that checkpoint
+            and to the loggers. They are too late for monitors, so no monitor may use them. Checkpoints that are saved
+            with ``save_weights_only=True`` hold no state of callbacks, so the probes do not run for them.
+        validation: score the validation set itself. Use False if it has no labels, or if you only need the probes.
 
     Raises:
         ValueError: an argument does not fit; at the start of a run, a module or the head is not found; on the first
-            batch, features or labels do not fit; before training, a probe cannot be scored. Later nothing raises: a
-            source that cannot be scored is logged as NaN, with a warning.
+            batch, features or labels do not fit; before training, a probe cannot be scored. Later, if a head or layer
+            cannot be scored, it is logged as NaN, with a warning.
 
     Attributes:
         history: one dict for each validation and key, oldest first, as in :func:`lightning_logme.read_history`.
         evidence: the last :class:`~lightning_logme.Evidence` of each key, on the CPU.
-        curves: the last list of :class:`~lightning_logme.CurvePoint` of each key, if ``curve`` is on.
+        curves: the last curve of each key, a list of :class:`~lightning_logme.CurvePoint`, with ``curve=True``.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -173,7 +174,7 @@ class LogMECallback(AnyCallback):
         self._scoring = Scoring(task, None, ignore_index, fit_intercept, normalize, curve)
         self._history = History(name, plots)
         self._validation = Validation(name, self._scoring, target, self.class_names, bool(self.probes))
-        self._reported: set[str] = set()  # messages that are given once
+        self._reported: set[str] = set()  # messages that were already given
         # State of a run
         self._extractor: Extractor | None = None
         self._started = 0.0  # start time of the validation
@@ -238,7 +239,8 @@ class LogMECallback(AnyCallback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not (trainer.enable_validation or self._obstacle or self._extractor is None):  # else in the sanity check
+        # With validation, the probes are rehearsed in the sanity check.
+        if not (trainer.enable_validation or self._obstacle or self._extractor is None):
             self.probes.rehearse(trainer, pl_module, self._extractor)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -29,11 +29,11 @@ config.yaml lists candidates and a LightningDataModule, in the format of Lightni
         class_path: my_project.SmallNet          # a torch.nn.Module
         init_args: {width: 64}
       minilm:
-        class_path: lightning_logme.cli.Made     # the result of any callable
+        class_path: lightning_logme.cli.Made     # a module that any callable returns
         init_args:
           by: transformers.AutoModel.from_pretrained
           arguments: {pretrained_model_name_or_path: ./all-MiniLM-L6-v2}
-    head: {minilm: null}                         # minilm: its output; the others: the input of their head
+    head: {minilm: null}                         # minilm: score its output; default: the head's input
     data:
       class_path: my_project.MyDataModule
       init_args: {batch_size: 64}
@@ -47,7 +47,7 @@ Each option can be in the file or on the command line:
     python -m lightning_logme rank config.yaml --resume_from results --layers "[layer3, layer4]"
     python -m lightning_logme rank --help        # this text and all options
 
-For score_checkpoints, config.yaml has a module and paths instead of candidates; the rest is the same:
+For score_checkpoints, config.yaml contains a module and paths instead of candidates. The rest is the same:
 
     module:
       class_path: my_project.MyLightningModule
@@ -57,7 +57,7 @@ For score_checkpoints, config.yaml has a module and paths instead of candidates;
 
 
 class Made:
-    """A factory that makes a module with any callable, even if no annotation says that it returns a module.
+    """A factory that calls any callable to build a module, even one without an annotated return type.
 
     Args:
         by: dotted name of the callable, such as ``timm.create_model``.
@@ -108,13 +108,13 @@ def _parse(command: str, arguments: list[str]) -> Any:
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(prog=f"python -m lightning_logme {command} CONFIG", exit_on_error=False)
-    parser.add_argument("--config", action="config", help=f"a YAML file; the word after {command} is read as one")
+    parser.add_argument("--config", action="config", help="a YAML file; as the first argument, it needs no --config")
     if command == "rank":
         parser.add_argument("--candidates", type=dict[str, _Factory], required=True, help="networks, by name")
     else:
         parser.add_argument("--module", type=_Factory, required=True, help="module of the checkpoints")
         parser.add_argument("--paths", type=str | list[str], required=True, help="checkpoints, or a folder of them")
-    parser.add_subclass_arguments(AnyDataModule, "data", required=True, help="samples of the target task")
+    parser.add_subclass_arguments(AnyDataModule, "data", required=True, help="data of the target task")
     parser.add_argument("--split", type=Literal["train", "val", "test"], default="train", help="loader to use")
     parser.add_argument("--output", type=Path | None, default=None, help="folder for the table and the figures")
     parser.add_subclass_arguments((Logger, AnyLogger), "logger", required=False, help="for curves and the table")

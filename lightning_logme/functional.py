@@ -32,20 +32,20 @@ def logme(
     Each output (class one-vs-rest, label or regression target) is modelled by Bayesian linear regression,
     :math:`y \mid w \sim N(F w, \beta^{-1} I)` with :math:`w \sim N(0, \alpha^{-1} I)`. LogME is the mean over the
     outputs of :math:`\frac{1}{n} \max_{\alpha, \beta} \log p(y \mid F, \alpha, \beta)`, in nats per sample (You et
-    al., "LogME: Practical Assessment of Pre-trained Models for Transfer Learning", ICML 2021, eq. 2–3), here at the
-    global maximum. Scaling or rotating the features does not change it. Larger is better; compare only scores of the
-    same samples and labels.
+    al., "LogME: Practical Assessment of Pre-trained Models for Transfer Learning", ICML 2021, eq. 2–3). The maximum is
+    the global one. Scaling or rotating the features does not change the score. Higher is better. Compare only scores of
+    the same samples and labels.
 
     Args:
         features: (N, D) floating point of any precision, tensor or array; computed in float64.
         target: (N,) integers for "binary" and "multiclass", (N, L) of 0 and 1 for "multilabel", (N,) or (N, M) for
             "regression".
         task: "binary", "multiclass", "multilabel" or "regression".
-        num_classes: K; None takes the largest label + 1. For "multilabel" the number of labels; None counts columns.
+        num_classes: K; None takes the largest label + 1. In "multilabel", the number of labels; None counts columns.
         ignore_index: label of rows that are left out ("multilabel": rows with any such entry). Not accepted for
             "regression".
-        fit_intercept: centre features and targets first. The papers do not.
-        normalize: scale the features of each sample to length 1 first. The papers do not.
+        fit_intercept: centre features and targets first. The LogME papers do not.
+        normalize: scale the features of each sample to length 1 first. The LogME papers do not.
 
     Returns:
         A float64 scalar on the device of the features. It is NaN, with a warning that names the cause, if there is no
@@ -89,7 +89,7 @@ def evidence(
     fit_intercept: bool = False,
     normalize: bool = False,
 ) -> Evidence:
-    """Return everything behind :func:`logme`: the evidence of each output, the gain over the null, and the posterior.
+    """Return all results behind :func:`logme`: the evidence of each output, the gain and the posterior.
 
     Arguments and errors are those of :func:`logme`.
 

@@ -27,10 +27,10 @@ _LISTS = ("held_features", "held_target")
 class LogME(Metric):
     r"""The log of maximum evidence (LogME) as a metric, accumulated over batches and processes.
 
-    See :func:`lightning_logme.functional.logme` for the formula and the source. The states are float64 sums over
+    See :func:`lightning_logme.functional.logme` for the formula and the reference. The states are float64 sums over
     samples, mainly :math:`F^T F` and :math:`F^T Y`. Memory is therefore O(D² + DK) for any number of samples, and
-    batches and processes combine exactly, by addition. Fewer than D samples are held as they are, which takes less
-    memory and time; the sums are 0 until then.
+    batches and processes combine exactly, by addition. While there are fewer than D samples, the sums are 0, and the
+    samples themselves are held, which takes less memory and time.
 
     ``forward`` and ``update`` accept
 
@@ -43,7 +43,7 @@ class LogME(Metric):
     warning names the cause.
 
     The states stay float64 under ``half()``, ``to(dtype)`` and ``set_dtype``. ``forward`` also computes the score of
-    the batch, which takes an eigendecomposition each time: call ``update`` if only the total matters.
+    the batch, with an eigendecomposition each time. If you need only the total, call ``update``.
 
     Args:
         task: "binary", "multiclass", "multilabel" or "regression".
@@ -53,8 +53,8 @@ class LogME(Metric):
         num_outputs: M, the number of columns of a "regression" target.
         ignore_index: label of rows that are left out ("multilabel": rows with any such entry). Not accepted for
             "regression".
-        fit_intercept: centre features and targets first. The papers do not.
-        normalize: scale the features of each sample to length 1 first. The papers do not.
+        fit_intercept: centre features and targets first. The LogME papers do not.
+        normalize: scale the features of each sample to length 1 first. The LogME papers do not.
         kwargs: see :class:`torchmetrics.Metric`.
 
     Raises:
@@ -116,7 +116,7 @@ class LogME(Metric):
         self.fit_intercept = fit_intercept
         self.normalize = normalize
         self._evidence: Evidence | None = None
-        # A sum is a scalar 0 until rows are folded in: torchmetrics copies all states and defaults, and D × D is large.
+        # A sum is a scalar 0 until rows are added: torchmetrics copies all states and defaults, and D × D is large.
         zero = torch.zeros((), dtype=torch.float64)
         # A MetricCollection merges metrics with equal states (in old versions: an equal first state), but metrics that
         # differ in these options must stay apart.
@@ -142,7 +142,7 @@ class LogME(Metric):
         self._set(accumulator)
 
     def compute(self) -> Tensor:
-        """Return LogME of all samples since the last reset, in all processes."""
+        """Return LogME of the samples of all processes since the last reset."""
         self._evidence = self._accumulator().evidence(self.fit_intercept)
         return self._evidence.score
 

@@ -582,7 +582,7 @@ class TestErrors:
         with torch.inference_mode():
             module(vectors().tensors[0][:20])
         callback = LogMECallback()
-        message = "4 of 5 batches called none of the modules .* most likely first: the model was compiled .*force_eager"
+        message = "module was called in 4 of 5 batches.* most likely first: the model was compiled .*force_eager"
         with pytest.warns(UserWarning, match=message):  # The last batch has another shape and is compiled with hooks.
             trainer(tmp_path, callback).validate(module, loader(), verbose=False)
         assert math.isnan(callback.history[0]["logme"])
@@ -623,19 +623,19 @@ class TestSkippedForwardPasses:
         (message,) = messages
         causes = ["left out its forward pass", "averaged copy", "force_eager"]
         assert [message.index(cause) for cause in causes] == sorted(message.index(cause) for cause in causes)
-        assert "logme is NaN: 5 of 5 batches called none of the modules" in message
+        assert "logme is NaN: no scored module was called in 5 of 5 batches" in message
 
     def test_first_batch_is_left_out_with_a_warning(self, tmp_path):
         rows, messages = self.scores(tmp_path, lambda _, batch_idx: batch_idx == 0)
         assert [row["num_samples"] for row in rows] == [76, 76]
-        assert set(messages) == {"logme: 1 of 5 batches called none of the modules that are scored, and are left out."}
+        assert set(messages) == {"logme: no scored module was called in 1 of 5 batches; these batches are left out."}
 
     def test_later_batch_makes_the_score_nan(self, tmp_path):
         """The samples of that batch would be missing."""
         rows, messages = self.scores(tmp_path, lambda _, batch_idx: batch_idx == 3)
         assert [math.isnan(row["logme"]) for row in rows] == [True, True]
         assert len(messages) == 2
-        assert all("called none of the modules that are scored, but earlier batches did" in m for m in messages)
+        assert all("no scored module was called in this batch, unlike in earlier ones" in m for m in messages)
 
     def test_loader_without_forward_passes_is_nan(self, tmp_path):
         class First(Classifier):
@@ -644,7 +644,7 @@ class TestSkippedForwardPasses:
                     self(batch[0])
 
         callback = LogMECallback()
-        with pytest.warns(UserWarning, match="logme is NaN: 5 of 5 batches of loader 1 called none of the modules"):
+        with pytest.warns(UserWarning, match="logme is NaN: no scored module was called in 5 of 5 batches of loader 1"):
             trainer(tmp_path, callback).validate(First(), [loader(), loader()], verbose=False)
         assert [math.isnan(row["logme"]) for row in callback.history] == [False, True]
 

@@ -34,7 +34,7 @@ class Candidate:
         selection: which features to extract.
         forward: (module, batch) -> output; None calls the module with the inputs of the batch.
         transform: preprocessing of the loader's batches, on the CPU.
-        target: where the labels are in a batch, so that the module does not get them.
+        target: where the labels are in a batch; the module does not get them.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Candidate:
 
     @property
     def is_rebuilt(self) -> bool:
-        """Whether a factory builds the module again each time it is needed."""
+        """Whether the module is built by a factory, again each time it is needed."""
         return not isinstance(self.source, nn.Module)
 
     @contextmanager
@@ -54,7 +54,7 @@ class Candidate:
         """Yield the network, ready to run. Afterwards, restore a module that the user passed in.
 
         Args:
-            seed: seed of random weights, which must be the same each time the module is built.
+            seed: seed of random weights, so that each build of the module has the same weights.
             heads: names of the modules whose input is the feature; None if they are unknown.
         """
         if not isinstance(self.source, nn.Module):
@@ -108,9 +108,9 @@ class Backbone:
     def __exit__(self, *_: object) -> None:
         self._extractor.remove()
 
-    @torch.no_grad()  # not inference mode: a module may keep its tensors, and could not be trained with them
+    @torch.no_grad()  # not inference mode: a module may keep a tensor, and training cannot use inference tensors
     def rows(self, batch: Any, target: Target, fabric: Fabric) -> dict[str, Tensor]:
-        """Return one vector for each label of a batch of the loader, by source.
+        """Return one feature vector for each label of a batch, by source.
 
         Raises:
             ValueError: the module gives no features, or not one vector for each label.

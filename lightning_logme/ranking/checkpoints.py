@@ -54,9 +54,9 @@ def score_checkpoints(
 ) -> Ranking:
     """Rank the checkpoints of one network by how well their features suit a target task, without training any.
 
-    The checkpoints are loaded one at a time, into a copy of the module. Samples, error bars, the race and failures are
-    those of :func:`~lightning_logme.rank_backbones`. A file that cannot be read, or does not fit the module, is a
-    failure.
+    The checkpoints are loaded one at a time, into a copy of the module. Samples, error bars and the race work as in
+    :func:`~lightning_logme.rank_backbones`. A file that cannot be read, or does not fit the module, becomes a failed
+    row.
 
     Args:
         module: the LightningModule, or any other module, of the checkpoints. It is left as it was.
@@ -69,7 +69,7 @@ def score_checkpoints(
             :func:`~lightning_logme.rank_backbones`. The keys of a mapping are paths, as strings.
 
     Returns:
-        A :class:`~lightning_logme.Ranking`. Its rows are named by the given paths.
+        A :class:`~lightning_logme.Ranking`. The names of its rows are the given paths.
 
     Raises:
         ValueError: an argument does not fit, or a folder holds no checkpoint.
@@ -169,7 +169,7 @@ def _copy(module: nn.Module) -> nn.Module:
     for name, submodule in copied.named_modules():
         if getattr(vars(submodule).get("forward"), "__closure__", None):
             raise ValueError(
-                f"{name or 'the module'} has a forward function set on the instance, which would use the original's "
-                "weights in a copy; pass a module without it, and give forward=callable(model, batch)."
+                f"{name or 'the module'} has a forward function set on the instance, so a copy would use the "
+                "original's weights; pass a module without it, and give forward=callable(model, batch)."
             )
     return copied

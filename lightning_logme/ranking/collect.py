@@ -18,7 +18,7 @@ from lightning_logme.scores.jackknife import jackknife
 from lightning_logme.scores.scoring import Scoring
 from lightning_logme.utilities.compat import Fabric
 
-_CONSTANT = 1e-10  # a smaller variance, relative to the features' mean square, is rounding
+_CONSTANT = 1e-10  # a smaller variance, relative to the features' mean square, is a rounding error
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Rules:
     """The settings that all candidates of a ranking share.
 
     Attributes:
-        scoring: the task, and how to score; the number of outputs is set.
+        scoring: how to score; its number of outputs is known.
         race: whether to drop candidates early.
         seed: seed of random weights.
     """
@@ -107,7 +107,7 @@ def score(
 
     Args:
         new: accumulators of the new round. Afterwards they hold all rounds, on the CPU.
-        earlier: accumulators of the earlier rounds, which are used up.
+        earlier: accumulators of the earlier rounds. They must not be used later.
         fit_intercept: as in :class:`~lightning_logme.Evidence`.
     """
     if not any(accumulator.is_finite for accumulator in new.values()):

@@ -37,7 +37,7 @@ class Race:
 
     Args:
         candidates: candidates with different names.
-        store: folder for results of candidates that finished or were dropped; None keeps none.
+        store: folder for results of candidates that finished or were dropped; None saves nothing.
 
     Attributes:
         progress: the state of each candidate, by name.
@@ -107,7 +107,7 @@ class Race:
                 return
 
     def _drop(self, index: int) -> None:
-        """Drop each candidate whose rows are all behind the leader by more than chance allows."""
+        """Drop each candidate whose rows are all significantly behind the leader."""
         rounds = {
             name: self.progress[name].rounds[index] for name in self.running if len(self.progress[name].rounds) > index
         }
@@ -123,7 +123,7 @@ class Race:
                 self._report.line(f"{name} is dropped: {self.dropped[name]}.")
 
     def _advance(self, name: str, until: int | None = None) -> None:
-        """Run a candidate until it has ``until`` rounds, or to the end of the samples."""
+        """Run a candidate until it has finished ``until`` rounds or seen all samples."""
         before, started = self.progress[name], time.perf_counter()
         if before.is_complete or (until is not None and len(before.rounds) >= until):
             return
@@ -163,7 +163,7 @@ class Race:
                     cause = before.first.difference(self._first(backbone))
                     if cause is not None:
                         raise ValueError(
-                            f"its factory built another network than before ({cause}); it must give the same weights "
+                            f"its factory built a different network this time ({cause}); it must give the same weights "
                             "every time, for example by drawing them from torch's generator, which is seeded."
                         )
             yield backbone
@@ -179,7 +179,7 @@ class Race:
             if first is None and (self._is_resumed or (self._rules.race and self._candidates[name].is_rebuilt)):
                 first = self._first(backbone)
         seen, labels = self._agree(name, index, before, collected)
-        if seen == before.seen:  # the stream ended exactly with the round before
+        if seen == before.seen:  # the stream ended exactly at the end of the previous round
             before.is_complete = True
             self._finish(name)
             return
@@ -253,7 +253,7 @@ class Race:
     def _check_labels(self, name: str, is_same: bool) -> None:
         """Raise if samples differ between candidates, because their scores are then not comparable."""
         if not is_same:
-            raise ValueError(f"{name!r} got other labels than in an earlier pass; {SAME_SAMPLES}")
+            raise ValueError(f"the labels of {name!r} differ from those of an earlier pass; {SAME_SAMPLES}")
 
     def _resume(self, name: str) -> None:
         """Load the results of a candidate from the folder, if its first features are still the same."""

@@ -73,41 +73,42 @@ def rank_backbones(
     order. With labels (N, T), each token whose label is not ``ignore_index`` counts as one sample.
 
     **The race.** The first round has 256 samples, or four per class if that is more. Each further round doubles the
-    number. After each round, a candidate is dropped if all its rows are behind the leader by more than chance allows.
-    The others continue where they stopped: moments add up, so no sample is computed twice. Among equally good
+    number. After each round, a candidate is dropped if all its rows are significantly behind the leader. The others
+    continue where they stopped: moments add up, so no features are computed twice. Among equally good
     candidates, the chance that any is dropped in the whole race is at most 5 %. The difference from the leader is
     measured in paired standard errors, and compared with a quantile of Student's t with seven degrees of freedom. The
-    5 % are divided among all pairs of rows and all rounds (Bonferroni). A dropped candidate keeps the score and the
-    number of samples with which it was dropped. Evidence grows with samples, so compare only scores on the same number.
+    5 % are divided among all pairs of rows and all rounds (Bonferroni). A dropped candidate keeps its last score
+    and number of samples. Evidence grows with samples, so compare only scores with the same number of samples.
 
     **Error bars.** Standard errors are those of a block jackknife: the samples form eight random blocks, and each block
     is left out once. All candidates see the same blocks, so their differences are paired, and far more certain than the
-    error bars of single candidates suggest. Rows whose paired difference from the best is within chance are ``tied``.
-    If samples are stratified, the error bars describe samples with these class counts. A standard error is itself
+    error bars of single candidates suggest. Rows that are not significantly behind the best are ``tied``. If samples
+    are stratified, the error bars do not include the variation of the class counts. A standard error is itself
     uncertain by about a quarter. Above D = 256 it comes from the 256 leading directions of the features. A class that
     occurs in only one block adds nothing to it.
 
-    **Failures.** A candidate that runs out of memory, cannot be loaded or gives NaN has its error in its row, and the
-    others go on. Ctrl-C ends the race, and the results so far are returned.
+    **Failures.** If a candidate runs out of memory, cannot be loaded or gives NaN, its row shows the error. The others
+    go on. Ctrl-C ends the race, and the results so far are returned.
 
     **Memory.** Each device holds the whole model of a candidate. Each row in the race needs eight D × D matrices of
     float64 in main memory (105 MB at D = 1280), or its features while there are fewer than 8 D samples.
 
     Args:
-        candidates: modules, or factories that build one, by name. Only one factory's module is in memory at a time; it
-            is built again in each round, with a seeded generator. Modules that you pass are left as they were.
+        candidates: modules, or factories that build one, by name. A factory is called again in each round, with the
+            same seed, and only one of the built modules is in memory at a time. Modules that you pass are left as they
+            were.
         dataloader: a loader of batches with labels.
         task: "binary", "multiclass", "multilabel" or "regression".
         num_classes: K for "multiclass", or the number of labels for "multilabel". None counts them if the data set
             exposes its labels.
         head: which feature is scored. "auto" runs one batch, and scores the input of the linear layer or 1 × 1
             convolution that makes the module's output. If there is none, as in an encoder without a head, it scores the
-            output. A dotted name names the module whose input is scored. Several names stand for several heads, whose
-            inputs are concatenated. None scores the output. Give one value for all, or a mapping by candidate. The
+            output. A dotted name selects the module whose input is scored. With several names, the inputs of these
+            modules are concatenated. None scores the output. Give one value for all, or a mapping by candidate. The
             table shows what was scored.
         layers: dotted names of modules whose output is scored as well, or glob patterns such as "encoder.layer.*": one
-            list for all, or a mapping by candidate. Each layer has a row of its own, ``<candidate>/<layer>``, and a
-            candidate stays in the race as long as one of its rows does.
+            list for all, or a mapping by candidate. Each layer has a row of its own, ``<candidate>/<layer>``. A
+            candidate is dropped only if all its rows are behind.
         layer_mean: score the mean of the layers' pooled features as well, for each candidate with layers.
         target: where the labels are in a batch: a key, an index, or a callable(batch) -> Tensor. None takes the second
             item of a tuple, or an entry such as "labels".
@@ -118,22 +119,22 @@ def rank_backbones(
             model(**batch) with the entries of a mapping that the model accepts, without the labels.
         transforms: a callable(batch) -> batch for each candidate that needs preprocessing of its own on the CPU, such
             as a tokenizer. Labels are read before it.
-        fit_intercept: centre features and targets first. The papers do not.
+        fit_intercept: centre features and targets first. The LogME papers do not.
         ignore_index: label of samples, or tokens, that are left out. Not used in regression.
-        normalize: scale each sample's features to length 1 first. The papers do not; on real tasks it ranks better.
+        normalize: scale each sample's features to length 1 first. The LogME papers do not, but it often ranks better.
         race: drop candidates early. With False, all candidates see all samples.
         seed: seed of the order of the samples, and of the factories.
-        resume_from: folder that keeps the results of candidates that finished or were dropped. A ranking that was
-            killed reads them there, and computes the others. A candidate starts again, with a warning, if its options,
-            or its features of the first samples, have changed.
+        resume_from: folder that keeps the results of candidates that finished or were dropped. If a ranking was killed,
+            run it again: it reads these results, and computes only the other candidates. A candidate starts again, with
+            a warning, if its options, or its features of the first samples, have changed.
         accelerator: as in :class:`lightning.fabric.Fabric`.
         devices: as in Fabric. Several devices give the same result as one.
         strategy: as in Fabric. It must keep a whole model on each device, as "ddp" does.
         precision: as in Fabric.
-        logger: one Lightning logger, or several. They get the curves as they grow, and in the end scores, curves and
+        logger: one Lightning logger, or several. They get the curves during the race, and at the end scores, curves and
             table on one page, as an image. TensorBoard shows the curves under Custom Scalars, and the table also under
             Text.
-        progress: whether to show bars, and which candidates are dropped.
+        progress: whether to show progress bars, and to report dropped candidates.
 
     Returns:
         A :class:`~lightning_logme.Ranking`, even if candidates failed or the race was interrupted.
@@ -174,7 +175,7 @@ def rank_backbones(
     pairs = _pairs(candidates)
     names = [name for name, _ in pairs]
     heads = _by_candidate("head", head, names, AUTO)
-    if isinstance(layers, Iterator):  # an iterator could be read only once, for one candidate
+    if isinstance(layers, Iterator):  # an iterator can be read only once, for one candidate
         layers = tuple(layers)
     layer_lists = _by_candidate("layers", layers, names, ())
     poolings = _by_candidate("pooling", pooling, names, "auto")
@@ -262,7 +263,7 @@ def _pairs(candidates: Any) -> list[tuple[str, Source]]:
 
 
 def _by_candidate(argument: str, value: Any, names: list[str], default: Any, check: bool = False) -> dict[str, Any]:
-    """Return a value for each candidate, from one for all or a mapping; with ``check`` it must be callable or None."""
+    """Return the value of each candidate, given one for all or a mapping. ``check`` requires callables or None."""
     if not isinstance(value, Mapping):
         values = dict.fromkeys(names, value)
     else:

@@ -18,7 +18,7 @@ class Report:
 
     Args:
         progress: whether to show bars and lines.
-        loggers: receive each point of a curve when it is known, and the table at the end.
+        loggers: get each point of a curve when it is known, and the table at the end.
     """
 
     def __init__(self, progress: bool, loggers: Sequence[Logger]) -> None:
@@ -38,7 +38,7 @@ class Report:
             tqdm.write(text)
 
     def point(self, scores: Mapping[str, tuple[float, float]], num_samples: int) -> None:
-        """Log the score and the gain of rows after a round, by name."""
+        """Log the score and the gain of each row after a round, given by name."""
         values = {
             _tag(what, name): value
             for name, pair in scores.items()

@@ -37,19 +37,19 @@ class RankingRow:
         logme: log of maximum evidence in nats per sample; NaN without evidence. It grows with the number of samples:
             compare only rows with the same ``num_samples``.
         gain: ``logme`` minus the score of useless features; 0 if the features explain nothing.
-        stderr: standard error of ``logme`` by the block jackknife, itself uncertain by about a quarter. The difference
-            between two rows is far more certain, because both see the same samples in the same blocks.
-        tied_with_best: whether the paired difference from the best row is within chance; true for the best row itself.
-            The chance that a row as good as the best is not called tied is at most 5 %.
+        stderr: standard error of ``logme`` by the block jackknife. It is itself uncertain by about a quarter. The
+            difference between two rows is far more certain, because both see the same samples in the same blocks.
+        tied_with_best: whether the row is not significantly behind the best row; true for the best row itself. The
+            chance that a row as good as the best is not marked as tied is at most 5 %.
         feature: the scored feature: "input of 'fc'", "output" of the module, or "output of 'layer4'".
         num_features: D.
         num_parameters: number of parameters of the module.
         num_samples: number of samples behind the score. A dropped candidate keeps the values of its last round.
         seconds: time to build the module, run it and compute the evidence, over all layers.
-        peak_memory: bytes of accelerator memory at most; None on a CPU.
-        ended: "finished"; "dropped", because it was behind the leader by more than chance allows; "failed";
+        peak_memory: peak accelerator memory in bytes; None on a CPU.
+        ended: "finished"; "dropped", because it was significantly behind the leader; "failed";
             "interrupted".
-        message: why it ended so, or what is unusual about it; may be empty.
+        message: why it ended in this way, or what is unusual about it; may be empty.
     """
 
     name: str
@@ -75,25 +75,25 @@ class Ranking:
 
     - **Look at the gain first.** It is the score minus the score of useless features, in nats per sample. 0 means that
       the features explain nothing about the labels. The score ``logme`` is a log density: it may be negative or above
-      1, and has no scale that means anything across tasks.
+      1, and cannot be compared between tasks.
     - **Compare scores only on the same samples and labels.** Evidence grows with the number of samples, because it
       also measures how a Bayesian regression learns from them. Do not compare a score at 500 samples with one at 5000.
     - **How large must a difference be?** In a ranking, rely on ``tied``. Between different sets of samples, ignore a
       difference below two or three standard deviations of the score. On real digits the gain had a standard deviation
       of .024 with 250 samples and .011 with 2000 (``python -m tests.benchmarks --only noise``). On the same samples, as
       from epoch to epoch, part of this noise cancels.
-    - **Use held-out samples.** On its own training set, a network that memorises scores high.
+    - **Use held-out samples.** A network that has memorised its training set gets a high score on it.
     - **Layers.** The penultimate layer is scored by default. An inner layer, or the mean over layers, can be better.
       Mind the pooling when you compare: BERT's head sees its pooled first token, but a layer's tokens are averaged.
-    - **Do not reduce the dimension.** Scale, rotation and columns of zeros change nothing, and fewer samples than
-      features are no special case.
+    - **Do not reduce the dimension.** There is no need: the score is also right for fewer samples than features. Scale,
+      rotation and columns of zeros do not change it.
     - **When not to trust it.** The score is that of a linear model of the frozen features; fine-tuning can improve
       features by very different amounts. A perfect fit (``saturated`` outputs), or a score far above what seems
       possible, suggests leaked labels. NaN means that there is no evidence, and a warning says why.
 
     Attributes:
-        rows: one row for each candidate and source of features, the best first. Then come dropped candidates, the
-            last one dropped first, and then rows without a result.
+        rows: one row for each candidate, and for each of its layers, the best first. Then come dropped candidates,
+            those with the most samples first, and then rows without a result.
         evidence: the :class:`~lightning_logme.Evidence` behind each score, by name of the row.
         curves: the scores after each round, by name of the row.
     """
@@ -104,17 +104,17 @@ class Ranking:
 
     @property
     def best(self) -> str:
-        """The name of the first row, with which other rows may be tied."""
+        """The name of the best row. Other rows may be tied with it."""
         return self.rows[0].name
 
     @property
     def tied(self) -> list[str]:
-        """The names of the best row and of those tied with it: fine-tune the one that suits you."""
+        """The names of the best row and of the rows tied with it. Fine-tune whichever suits you."""
         return [row.name for row in self.rows if row.tied_with_best]
 
     @property
     def scores(self) -> dict[str, float]:
-        """The LogME of each row that has one, in the order of ``rows``, which also give the number of samples."""
+        """The LogME of each row with a result, in the order of ``rows``. Their numbers of samples may differ."""
         return {row.name: row.logme for row in self.rows if not math.isnan(row.logme)}
 
     def head(self, name: str | None = None, dtype: torch.dtype | None = None) -> torch.nn.Linear:
@@ -225,7 +225,7 @@ def row_name(candidate: str, source: str) -> str:
 
 
 def in_words(source: str, heads: Sequence[str] | None = None) -> str:
-    """Return in words which feature a source is; an empty string if no batch has shown the head."""
+    """Return a source of features in words; an empty string if the head is not known yet."""
     if source:
         return "mean of layers" if source == LAYER_MEAN else f"output of {source!r}"
     if heads is None:
@@ -238,7 +238,7 @@ def _shortened(text: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Return text in which Markdown sees no cell, link or tag."""
+    """Return text without Markdown's special characters for cells, links and tags."""
     return re.sub(r"([\\|<>\[\]`])", r"\\\1", text)
 
 

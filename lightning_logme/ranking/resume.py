@@ -29,8 +29,8 @@ class Score:
 
     Attributes:
         logme: LogME of the samples so far.
-        gain: their gain.
-        replicates: for each block of the jackknife, the score without it.
+        gain: the gain of these samples.
+        replicates: for each block of the jackknife, the score without that block.
     """
 
     logme: float
@@ -61,7 +61,7 @@ class FirstSamples:
 
     Attributes:
         labels: (n, …), on the CPU.
-        features: (n, D) features by source, or those of the tokens that count; float32, on the CPU.
+        features: (n, D) by source, for each sample or each token that counts; float32, on the CPU.
     """
 
     labels: Tensor
@@ -93,13 +93,13 @@ class Progress:
     Attributes:
         rounds: the finished rounds.
         evidence: evidence of the last round, by source.
-        accumulators: sums over the samples so far, by source, on the CPU; empty if no round will follow.
+        accumulators: sums over the samples so far, by source, on the CPU; empty if no round follows.
         first: the first samples, if they are needed.
         heads: names of the modules whose input is the feature; empty if it is the output.
         constant: sources whose features are the same for every sample.
         num_parameters: number of parameters of the module.
         seconds: time spent so far.
-        peak_memory: bytes of accelerator memory at most; None on a CPU.
+        peak_memory: peak accelerator memory in bytes; None on a CPU.
         is_complete: whether all samples have been seen.
     """
 
@@ -128,7 +128,7 @@ def standard_errors_behind(rounds: Mapping[str, Round], quantile: float) -> dict
 
     Args:
         rounds: results of each candidate on the same samples.
-        quantile: only rows that are more than so many standard errors behind are returned.
+        quantile: only rows that are behind by more than this number of standard errors are returned.
     """
     scores = {(name, source): score for name, one in rounds.items() for source, score in one.scores.items()}
     values = {row: score.logme for row, score in scores.items()}
@@ -174,7 +174,7 @@ class Store:
         return progress
 
     def save(self, candidate: Candidate, progress: Progress) -> None:
-        """Write the results of a candidate. If the process is killed meanwhile, the old file stays."""
+        """Write the results of a candidate. If the process is killed while it writes, the old file stays."""
         path = self._path(candidate)
         unfinished = path.with_suffix(".unfinished")
         try:

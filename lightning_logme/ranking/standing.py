@@ -15,7 +15,7 @@ _NO_ROUND = Round(0, 0, 0, {HEAD: Score(math.nan, math.nan, [])})
 
 
 def standing(race: Race) -> Ranking:
-    """Return the ranking: candidates still in the race by score, then dropped ones, then rows without result."""
+    """Return the ranking: candidates still in the race by score, then dropped ones, then rows without a result."""
     comparable = _comparable(race)
     last = {name: progress.rounds[-1] if progress.rounds else _NO_ROUND for name, progress in race.progress.items()}
     pairs = [(name, source) for name, one in last.items() for source in one.scores]
@@ -82,5 +82,5 @@ def _end(race: Race, name: str, source: str, progress: Progress) -> tuple[Ended,
         return "finished", "its features are the same for every sample"
     saturated = int(progress.evidence[source].saturated.sum())
     if saturated:
-        return "finished", f"a perfect fit of {saturated} outputs, whose evidence has no bound: do labels leak?"
+        return "finished", f"a perfect fit of {saturated} outputs: evidence is unbounded; check for leaked labels"
     return "finished", ""

@@ -34,9 +34,9 @@ def is_key(key: Any, name: str, probe: str | None = None) -> bool:
     """Return whether a callback logs a score or a gain under a key.
 
     Args:
-        key: the key, such as the one that a monitor names.
+        key: the key, such as the one that a monitor watches.
         name: prefix of all keys of the callback.
-        probe: name of a probe, to consider its keys only.
+        probe: name of a probe; then only its keys count.
     """
     end = "" if probe is None else f"/{probe}"
     return any(key == start or str(key).startswith(f"{start}/") for start in (name + end, f"{name}_gain{end}"))
@@ -47,7 +47,7 @@ class History:
 
     Args:
         name: prefix of all keys.
-        plots: whether loggers get histograms and figures; "auto" leaves out slow figures.
+        plots: whether to send histograms and figures to loggers; "auto" leaves out slow figures.
 
     Attributes:
         rows: one dict for each pass and key, oldest first.
@@ -75,7 +75,7 @@ class History:
         return {"history": list(self.rows), "evidence": dict(self._numbers)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load the state of a checkpoint. A fit that resumes from it drops all later rows."""
+        """Load the state of a checkpoint. If a fit resumes from it, later rows are dropped."""
         if not _is_state(state_dict):
             warnings.warn(
                 f"{self.name}: the checkpoint holds a history in an unknown format, which is ignored.",
@@ -106,7 +106,7 @@ class History:
         Args:
             seconds: duration of the pass.
             probe: name of the probe; None for the validation set.
-            head: the source that is logged as the head, such as the last layer if there is no head.
+            head: the source that is logged under the key of the head; without a head, it is the last layer.
             is_saving: whether a checkpoint is being saved: ``module.log`` must not be called then.
         """
         results = current.results(trainer.strategy.root_device, alone=trainer.world_size == 1)
@@ -124,7 +124,7 @@ class History:
             of_loader = {source: results.get((source or head, index)) for source in sources}
             for source, suffix in suffixes.items():
                 values = self._store(trainer, suffix, of_loader[source], current.scoring.curve)
-                in_bar = probe is None and not source  # keys of layers and probes would crowd the bar
+                in_bar = probe is None and not source  # there is no room for keys of layers and probes
                 self._log(trainer, module, values, in_bar, is_saving)
             if self._board is not None:
                 output = _OUTPUTS.get(current.scoring.task, "class")
@@ -194,7 +194,8 @@ class History:
     def arrange(self, trainer: Trainer) -> None:
         """Put the scores, the gains and the module's own metrics side by side in TensorBoard.
 
-        All processes call this once the metrics of a pass are logged: reading them may reduce them over processes.
+        All processes call this together, after the metrics of a pass are logged: reading metrics may reduce them over
+        processes.
         """
         logged = trainer.logged_metrics
         if self._board is not None:

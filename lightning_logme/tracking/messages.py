@@ -27,7 +27,7 @@ class Messages:
         self.are_labels_reported = False
         self._name = name
         self._origin: tuple[str, str | None] = "", None
-        self._reported: set[str] = set()  # messages that are given once
+        self._reported: set[str] = set()  # messages that were already given
 
     def note_origin(self, batch: Any, target: TargetSpec) -> None:
         """Remember where the labels are, while they are still in the batch."""
@@ -55,7 +55,7 @@ class Messages:
             )
 
     def check_memory(self, widths: Sequence[int]) -> None:
-        """Warn once if the Gram matrices of features of these lengths need much memory."""
+        """Warn once if the Gram matrices of features of these widths need much memory."""
         memory = sum(8 * width**2 for width in widths)
         if memory > _MUCH_MEMORY and "memory" not in self._reported:
             self._reported.add("memory")
@@ -65,7 +65,7 @@ class Messages:
             )
 
     def warn_of_errors(self, new: Mapping[str | None, str], batch_idx: int, is_final: bool) -> None:
-        """Warn once for each cause of new errors; ``is_final`` if they will end the run."""
+        """Warn once for each cause of new errors. ``is_final`` says that they will end the run."""
         for text in dict.fromkeys(new.values()):
             failed = [source for source in new if new[source] == text]
             is_all = None in failed or HEAD in failed
@@ -77,24 +77,24 @@ class Messages:
             warnings.warn(f"{key} {what}: {text}", stacklevel=2)
 
     def warn_of_dropped_guess(self, extractor: Extractor, reason: str) -> None:
-        """Drop a wrongly guessed head, and warn."""
+        """Drop a head that was guessed wrongly, and warn."""
         head = extractor.head
         extractor.drop_guess()
         if head is not None and head.outputs == extractor.num_outputs:
-            reason += f" The head's number of outputs, {head.outputs}, is still used as K; num_classes= changes it."
+            reason += f" K is still {head.outputs}, the number of outputs of that head; num_classes= changes it."
         rank_zero_warn(f"{self._name} is logged for {', '.join(extractor.names)} only: {reason}")
 
     def warn_of_unseen(
         self, all_unseen: Mapping[int, int], all_batches: Mapping[int, int], extractor: Extractor
     ) -> str | None:
-        """Warn about batches that called none of the modules that are scored, with likely causes.
+        """Warn about batches in which no scored module was called, with likely causes.
 
         Args:
             all_unseen: the number of such batches, by loader.
             all_batches: the number of all batches, by loader.
 
         Returns:
-            Why the other batches cannot be scored alone, or None if they can.
+            Why the other batches cannot be scored without them, or None if they can.
         """
         obstacle = None
         head = extractor.head
@@ -114,9 +114,9 @@ class Messages:
         for loader, unseen in all_unseen.items():
             batches = all_batches[loader]
             where = f" of loader {loader}" if len(all_batches) > 1 else ""
-            what = f"{unseen} of {batches} batches{where} called none of the modules that are scored"
+            what = f"no scored module was called in {unseen} of {batches} batches{where}"
             if 0 < unseen < batches and not extractor.is_compiled:
-                warnings.warn(f"{key}: {what}, and are left out.", stacklevel=2)
+                warnings.warn(f"{key}: {what}; these batches are left out.", stacklevel=2)
             elif unseen:
                 if unseen < batches:  # compiled code may call hooks only for batches of one shape
                     obstacle = what

@@ -29,8 +29,8 @@ class Probe:
 
     Samples are read as in :func:`~lightning_logme.rank_backbones`. From a map-style data set, the probe takes all
     samples that the sampler would give, each once, in a fixed random order, stratified by class. From any other loader,
-    every process reads all batches in their order and keeps its share. Batches pass through the batch hooks of the
-    module and its data module, such as ``on_after_batch_transfer``, as in validation. Labels are read before that.
+    every process reads all batches in order and keeps its share. Batches pass through the batch hooks of the
+    module and its data module, such as ``on_after_batch_transfer``, as in validation. Labels are read before the hooks.
 
     Args:
         dataloader: a loader of batches with labels, which can be iterated over repeatedly.
@@ -39,7 +39,7 @@ class Probe:
             that exposes them (``targets``, ``labels``, the tensors of a TensorDataset; also through Subset).
         target: where the labels are in a batch: a key, an index, or a callable(batch) -> Tensor. None takes the second
             item of a tuple, or an entry such as "labels".
-        forward: callable(module, batch) that runs the module, if it is not called as module(inputs) or module(**batch).
+        forward: callable(module, batch) that runs the module. None calls module(inputs) or module(**batch).
         limit_batches: how many batches to use; None uses all.
         ignore_index: label of rows that are left out. Not used in regression.
 
@@ -111,7 +111,7 @@ class PreparedProbe:
         """Run the module on this process's share of the samples, and leave the module as it was.
 
         Args:
-            scoring: settings of the callback; the probe sets task, number of outputs and ``ignore_index``.
+            scoring: settings of the callback; its task, number of outputs and ``ignore_index`` are those of the probe.
             limit_batches: how many batches to use, instead of the probe's own limit.
 
         Returns:

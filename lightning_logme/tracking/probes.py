@@ -23,7 +23,7 @@ class Probes:
 
     Args:
         probes: loaders or :class:`~lightning_logme.Probe` objects, by name.
-        every: k for the first of every k validations, or "checkpoint" for each saved checkpoint.
+        every: k runs them at the first of every k validations, "checkpoint" for each checkpoint that is saved.
 
     Raises:
         ValueError: a name or an option does not fit.
@@ -46,8 +46,9 @@ class Probes:
         """Read the first batch of each probe, for a new run.
 
         Raises:
-            ValueError: in at least one process, a probe has no labels or wrong ones; the strategy needs equally many
-                forward passes in all processes; or a monitor names a probe that runs only when a checkpoint is saved.
+            ValueError: in at least one process, a probe has no labels or wrong ones; the strategy needs the same number
+                of forward passes in all processes; or a monitor uses a probe that runs only while a checkpoint is
+                saved.
         """
         if not self:
             return
@@ -157,7 +158,7 @@ class Probes:
         scoring: Scoring,
         is_saving: bool = False,
     ) -> None:
-        """Run all probes and record results; NaN, with a warning, after an error. All processes call this together."""
+        """Run all probes and record results. After an error, warn and record NaN. All processes call this together."""
         scored = list(dict.fromkeys([HEAD, *extractor.names]))
         head = HEAD if extractor.head is not None else extractor.layers[-1]
         limit = int(getattr(trainer, "fast_dev_run", 0)) * trainer.world_size

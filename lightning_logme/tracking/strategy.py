@@ -14,12 +14,12 @@ _UNEVEN = "allow_zero_length_dataloader_with_multiple_devices"
 
 
 def is_sharded(trainer: Trainer) -> bool:
-    """Return whether the weights are spread over processes, which must then make equally many forward passes."""
+    """Return whether weights are sharded, so that all processes must run the same number of forward passes."""
     return trainer.world_size > 1 and is_one_of(trainer.strategy, _SHARDED)
 
 
 def why_not_scored(trainer: Trainer, module: LightningModule) -> str | None:
-    """Return why processes could wait for each other forever or cannot communicate; None if the run can be scored."""
+    """Return why a run with several processes cannot be scored, or None if it can."""
     if trainer.world_size == 1:
         return None
     if not (dist.is_available() and dist.is_initialized()):

@@ -1,4 +1,4 @@
-"""Scoring of validations: captured features are paired with the labels of each batch, and accumulated."""
+"""Scoring of validations: pair captured features with the labels of each batch, and accumulate them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Pass:
         errors: why a source has no result, by source; None stands for all sources. Processes share them at the end.
         batches: number of batches that this process has read, by loader.
         rows: number of samples in these batches, by loader, padding included.
-        unseen: number of the first batches in which no scored module was called, by loader.
+        unseen: number of batches, at the start of the pass, in which no scored module was called, by loader.
         accumulators: the sums, by source and loader.
     """
 
@@ -67,7 +67,7 @@ class Pass:
         self._rank, self._world_size = rank, world_size
         self._columns: dict[int, int] = {}  # K by loader
         self._scored: Counter[int] = Counter()  # number of rows of this process that count, by loader
-        self._uneven: set[int] = set()  # loaders with batches in which rows and samples are not one to one
+        self._uneven: set[int] = set()  # loaders with batches that have more or fewer rows than samples
 
     def add(self, rows: Mapping[str, Tensor], labels: Labels, positions: range, loader: int = 0) -> Errors:
         """Add the rows of a batch, and return the errors of sources whose rows could not be added.
@@ -103,7 +103,7 @@ class Pass:
         if number != len(positions):  # tokens count one by one, and ignored rows do not count
             self._uneven.add(loader)
         if loader in self._uneven:
-            # This process does not know how many rows of the others count, and assumes as many as its own.
+            # This process does not know how many rows of other processes count: it assumes as many as its own.
             indices = (self._scored[loader] + torch.arange(number)) * self._world_size + self._rank
         self._scored[loader] += number
         return segments(indices, self.scoring.task, num_outputs)
@@ -164,7 +164,7 @@ class Validation:
 
     Args:
         class_names: names of the outputs; their number is checked.
-        has_probes: whether there are probes, so that the validation set need not be scored.
+        has_probes: whether there are probes; then an error of the labels suggests ``validation=False``.
     """
 
     def __init__(
@@ -212,8 +212,8 @@ class Validation:
     def end_batch(self, trainer: Trainer, batch: Any, batch_idx: int, loader: int) -> None:
         """Add the features that were captured from a batch.
 
-        It is no error if a loader's first batches call no scored module: ``validation_step`` may skip the first batch,
-        or the whole sanity check.
+        It is no error if no scored module is called in the first batches of a loader: ``validation_step`` may skip the
+        first batch, or the whole sanity check.
 
         Raises:
             Exception: the first batch cannot be scored. Later errors must not end the run.
@@ -228,8 +228,8 @@ class Validation:
                 errors = self._add(extractor, current, trainer, batch, loader)
             elif not is_first:
                 raise ValueError(
-                    "it called none of the modules that are scored, but earlier batches did; only the first batches of "
-                    "a validation can be left out"
+                    "no scored module was called in this batch, unlike in earlier ones; only the first batches of a "
+                    "validation can be left out"
                 )
         except Exception as error:
             errors = {None: error}
@@ -309,7 +309,7 @@ class Validation:
             self._messages.warn_of_dropped_guess(extractor, guess)
 
     def _read(self, batch: Any, num_outputs: int | None) -> Labels | Exception:
-        """Return the labels, or the error of reading them, which is raised later unless the batch is skipped."""
+        """Return the labels, or the error of reading them. It is raised later, unless the batch is left out."""
         try:
             if not self._messages.are_labels_reported:
                 self._messages.note_origin(batch, self._target)

@@ -241,8 +241,8 @@ class OutOfMemoryInProcess1(LogMECallback):
             SkipsBatchInProcess1(),
             {},
             (
-                "LogME is NaN for these samples, after an error: it called none of the modules .* .process 1.",
-                "logme is NaN for this validation, after an error in batch 1: it called none of the modules",
+                "LogME is NaN for these samples, after an error: no scored module was called .* .process 1.",
+                "logme is NaN for this validation, after an error in batch 1: no scored module was called in this",
             ),
         ),
         (

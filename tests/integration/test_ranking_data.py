@@ -155,7 +155,7 @@ def test_stream_that_changes_its_order_after_the_first_batch_is_refused():
             order[50:] = order[50:].roll(Changing.reads)
             return zip(x[order], y[order], strict=True)
 
-    with pytest.raises(ValueError, match="'b' got other labels than in an earlier pass; "):
+    with pytest.raises(ValueError, match="the labels of 'b' differ from those of an earlier pass; "):
         rank_backbones({"a": Columns(0, 8), "b": Columns(0, 8)}, DataLoader(Changing(), 50), **QUIET)
 
 

@@ -113,7 +113,7 @@ def test_a_factory_that_makes_another_network_is_detected():
         ("new", "failed", 256),
     ]
     assert re.match(
-        r"its factory built another network than before \(its features of the first samples changed: .*\); it must",
+        r"its factory built a different network this time \(its features of the first samples changed: .*\); it must",
         ranking.rows[1].message,
     )
     assert ranking.rows[1].logme == ranking.curves["new"][0].logme
