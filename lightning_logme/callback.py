@@ -168,12 +168,13 @@ class LogMECallback(AnyCallback):
         self.class_names = None if class_names is None else names("class_names", class_names)
         self.curve = curve
         self.probes = Probes(probes, probe_every)
+        self._has_probes = bool(self.probes)
         self.validation = validation
 
         self._selection = Selection(head, self.layers, layer_mean, features, pooling)
         self._scoring = Scoring(task, None, ignore_index, fit_intercept, normalize, curve)
         self._history = History(name, plots)
-        self._validation = Validation(name, self._scoring, target, self.class_names, bool(self.probes))
+        self._validation = Validation(name, self._scoring, target, self.class_names, self._has_probes)
         self._reported: set[str] = set()  # messages that were already given
         # State of a run
         self._extractor: Extractor | None = None
@@ -281,7 +282,7 @@ class LogMECallback(AnyCallback):
             self._history.record(trainer, pl_module, current, sources, seconds, class_names=self.class_names)
             if "width" not in self._reported:
                 self._compare_width(trainer, current.num_loaders)
-        if self.probes:
+        if self._has_probes:
             self._run_probes(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

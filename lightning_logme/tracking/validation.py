@@ -118,11 +118,22 @@ class Pass:
             alone: whether the run has only one process.
         """
         accumulators = self.accumulators if alone else self._reduced(device)
-        return {
-            key: self._result(accumulators[key])
-            for key in sorted(accumulators)
-            if None not in self.errors and key[0] not in self.errors
-        }
+        results: dict[Key, Result | None] = {}
+        failed: dict[Key, str] = {}
+        for key in sorted(accumulators):
+            if None not in self.errors and key[0] not in self.errors:
+                try:
+                    results[key] = self._result(accumulators[key])
+                except Exception as error:
+                    results[key], failed[key] = None, f"{type(error).__name__}: {error}"
+        # All processes have the same sums, but one may fail, such as for lack of memory.
+        for rank, reasons in enumerate([] if alone else gathered(False, dict(failed))):
+            for key, reason in reasons.items():
+                failed.setdefault(key, f"{reason} (process {rank})")
+        results.update(dict.fromkeys(failed))
+        for reason in dict.fromkeys(failed.values()):
+            warnings.warn(f"LogME is NaN, after an error: {reason}", stacklevel=2)
+        return results
 
     def _reduced(self, device: torch.device) -> Mapping[Key, Accumulator]:
         """Share errors between processes, and return the accumulators summed over processes."""
@@ -141,14 +152,10 @@ class Pass:
             rank_zero_warn(f"LogME is NaN for these samples, after an error: {reason}")
         return accumulators
 
-    def _result(self, accumulator: Accumulator) -> Result | None:
-        try:
-            evidence = accumulator.evidence(self.scoring.fit_intercept)
-            curve = accumulator.curve(self.scoring.fit_intercept, evidence) if self.scoring.curve else []
-            return Result(evidence.to("cpu"), curve)
-        except Exception as error:
-            warnings.warn(f"LogME is NaN, after an error: {type(error).__name__}: {error}", stacklevel=2)
-            return None
+    def _result(self, accumulator: Accumulator) -> Result:
+        evidence = accumulator.evidence(self.scoring.fit_intercept)
+        curve = accumulator.curve(self.scoring.fit_intercept, evidence) if self.scoring.curve else []
+        return Result(evidence.to("cpu"), curve)
 
 
 class Stage(Enum):
