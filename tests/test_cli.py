@@ -200,6 +200,7 @@ def test_rank_scores_layers(config, tmp_path, layers):
         assert [(row["name"], row["num_samples"]) for row in csv.DictReader(file)] == [("good", "600")]
 
 
+@pytest.mark.slow
 def test_module_can_be_run(config):
     done = subprocess.run(
         [sys.executable, "-m", "lightning_logme", "rank", config()],

@@ -103,6 +103,7 @@ def test_scores_need_only_torch(name):
     assert packages - set(sys.stdlib_module_names) <= {NAME, "torch"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", [f"{NAME}.functional", f"{NAME}.scores.accumulator", f"{NAME}.scores.reduction"])
 def test_import_of_the_scores_does_not_import_lightning(module):
     script = f"import sys, {module}; print(*({{name.partition('.')[0] for name in sys.modules}} & set(sys.argv[1:])))"

@@ -172,6 +172,7 @@ def of_the_metric(arguments: Arguments) -> tuple[LogME, Arguments]:
     return LogME(**options), options
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
 def test_malformed_calls_of_function_and_metric_name_the_argument():
     rng, met = random.Random(0), Counter()

@@ -77,6 +77,7 @@ def fits_by_chance(features, columns, fit_intercept):
     return few and bool(((residual < 1e-9 * np.square(columns).sum(0)) & columns.any(0)).any())
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(
     problem=problems(),

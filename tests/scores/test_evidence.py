@@ -364,6 +364,7 @@ def test_permuted_labels_have_almost_no_gain():
     assert float(evidence(features, shuffled, fit_intercept=True).gain) < 0.005
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(shape=st.tuples(st.integers(4, 12), st.integers(1, 3), st.integers(0, 10_000)))
 def test_brute_force_search_agrees_on_random_regressions(shape):

@@ -89,6 +89,7 @@ def test_class_present_in_a_single_block_does_not_inflate_the_error():
     assert standard_error(scores.tolist()) < 5 * without
 
 
+@pytest.mark.slow
 def test_error_bars_match_the_spread_of_fresh_samples():
     """The difference of two candidates on the same samples varies less than the scores."""
     n, classes, draws = 400, 4, 60
@@ -110,6 +111,7 @@ def test_error_bars_match_the_spread_of_fresh_samples():
     assert np.mean(paired) < 0.6 * np.mean(errors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first_informative", [0, 256], ids=["everywhere", "beyond the leading directions"])
 def test_error_bars_of_many_features_are_no_smaller_than_the_spread(first_informative):
     """The difference is that of two equally good candidates, with more features than leading directions."""
@@ -161,6 +163,7 @@ def simulated_race(candidates: int, rng: np.random.Generator) -> int:
     return candidates - len(running)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("candidates", "races"), [(2, 250), (4, 200)])
 def test_ties_survive(candidates, races):
     """The share of races that drop an equally good candidate is not significantly above the stated rate."""
