@@ -116,3 +116,39 @@ def test_workers_and_collate_function_are_kept():
     loader = DataLoader(DATA, 16, collate_fn=collate, num_workers=1, multiprocessing_context="fork")
     batches = [x.tolist() for x, _ in with_batches(loader, [[5, 3], [8, 1, 2]], 0)]
     assert batches == [[1005, 1003], [1008, 1001, 1002]]
+
+
+class Table:
+    """Looks like a data set of Hugging Face."""
+
+    column_names = ("text", "labels")
+
+    def __init__(self, labels):
+        self.columns = {"text": ["a", "b", "c"], "labels": labels}
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, name):
+        return self.columns[name]
+
+
+@pytest.mark.parametrize(
+    ("labels", "target", "expected"),
+    [
+        ([2, 0, 1], None, [2, 0, 1]),
+        ([2, 0, 1], "labels", [2, 0, 1]),
+        ([2, 0, 1], 1, None),  # a position says nothing about a column
+        ([2, 0, 1], "text", None),
+        (["x", "y", "z"], None, None),
+        ([2, 0], None, None),
+    ],
+)
+def test_labels_of_a_table_are_read_from_its_column(labels, target, expected):
+    found = labels_at_hand(Table(labels), target)
+    assert (None if found is None else found.tolist()) == expected
+
+
+def test_a_sampler_of_keys_has_no_indices():
+    loader = DataLoader([0, 1, 2], sampler=["a", "b", "c"])
+    assert sample_indices(loader) is None
