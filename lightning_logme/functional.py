@@ -11,10 +11,10 @@ from torch import Tensor
 from lightning_logme.features.labels import Target
 from lightning_logme.features.outputs import decide_num_outputs
 from lightning_logme.scores.evidence import Evidence
-from lightning_logme.scores.moments import moments_device
-from lightning_logme.utilities.checks import Task, check_flags, check_options, check_task
+from lightning_logme.scores.moments import Rows, moments_device
+from lightning_logme.utilities.checks import EXCLUSIVE, Task, check_flags, check_options, check_task
 
-__all__ = ["evidence", "logme"]
+__all__ = ["evidence", "leave_one_out", "logme"]
 
 
 def logme(
@@ -103,11 +103,69 @@ def evidence(
         >>> bool((result.per_output >= result.null).all())
         True
     """
+    rows, _, num_outputs = _checked(features, target, task, num_classes, ignore_index, fit_intercept, normalize)
+    return Evidence.of(rows, num_outputs, task, fit_intercept)
+
+
+def leave_one_out(
+    features: Tensor | np.ndarray[Any, Any],
+    target: Tensor | np.ndarray[Any, Any],
+    task: Task = "multiclass",
+    *,
+    num_classes: int | None = None,
+    ignore_index: int | None = None,
+    fit_intercept: bool = False,
+    normalize: bool = False,
+) -> Tensor:
+    """Return what the linear head of the evidence predicts for each sample if it is fitted without that sample.
+
+    The predictions are exact and need no training and no folds (PRESS, Allen 1974): the head is a ridge regression,
+    and its ridge α/β, which the evidence chooses for each output, stays that of all samples. The predictions estimate
+    the targets (0/1 per class). The largest is the predicted class.
+
+    Arguments and errors are those of :func:`logme`.
+
+    Returns:
+        (N, K) float64, or (N, T, K) for labels of tokens (N, T), on the device of the features. Samples with
+        ``ignore_index`` are predicted by the head of all other samples. NaN, with a warning, if there is no evidence.
+
+    Example:
+        >>> import torch
+        >>> from lightning_logme.functional import leave_one_out
+        >>> target = torch.arange(200) % 4
+        >>> features = torch.randn(200, 8, generator=torch.Generator().manual_seed(0)) + 3 * torch.eye(4, 8)[target]
+        >>> predictions = leave_one_out(features, target)
+        >>> tuple(predictions.shape), bool((predictions.argmax(1) == target).double().mean() > 0.9)
+        ((200, 4), True)
+    """
+    rows, labels, num_outputs = _checked(features, target, task, num_classes, ignore_index, fit_intercept, normalize)
+    found = Evidence.of(rows, num_outputs, task, fit_intercept)
+    predictions = found.leave_one_out(rows.features, rows.target)
+    if labels.kept is not None:
+        everything = _as_tensor(features, "features").detach().flatten(0, -2).to(rows.features.device)
+        ignored = Rows(everything, torch.zeros(len(everything), dtype=torch.int64, device=everything.device))
+        bias = 0.0 if found.bias is None else found.bias
+        whole = (ignored.normalized() if normalize else ignored).features.double() @ found.weight.T + bias
+        whole[labels.kept.to(whole.device)] = predictions
+        predictions = whole
+    is_tokens = task in EXCLUSIVE and len(labels.shape) == 2
+    return predictions.unflatten(0, labels.shape) if is_tokens else predictions
+
+
+def _checked(
+    features: Tensor | np.ndarray[Any, Any],
+    target: Tensor | np.ndarray[Any, Any],
+    task: Task,
+    num_classes: int | None,
+    ignore_index: int | None,
+    fit_intercept: bool,
+    normalize: bool,
+) -> tuple[Rows, Target, int]:
+    """Return the rows that count, the checked labels, and the number of outputs."""
     check_task(task)
     check_options(task, ignore_index, fit_intercept)
     check_flags(normalize=normalize)
-    num_outputs = decide_num_outputs(task, num_classes)
-    labels = Target.checked(_as_tensor(target, "target"), task, num_outputs, ignore_index)
+    labels = Target.checked(_as_tensor(target, "target"), task, decide_num_outputs(task, num_classes), ignore_index)
     rows = labels.rows(_as_tensor(features, "features"))
     for name, value in (("features", rows.features), ("target", rows.target)):
         if not torch.isfinite(value.sum(dtype=torch.float64)):  # one sum is far cheaper than a test of each value
@@ -117,8 +175,7 @@ def evidence(
     if normalize:
         rows = rows.normalized()
     rows = rows.to(moments_device(rows.features.device))
-    num_outputs = decide_num_outputs(task, num_classes, values=rows.target) or 1  # 1 if there are no samples
-    return Evidence.of(rows, num_outputs, task, fit_intercept)
+    return rows, labels, decide_num_outputs(task, num_classes, values=rows.target) or 1  # 1 if there are no samples
 
 
 def _as_tensor(values: Tensor | np.ndarray[Any, Any], name: str) -> Tensor:

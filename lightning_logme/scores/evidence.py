@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_logme.scores.leave_one_out import predict_without_each
 from lightning_logme.scores.maximum import Maximum, maximise
 from lightning_logme.scores.moments import Moments, Rows
 from lightning_logme.scores.spectrum import Spectrum
@@ -46,6 +47,8 @@ class Evidence:
             for leaked labels.
         bias: (K,) posterior mean of the intercept; None without one.
         spectrum: (R,) non-zero eigenvalues of the Gram matrix (centred if there is an intercept), descending.
+        decomposition: the spectrum with its eigenvectors, which :meth:`leave_one_out` needs. None in the evidence of
+            callbacks, rankings and metrics, because it is as large as the Gram matrix.
     """
 
     score: Tensor
@@ -60,6 +63,7 @@ class Evidence:
     saturated: Tensor
     bias: Tensor | None
     spectrum: Tensor
+    decomposition: Spectrum | None = None
 
     @classmethod
     def of(cls, rows: Rows, num_outputs: int, task: Task, fit_intercept: bool = False) -> Evidence:
@@ -82,12 +86,44 @@ class Evidence:
             fit_intercept: centre features and targets first. The evidence is then that of the remaining n − 1 degrees
                 of freedom, per degree of freedom.
         """
-        return maximise_moments(moments, task, fit_intercept)[0]
+        evidence, spectrum = maximise_moments(moments, task, fit_intercept)
+        return replace(evidence, decomposition=spectrum)
 
     @classmethod
     def from_rows(cls, rows: Rows, num_outputs: int, task: Task, fit_intercept: bool = False) -> Evidence:
         """Return the maximised evidence, computed from all samples: far cheaper than from moments if n < D."""
-        return maximise_rows(rows, num_outputs, task, fit_intercept)[0]
+        evidence, spectrum = maximise_rows(rows, num_outputs, task, fit_intercept)
+        return replace(evidence, decomposition=spectrum)
+
+    def leave_one_out(self, features: Tensor, target: Tensor) -> Tensor:
+        """Return what the head predicts for each sample if it is fitted without that sample.
+
+        See :func:`lightning_logme.functional.leave_one_out`.
+
+        Args:
+            features: (m, D) floating point: any of the samples that the evidence is of, in any order.
+            target: (m,) int64 class labels, or (m, K) numbers.
+
+        Returns:
+            (m, K) float64, NaN if there is no evidence.
+
+        Raises:
+            ValueError: a shape does not fit, or the evidence comes without its decomposition.
+        """
+        num_outputs, num_features = self.weight.shape
+        if features.ndim != 2 or features.shape[1] != num_features or len(target) != len(features):
+            raise ValueError(
+                f"features must have shape (m, {num_features}) and target length m, got {tuple(features.shape)} and "
+                f"{tuple(target.shape)}."
+            )
+        if self.score.isnan():
+            return self.weight.new_full((len(features), num_outputs), math.nan)
+        if self.decomposition is None:
+            raise ValueError(
+                "decomposition: the evidence of a callback, a ranking or a metric is kept without its eigenvectors; "
+                "call lightning_logme.functional.leave_one_out(features, target)."
+            )
+        return predict_without_each(Rows(features.detach(), target), self.decomposition, self.alpha / self.beta)
 
     def head(self, dtype: torch.dtype | None = None) -> torch.nn.Linear:
         """Return the posterior mean as a linear layer, a warm start for a classifier.
@@ -131,7 +167,7 @@ class Evidence:
     def to(self, device: torch.device | str) -> Evidence:
         """Return the same evidence on another device."""
         moved: dict[str, Any] = {
-            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, (Tensor, Spectrum))
         }
         return replace(self, **moved)
 

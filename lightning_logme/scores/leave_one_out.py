@@ -1,4 +1,4 @@
-"""Leave-one-out predictions: what the linear head of the evidence predicts for a sample when it is fitted without it."""
+"""Leave-one-out predictions: what the linear head predicts for a sample when it is fitted without that sample."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +60,14 @@ class Spectrum:
     def has_large_mean(self) -> bool:
         """Whether the mean of the features is so large that they were centred first."""
         return self.ratio > _LARGE_MEAN
+
+    def to(self, device: torch.device | str) -> Spectrum:
+        """Return the same spectrum on another device."""
+        centre = None if self.centre is None else (self.centre[0].to(device), self.centre[1].to(device))
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, basis=tuple(factor.to(device) for factor in self.basis), centre=centre, **moved)
 
     def to_features(self, coefficients: Tensor) -> Tensor:
         """Return the (K, D) weights of the features for (K, R) coefficients in the eigenbasis."""

@@ -8,11 +8,13 @@ import torch
 from oracles import one_hot, problem
 from streamed import rows_of
 
+from lightning_logme import Evidence
+from lightning_logme.functional import evidence, leave_one_out
 from lightning_logme.scores.leave_one_out import predict_without_each
 from lightning_logme.scores.moments import Moments
 from lightning_logme.scores.spectrum import Spectrum
 
-SHAPES = [(30, 50), (20, 20), (60, 8), (2, 3)]
+SHAPES = [(30, 50), (20, 20), (21, 20), (60, 8)]
 
 
 def spectrum_of(path, rows, num_outputs, fit_intercept):
@@ -22,8 +24,8 @@ def spectrum_of(path, rows, num_outputs, fit_intercept):
     return Spectrum.from_moments(moments, fit_intercept)
 
 
-def refits(features, target, ratio, fit_intercept):
-    """Predict each sample with ridge regressions that are fitted without it, by a stacked least-squares problem."""
+def refits(features, target, ratio, fit_intercept=False):
+    """Predict each sample with ridge regressions that are fitted without it, as least-squares problems."""
     features, target = np.asarray(features, float), np.asarray(target, float)
     predictions = np.empty_like(target)
     for i in range(len(features)):
@@ -41,12 +43,119 @@ def refits(features, target, ratio, fit_intercept):
 @pytest.mark.parametrize("fit_intercept", [False, True])
 @pytest.mark.parametrize("path", ["rows", "moments"])
 @pytest.mark.parametrize(("n", "d"), SHAPES)
-def test_predictions_are_those_of_refits_without_the_sample(n, d, path, fit_intercept):
+def test_predictions_equal_refits_without_the_sample(n, d, path, fit_intercept):
     features, labels = problem(n, d, 2)
-    ratio = torch.tensor([0.0, math.inf]) if n == 2 else torch.tensor([0.0, 3.0, 1e-6, math.inf])
-    target = one_hot(labels, len(ratio))
-    target[:, 2:] = features[:, :2]
+    ratio = torch.tensor([0.0, math.inf, 3.0, 1e-6], dtype=torch.float64)
+    target = one_hot(labels, 4)
+    target[:, 2:] = features[:, :2] + one_hot(labels, 2)
     rows = rows_of(torch.tensor(features), torch.tensor(target), "regression")
-    spectrum = spectrum_of(path, rows, len(ratio), fit_intercept)
-    predictions = predict_without_each(rows, spectrum, ratio.double())
+    predictions = predict_without_each(rows, spectrum_of(path, rows, 4, fit_intercept), ratio)
     np.testing.assert_allclose(predictions, refits(features, target, ratio.tolist(), fit_intercept), atol=1e-9)
+
+
+@pytest.mark.parametrize("fit_intercept", [False, True])
+@pytest.mark.parametrize(("n", "d"), SHAPES)
+def test_some_rows_have_the_predictions_that_they_have_among_all(n, d, fit_intercept):
+    features, labels = map(torch.as_tensor, problem(n, d, 3))
+    chosen = torch.randperm(n)[:7]
+    whole = evidence(features, labels, fit_intercept=fit_intercept)
+    expected = leave_one_out(features, labels, fit_intercept=fit_intercept)
+    torch.testing.assert_close(whole.leave_one_out(features[chosen], labels[chosen]), expected[chosen])
+    moments = Moments.zeros(d, 3).accumulate(rows_of(features, labels))
+    summed = Evidence.from_moments(moments, "multiclass", fit_intercept)
+    torch.testing.assert_close(summed.leave_one_out(features, labels), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("fit_intercept", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_function_holds_the_ridge_of_all_samples(dtype, fit_intercept):
+    features, labels = map(torch.as_tensor, problem(40, 12, 3))
+    features = features.to(dtype)
+    found = evidence(features, labels, fit_intercept=fit_intercept)
+    expected = refits(features.double(), one_hot(labels, 3), (found.alpha / found.beta).tolist(), fit_intercept)
+    np.testing.assert_allclose(leave_one_out(features, labels, fit_intercept=fit_intercept), expected, atol=1e-9)
+
+
+def test_duplicated_rows_predict_each_other():
+    features, labels = map(torch.as_tensor, problem(20, 30, 4))
+    features, labels = features.repeat(2, 1), labels.repeat(2)
+    found = evidence(features, labels)
+    expected = refits(features, one_hot(labels, 4), (found.alpha / found.beta).tolist())
+    predictions = leave_one_out(features, labels)
+    np.testing.assert_allclose(predictions, expected, atol=1e-7)
+    assert bool((predictions.argmax(1) == labels).all())
+
+
+@pytest.mark.parametrize("num_classes", [1000])
+def test_many_classes(num_classes):
+    features, labels = map(torch.as_tensor, problem(2000, 16, num_classes))
+    predictions = leave_one_out(features, labels, num_classes=num_classes)
+    assert predictions.shape == (2000, num_classes)
+    found = evidence(features, labels, num_classes=num_classes)
+    some = [0, 7, 999]
+    ratio = (found.alpha / found.beta)[some]
+    rest = np.arange(1, 2000)
+    target = one_hot(labels, num_classes)[:, some]
+    for column, t in enumerate(ratio.tolist()):
+        gram = features[rest].T @ features[rest] + (0 if t == math.inf else t) * torch.eye(16)
+        weight = torch.linalg.solve(gram, features[rest].T @ torch.as_tensor(target)[rest, column])
+        expected = 0.0 if t == math.inf else float(features[0] @ weight)
+        assert float(predictions[0, some[column]]) == pytest.approx(expected, abs=1e-9)
+
+
+def test_multilabel_and_regression_predict_each_column():
+    features, labels = map(torch.as_tensor, problem(50, 6, 3))
+    for task, target in (("multilabel", torch.as_tensor(one_hot(labels, 3))), ("regression", features[:, :2] ** 2)):
+        found = evidence(features, target, task)
+        expected = refits(features, target, (found.alpha / found.beta).tolist())
+        np.testing.assert_allclose(leave_one_out(features, target, task), expected, atol=1e-9)
+    assert leave_one_out(features, features[:, 0], "regression").shape == (50, 1)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_ignored_samples_are_predicted_by_the_head_of_the_others(normalize):
+    features, labels = map(torch.as_tensor, problem(40, 6, 3))
+    kept = torch.arange(40) % 4 != 0
+    options = {"normalize": normalize, "fit_intercept": True}
+    predictions = leave_one_out(features, labels.where(kept, -100), num_classes=3, ignore_index=-100, **options)
+    expected = leave_one_out(features[kept], labels[kept], num_classes=3, **options)
+    torch.testing.assert_close(predictions[kept], expected)
+    head = evidence(features[kept], labels[kept], num_classes=3, **options).head(torch.float64)
+    scaled = torch.nn.functional.normalize(features[~kept]) if normalize else features[~kept]
+    torch.testing.assert_close(predictions[~kept], head(scaled).detach())
+
+
+def test_tokens_have_predictions_in_their_shape():
+    features, labels = map(torch.as_tensor, problem(60, 6, 3))
+    flat = leave_one_out(features, labels)
+    torch.testing.assert_close(leave_one_out(features.unflatten(0, (12, 5)), labels.view(12, 5)), flat.view(12, 5, 3))
+
+
+def test_a_class_with_one_sample_is_not_predicted_for_it():
+    features, labels = map(torch.as_tensor, problem(40, 50, 3))
+    labels[5] = 3
+    predictions = leave_one_out(features, labels)
+    assert bool(predictions.isfinite().all())
+    assert predictions[5, 3] == pytest.approx(0, abs=1e-9)  # without the sample, its class is absent
+    assert int(predictions[5].argmax()) != 3
+
+
+@pytest.mark.parametrize(
+    ("features", "labels"), [(torch.randn(9, 4), torch.zeros(9)), (torch.ones(0, 4), torch.ones(0))]
+)
+def test_predictions_are_nan_without_evidence(features, labels):
+    with pytest.warns(UserWarning, match="LogME is NaN"):
+        predictions = leave_one_out(features, labels.long(), num_classes=3)
+    assert predictions.shape == (len(features), 3)
+    assert bool(predictions.isnan().all())
+
+
+def test_bad_input_is_an_error():
+    features, labels = map(torch.as_tensor, problem(20, 6, 3))
+    found = evidence(features, labels)
+    with pytest.raises(ValueError, match=r"features must have shape \(m, 6\) and target length m, got \(20, 5\)"):
+        found.leave_one_out(features[:, :5], labels)
+    with pytest.raises(ValueError, match="decomposition: the evidence of a callback"):
+        Evidence(**{**vars(found), "decomposition": None}).leave_one_out(features, labels)
+    with pytest.raises(ValueError, match="features must be finite"):
+        leave_one_out(features.index_fill(0, torch.tensor([3]), math.nan), labels)
