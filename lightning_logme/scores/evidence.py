@@ -48,7 +48,7 @@ class Evidence:
         bias: (K,) posterior mean of the intercept; None without one.
         spectrum: (R,) non-zero eigenvalues of the Gram matrix (centred if there is an intercept), descending.
         decomposition: the spectrum with its eigenvectors, which :meth:`leave_one_out` needs. None in the evidence of
-            callbacks, rankings and metrics, because it is as large as the Gram matrix.
+            callbacks, rankings and metrics, because it is as large as the Gram matrix (or as the features, if n < D).
     """
 
     score: Tensor
