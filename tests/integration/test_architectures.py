@@ -19,6 +19,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_logme import LogMECallback, rank_backbones
 from lightning_logme.functional import logme
 
+pytestmark = pytest.mark.slow  # a second per model
+
 SAMPLES = 24
 
 

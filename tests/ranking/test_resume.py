@@ -91,6 +91,7 @@ def _rank_until_stuck(connection, folder):
     rank({"good": Counted(0, 8), "also": Stuck(connection), "bad": Counted(16, 24)}, folder, race=False)
 
 
+@pytest.mark.slow
 def test_a_ranking_whose_process_was_killed_is_resumed(candidates, tmp_path):
     mine, theirs = CONTEXT.Pipe()
     process = CONTEXT.Process(target=_rank_until_stuck, args=(theirs, tmp_path))

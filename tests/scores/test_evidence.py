@@ -77,6 +77,7 @@ def test_bayesian_ridge_of_scikit_learn_agrees(n, d, k):
     np.testing.assert_allclose(evidence(features, labels).per_output, expected, rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_fixed_point_of_the_papers_is_close_and_never_higher():
     features, labels = digits_features(64)
     ours = evidence(features, labels).per_output.numpy()

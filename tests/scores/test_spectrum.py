@@ -46,6 +46,7 @@ class TestMeanFarAboveSpread:
         exact, score = self.score(ratio, fit_intercept, "rows", n=60, d=90)
         assert score == pytest.approx(exact, abs=1e-7)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("fit_intercept", [False, True])
     @pytest.mark.parametrize(("n", "d"), [(1000, 40), (60, 90), (200, 230)])
     @pytest.mark.parametrize("ratio", [10**power for power in (3, 4, 4.5, 5, 5.5, 6, 6.5, 7, 8, 9)])
