@@ -90,7 +90,7 @@ class LogMECallback(AnyCallback):
             eval mode. Afterwards, the module is restored. The probes use the feature that ``head`` or ``features``
             selects. With ``layers`` and ``head="auto"``, the callback looks for a head only if the validation set is
             scored. Without a head, ``logme/<probe>`` is the score of the last layer. One batch of each probe runs
-            before training, in the sanity check if there is one, so that mistakes surface early.
+            in the sanity check, or before the first step if the run has no validation, so that mistakes surface early.
         probe_every: an integer k runs the probes at the first of every k validations; in the others, monitors see the
             last values. "checkpoint" runs them while a checkpoint is being saved. The results go into that checkpoint
             and to the loggers. They are too late for monitors, so no monitor may use them. Checkpoints that are saved
