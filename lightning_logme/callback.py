@@ -51,9 +51,9 @@ class LogMECallback(AnyCallback):
 
     With several validation loaders, keys of the validation set end in Lightning's suffix ``/dataloader_idx_<i>``.
 
-    During a pass, each source of D features needs a D × D matrix of float64 on the device, so L layers need L × D² × 8
-    bytes. Each validation loader needs that much; with ``curve``, each point of the curve does. While there are fewer
-    than D samples, the features themselves are kept instead.
+    During a validation, each scored head or layer with D features needs a D × D matrix of float64 on the device, so L
+    layers need L × D² × 8 bytes. Several loaders each need that much, and so does each point of a ``curve``. While
+    there are fewer than D samples, the features themselves are kept instead.
 
     Checkpoints contain the history: see :func:`lightning_logme.read_history`.
 
@@ -82,15 +82,15 @@ class LogMECallback(AnyCallback):
         class_names: names of the outputs, for the figure.
         plots: send histograms and figures to loggers that can show them, at every validation. "auto" leaves out figures
             if drawing them takes more than 5 % of the validation.
-        curve: record the score of the first 32, 64, 128, … samples and of all (see ``curves``). With more than 16
-            classes the curve starts at two samples per class. Samples of the validation set keep the order of its
+        curve: record the score of the first 32, 64, 128, … samples and of all samples (see ``curves``). With more than
+            16 classes the curve starts at two samples per class. Samples of the validation set keep the order of its
             loader, so shuffle a sorted set once. Samples of a probe are in a random order.
-        probes: labelled loaders of other tasks, or :class:`~lightning_logme.Probe` objects, by name. At each validation
-            (without validation: at the end of each epoch) the module's forward runs on them in eval mode. Afterwards,
-            the module is restored. The feature is that of ``head`` or ``features``. With ``layers`` and
-            ``head="auto"``, the callback looks for a head only if the validation set is scored; without a head, it
-            uses the last layer. One batch of each probe runs in the sanity check (without validation: before the first
-            step), so that mistakes surface early.
+        probes: labelled loaders of other tasks, or :class:`~lightning_logme.Probe` objects, by name. At each
+            validation, or at the end of each epoch if the run has no validation, the module's forward runs on them in
+            eval mode. Afterwards, the module is restored. The probes use the feature that ``head`` or ``features``
+            selects. With ``layers`` and ``head="auto"``, the callback looks for a head only if the validation set is
+            scored. Without a head, ``logme/<probe>`` is the score of the last layer. One batch of each probe runs
+            in the sanity check, or before the first step if the run has no validation, so that mistakes surface early.
         probe_every: an integer k runs the probes at the first of every k validations; in the others, monitors see the
             last values. "checkpoint" runs them while a checkpoint is being saved. The results go into that checkpoint
             and to the loggers. They are too late for monitors, so no monitor may use them. Checkpoints that are saved

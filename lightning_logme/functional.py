@@ -37,7 +37,7 @@ def logme(
     the same samples and labels.
 
     Args:
-        features: (N, D) floating point of any precision, tensor or array; computed in float64.
+        features: (N, D) floating point of any precision, tensor or array; converted to float64.
         target: (N,) integers for "binary" and "multiclass", (N, L) of 0 and 1 for "multilabel", (N,) or (N, M) for
             "regression".
         task: "binary", "multiclass", "multilabel" or "regression".
@@ -91,7 +91,7 @@ def evidence(
 ) -> Evidence:
     """Return all results behind :func:`logme`: the evidence of each output, the gain and the posterior.
 
-    Arguments and errors are those of :func:`logme`.
+    The arguments and errors are those of :func:`logme`.
 
     Example:
         >>> import torch
@@ -117,17 +117,18 @@ def leave_one_out(
     fit_intercept: bool = False,
     normalize: bool = False,
 ) -> Tensor:
-    """Return what the linear head of the evidence predicts for each sample if it is fitted without that sample.
+    """Return a prediction for each sample, by the linear head of the evidence fitted without that sample.
 
-    The predictions are exact and need no training and no folds (PRESS, Allen 1974): the head is a ridge regression,
-    and its ridge α/β, which the evidence chooses for each output, stays that of all samples. The predictions estimate
-    the targets (0/1 per class). The largest is the predicted class.
+    The predictions are exact and need no training and no folds (PRESS, Allen 1974): the head is a ridge regression. Its
+    ridge α/β for each output is chosen once, by the evidence of all samples. The predictions estimate the targets (0/1
+    per class). The largest is the predicted class.
 
-    Arguments and errors are those of :func:`logme`.
+    The arguments and errors are those of :func:`logme`.
 
     Returns:
         (N, K) float64, or (N, T, K) for labels of tokens (N, T), on the device of the features. Samples with
-        ``ignore_index`` are predicted by the head of all other samples. NaN, with a warning, if there is no evidence.
+        ``ignore_index`` are never in the fit: the head fitted to all other samples predicts them. NaN, with a warning,
+        if there is no evidence.
 
     Example:
         >>> import torch

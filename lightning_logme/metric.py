@@ -116,7 +116,8 @@ class LogME(Metric):
         self.fit_intercept = fit_intercept
         self.normalize = normalize
         self._evidence: Evidence | None = None
-        # A sum is a scalar 0 until rows are added: torchmetrics copies all states and defaults, and D × D is large.
+        # A sum is a scalar 0 until rows are added, because torchmetrics copies every state and its
+        # default, and a D × D matrix is large.
         zero = torch.zeros((), dtype=torch.float64)
         # A MetricCollection merges metrics with equal states (in old versions: an equal first state), but metrics that
         # differ in these options must stay apart.

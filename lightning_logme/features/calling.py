@@ -35,7 +35,7 @@ def call(module: nn.Module, batch: Any, target: TargetSpec = None) -> Any:
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         return module(**named)
     accepted = {key: value for key, value in named.items() if key in parameters}
-    if not accepted and len(named) == 1:  # {"image": …} for forward(x)
+    if not accepted and len(named) == 1:  # one entry, such as {"image": …}, for forward(x)
         return module(*named.values())
     if not accepted:
         raise ValueError(

@@ -25,7 +25,7 @@ BLOCKS = 8
 
 
 def sample_indices(loader: Any) -> Tensor | None:
-    """Return the indices that a loader draws, each once; None if they cannot be known, as for a stream."""
+    """Return the indices that a loader draws, each once; None if they are unknown, for example for a stream."""
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return None
     if loader.batch_sampler is None or type(loader).__iter__ is not DataLoader.__iter__:
@@ -98,14 +98,14 @@ def stratified_order(number: int, strata: Tensor | None, generator: torch.Genera
     size = counts.repeat_interleave(counts)
     first = (counts.cumsum(0) - counts).repeat_interleave(counts)
     member = torch.arange(number) - first  # 0, 1, … within the class
-    # Each class starts at 0, with random ties. With random starts, the first samples could lack rare classes.
+    # Each class has a sample at 0, so that the first samples include rare classes. Ties are broken at random.
     tie_break = torch.rand(len(counts), generator=generator).repeat_interleave(counts)
     interleaved = (member.double() / size + tie_break * 1e-9).argsort(stable=True)
     return by_class[interleaved], (torch.arange(number) % BLOCKS)[interleaved]
 
 
 def with_batches(loader: DataLoader[Any], batches: list[list[int]], seed: int) -> DataLoader[Any]:
-    """Return a loader like this one with these batches of indices."""
+    """Return a loader like this one that yields the given batches of indices."""
     workers: dict[str, Any] = {}
     if loader.num_workers:
         workers = {

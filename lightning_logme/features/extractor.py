@@ -191,7 +191,7 @@ class Extractor:
 
     @property
     def called(self) -> bool:
-        """Whether a captured module was called since :meth:`start`, or a callable gives features."""
+        """Whether a captured module was called since :meth:`start`, or a callable gives the features."""
         return any(
             source.features is not None or any(capture.seen or capture.error for capture in source.captures)
             for source in self.sources.values()

@@ -13,7 +13,7 @@ from torchmetrics import Metric
 
 _SURE_WORDS = frozenset(("head", "heads", "classifier", "classification", "score", "logits"))
 _HEAD_WORDS = _SURE_WORDS | {"fc", "regressor", "predictor"}
-_LAYER_WORDS = frozenset(("output", "out"))  # for layers only: transformers have whole networks with these names
+_LAYER_WORDS = frozenset(("output", "out"))  # only for layers: transformers gives whole networks these names
 _INNER_WORDS = frozenset(("embed", "embedding", "embeddings", "proj", "projection", "projector", "merger", "pooler"))
 _INNER_WORDS |= {"key", "pos", "position", "query", "reference", "value"}
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -113,8 +113,8 @@ class _Candidate(NamedTuple):
         module: The layer, or the adapter around it.
         inputs: The number of inputs.
         outputs: The number of outputs.
-        is_taken: Whether a layer elsewhere has `outputs` inputs, and so may take the output.
-        is_fed: Whether a layer elsewhere has `inputs` outputs, and so may give the input.
+        is_taken: Whether another layer has as many inputs as this one has outputs, and so may take them.
+        is_fed: Whether another layer has as many outputs as this one has inputs, and so may feed it.
     """
 
     path: _Path
@@ -227,7 +227,7 @@ class _Search:
         branches = [branch for branch in self._branches(module, path) if branch.candidates or branch.had_head]
         if not branches:
             return
-        # The right number of outputs, if no other layer may take them, counts more than a name.
+        # A layer with the right number of outputs beats a name, unless another layer may take its outputs.
         fitting = [branch for branch in branches if any(map(self._fits, branch.candidates))]
         branches = fitting or branches
         best = max(branch.priority for branch in branches)
@@ -276,7 +276,7 @@ def _may_be_last(candidate: _Candidate, is_linear: bool) -> bool:
     if path.last:
         return True
     if not is_linear:
-        return path.likeness == 2  # 1 × 1 convolutions occur everywhere in networks.
+        return path.likeness == 2  # 1 × 1 convolutions occur everywhere: only a name helps.
     if not candidate.is_taken:
         return True
     word = path.name.rstrip("0123456789.").rpartition(".")[2]
@@ -422,7 +422,7 @@ def _likeness(name: str, module: nn.Module) -> int:
 
 
 def _without_frozen_copies(candidates: list[_Candidate]) -> list[_Candidate]:
-    """Drop frozen layers beside a trained layer with as many outputs: a teacher, a copy, or an unused layer."""
+    """Drop frozen layers beside a trained layer of equal output size: a teacher, a copy, or an unused layer."""
     trained = {candidate.outputs for candidate in candidates if candidate.trained}
     return [candidate for candidate in candidates if candidate.trained or candidate.outputs not in trained]
 

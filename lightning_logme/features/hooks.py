@@ -183,7 +183,7 @@ class Capture:
                     self._calls = self._around()
                 rows = tensor if labels is None else self.pooled(tensor, labels).detach()
                 self.seen.append((owned(rows, tensor), labels is not None))
-        except Exception as error:  # It must not interrupt the user's forward pass.
+        except Exception as error:  # An error must not interrupt the user's forward pass.
             self.error = error
 
     def pooled(self, tensor: Tensor, labels: Labels) -> Tensor:
@@ -261,7 +261,7 @@ def owned(rows: Tensor, tensor: Tensor) -> Tensor:
 
 
 def _registered(modules: Iterable[nn.Module]) -> list[Call]:
-    """Return the calls of the layers among modules, as if each layer was called once, in this order."""
+    """Return the calls of the layers among modules, as if each had been called once, in this order."""
     widths = ((module, layer_width(module)) for module in modules)
     return [Call(width, None, isinstance(module, CONVOLUTIONAL)) for module, width in widths if width]
 

@@ -23,7 +23,7 @@ def same_generators() -> Iterator[None]:
     try:
         yield
     finally:
-        isolated.__exit__(None, None, None)  # It would restore nothing if it received an exception.
+        isolated.__exit__(None, None, None)  # Lightning restores nothing if it gets an exception.
 
 
 def seed_generators(seed: int) -> None:
@@ -37,10 +37,10 @@ def seed_generators(seed: int) -> None:
 def undisturbed(module: nn.Module, datamodule: object = None) -> Iterator[None]:
     """Set a module to eval mode without gradients, and restore its state on exit.
 
-    The state is the attributes of the module and its submodules (modes, counters, caches, metric states), its buffers,
-    the torch generators among its attributes, the global random generators, and the attributes of the data module,
-    whose hooks prepare batches. Values that the module logs meanwhile are dropped. Items that it adds to its own lists
-    and dicts stay.
+    The state consists of the attributes of the module and its submodules (modes, counters, caches, metric states), its
+    buffers, the torch generators among its attributes, the global random generators, and the attributes of the data
+    module, whose hooks prepare batches. Values that the module logs meanwhile are dropped. Items that it adds to its
+    own lists and dicts stay.
     """
     scripted = {
         submodule: submodule.training for submodule in module.modules() if isinstance(submodule, torch.jit.ScriptModule)
@@ -64,7 +64,7 @@ def undisturbed(module: nn.Module, datamodule: object = None) -> Iterator[None]:
             vars(owner).update(held)
         for generator, state in generators:
             generator.set_state(state)
-        for submodule, training in scripted.items():  # Their attributes are not in vars(submodule).
+        for submodule, training in scripted.items():  # vars(submodule) lacks the attributes of TorchScript.
             submodule.train(training)
 
 

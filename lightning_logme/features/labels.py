@@ -38,7 +38,7 @@ class Target:
     def checked(
         cls, target: Tensor, task: Task, num_outputs: int | None = None, ignore_index: int | None = None
     ) -> Target:
-        """Check the labels of a batch. Waits for the device once, and again if a sample is ignored.
+        """Check and return the labels of a batch. This waits for the device once, and again if a sample is ignored.
 
         Args:
             target: (N,) integers for "binary" and "multiclass", or (N, T) for the classes of tokens; (N, L) of 0 and 1

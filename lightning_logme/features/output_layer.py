@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from lightning_logme.features.hooks import Capture
 
 _SAMPLES = 2  # number of samples that are compared: a whole batch would keep all activations in memory
-_INPUTS = 4  # the inputs of this many last linear layers are kept: the head is nearly always one of them
+_INPUTS = 4  # keep the inputs of the last few linear layers: the head is nearly always among them
 
 
 class OutputLayer:
     """A search for the linear layer or 1 × 1 convolution that makes the output of a module, while one batch runs.
 
-    A layer makes the output if its own output, or one token of it, holds the same numbers, in any shape. The last layer
-    with parameters also makes the output if it is followed only by a factor, a softmax, a log-softmax, a sigmoid, or an
-    average over positions (also after a ReLU).
+    A layer makes the output if its own output, or one token of it, holds the same numbers as the module's output, in
+    any shape. The last layer with parameters also makes the output if it is followed only by a factor, a softmax, a
+    log-softmax, a sigmoid, or an average over positions (also after a ReLU).
 
     Args:
         module: the network. Its layers have hooks inside the ``with`` block.

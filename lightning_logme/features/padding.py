@@ -46,7 +46,7 @@ def rows_without_padding(loader: Any, batches: int, number: int) -> int | None:
 
 
 def _has_known_order(sampler: DistributedSampler[Any]) -> bool:
-    """Return whether the order is that of torch's sampler or of Lightning's wrapper. A subclass may change it."""
+    """Return whether a sampler has the order of torch's own or of Lightning's wrapper. A subclass may change it."""
     for cls in type(sampler).__mro__:
         if cls is DistributedSampler or cls.__name__ == "DistributedSamplerWrapper":
             return True

@@ -36,7 +36,7 @@ class Call(NamedTuple):
     convolutional: bool = False
 
 
-Calls = tuple[Sequence[Call], Sequence[Call]]  # inside a module, and before it
+Calls = tuple[Sequence[Call], Sequence[Call]]  # the calls inside a module, and those before it
 
 
 class Pooler:
@@ -143,8 +143,8 @@ def pool(
     Args:
         features: (N, D), tokens (N, T, D), or a map of any number of dimensions: (N, C, H, W), (N, H, W, C), (N, C, T).
         pooling: "auto" and "mean" average over tokens or positions; so do "channels_first" and "channels_last", which
-            name the axis of the channels. "cls" takes the first token that is not masked, "last" the last. A callable
-            gets ``features`` unchanged.
+            name the axis of the channels. "cls" takes the first token that is not masked, "last" takes the last such
+            token. A callable gets ``features`` unchanged.
         mask: (N, T), non-zero for tokens that count. Only features of three dimensions use it.
         channel_axis: 1 or -1, see :func:`find_channel_axis`. None takes the last of three axes, or the second of
             four or more.
@@ -242,8 +242,8 @@ def find_channel_axis(inside: Sequence[Call], before: Sequence[Call], shape: Seq
     The layers that ran inside the module decide, starting with the last one. A layer decides if its width is the size
     of exactly one of the two axes of ``shape``. If no layer does, the same is tried with the shape of each layer's own
     output. A module in which no layer decides, such as an activation, keeps the layout of the layers before it. If
-    nothing has decided and all layers are convolutions, the channels are first. The kind of a layer does not decide,
-    because there are layer norms for channels first, and linear layers between permutations.
+    nothing has decided and all layers are convolutions, the channels are first. In all other cases the kind of a layer
+    does not decide, because there are layer norms for channels first, and linear layers between permutations.
 
     Args:
         inside: the calls inside the module, in order.

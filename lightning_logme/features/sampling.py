@@ -146,7 +146,7 @@ class Samples:
         The processes take turns at the same batches, so that features do not depend on the world size. A stream is
         read from its beginning, until the first batch that reaches ``stop``.
         """
-        seed_generators(self.seed)  # A loader that shuffles has the same order every time.
+        seed_generators(self.seed)  # So a loader that shuffles has the same order every time.
         if self.number is None:
             yield from self._streamed(stop, rank, world)
         else:

@@ -138,7 +138,7 @@ def attach_by_tree(
         selection: the features to extract.
         task: the task of the head.
         num_classes: K of "multiclass" and "multilabel". None takes the number of outputs of the head.
-        is_scored: whether the validation set is scored. If not, K may stay unknown, and a head is searched for only if
+        is_scored: whether the validation set is scored. If not, K may stay unknown, and a head is looked for only if
             there are no layers.
 
     Returns:

@@ -46,7 +46,7 @@ class Candidate:
 
     @property
     def is_rebuilt(self) -> bool:
-        """Whether the module is built by a factory, again each time it is needed."""
+        """Whether a factory builds the module again each time it is needed."""
         return not isinstance(self.source, nn.Module)
 
     @contextmanager
@@ -164,7 +164,7 @@ class Backbone:
         tensor = first_tensor(output)
         name = None if tensor is None else layers.find(tensor)
         if self._candidate.forward is not None and name != self._classifier():
-            name = None  # the user's forward returns features, unless it ends in the classifier
+            name = None  # a forward of the user returns features, unless it ends in the classifier
         self.heads = () if name is None else (name,)
         if name is not None:
             layers.replay(name, self._extractor.replace_head(get_module(self._module, name, "head"), name))
@@ -177,7 +177,7 @@ class Backbone:
 
 
 def _converted(module: nn.Module, fabric: Fabric, keep: bool = False) -> nn.Module:
-    """Return the module in the requested precision. With ``keep`` the module itself stays as it is."""
+    """Return the module in the requested precision. With ``keep``, the module itself is not changed."""
     precision = fabric.strategy.precision
     is_changed = str(precision.precision).endswith("-true") and precision.precision != "32-true"
     return precision.convert_module(copy.deepcopy(module) if keep and is_changed else module)

@@ -48,7 +48,7 @@ class Collected:
         accumulators: their sums by source. The segment of a sample is its block of the jackknife.
         seen: number of samples.
         labels: digest of their labels.
-        skipped: digest of the labels of earlier rounds, which a stream gives again.
+        skipped: digest of the labels of earlier rounds, which a stream yields again.
     """
 
     accumulators: dict[str, Accumulator] = field(default_factory=dict)

@@ -128,7 +128,8 @@ class Race:
         if before.is_complete or (until is not None and len(before.rounds) >= until):
             return
         if not before.accumulators:
-            # An earlier ranking dropped this candidate, and the folder holds only its results. It starts again.
+            # An earlier ranking dropped this candidate, and the folder holds only its results, so the candidate starts
+            # again.
             before = self.progress[name] = Progress()
         with self._failures(name), self._built(name) as backbone:
             for index, stop in itertools.islice(self._rounds(), len(before.rounds), until):

@@ -85,7 +85,7 @@ def rank_backbones(
     error bars of single candidates suggest. Rows that are not significantly behind the best are ``tied``. If samples
     are stratified, the error bars do not include the variation of the class counts. A standard error is itself
     uncertain by about a quarter. Above D = 256 it comes from the 256 leading directions of the features. A class that
-    occurs in only one block adds nothing to it.
+    occurs in only one block adds nothing to the standard error.
 
     **Failures.** If a candidate runs out of memory, cannot be loaded or gives NaN, its row shows the error. The others
     go on. Ctrl-C ends the race, and the results so far are returned.
@@ -263,7 +263,7 @@ def _pairs(candidates: Any) -> list[tuple[str, Source]]:
 
 
 def _by_candidate(argument: str, value: Any, names: list[str], default: Any, check: bool = False) -> dict[str, Any]:
-    """Return the value of each candidate, given one for all or a mapping. ``check`` requires callables or None."""
+    """Return the value of each candidate, given one for all or a mapping. ``check`` demands callables or None."""
     if not isinstance(value, Mapping):
         values = dict.fromkeys(names, value)
     else:

@@ -18,7 +18,7 @@ class Report:
 
     Args:
         progress: whether to show bars and lines.
-        loggers: get each point of a curve when it is known, and the table at the end.
+        loggers: the loggers that get each point of a curve when it is known, and the table at the end.
     """
 
     def __init__(self, progress: bool, loggers: Sequence[Logger]) -> None:

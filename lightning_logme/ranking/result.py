@@ -39,8 +39,8 @@ class RankingRow:
         gain: ``logme`` minus the score of useless features; 0 if the features explain nothing.
         stderr: standard error of ``logme`` by the block jackknife. It is itself uncertain by about a quarter. The
             difference between two rows is far more certain, because both see the same samples in the same blocks.
-        tied_with_best: whether the row is not significantly behind the best row; true for the best row itself. The
-            chance that a row as good as the best is not marked as tied is at most 5 %.
+        tied_with_best: whether the row is not significantly behind the best row; true for the best row itself. A row
+            that is as good as the best is marked as tied with a probability of at least 95 %.
         feature: the scored feature: "input of 'fc'", "output" of the module, or "output of 'layer4'".
         num_features: D.
         num_parameters: number of parameters of the module.

@@ -68,7 +68,7 @@ class FirstSamples:
     features: dict[str, Tensor]
 
     def difference(self, now: FirstSamples) -> str | None:
-        """Return how the first samples differ now, or None if they do not. The batch size may differ.
+        """Return how the first samples differ now, or None if they do not. The batch sizes need not be equal.
 
         Features depend on the weights, the samples and their preprocessing.
         """

@@ -42,7 +42,7 @@ def standing(race: Race) -> Ranking:
 
 
 def _comparable(race: Race) -> dict[str, Round]:
-    """Return the last round that all candidates still in the race have finished, by candidate."""
+    """Return results of the last round that all candidates still in the race have finished, by candidate."""
     rounds = {name: race.progress[name].rounds for name in race.running if race.progress[name].rounds}
     common = min(map(len, rounds.values()), default=0)
     return {name: finished[common - 1] for name, finished in rounds.items()}

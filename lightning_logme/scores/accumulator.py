@@ -105,7 +105,8 @@ class Accumulator:
             rows: rows of this task, with D features each.
             segment: the segment of a curve, or the block of the jackknife: one for all rows, or one for each (int64, on
                 the CPU).
-            index: (m,) int64 on the CPU, the index of each row in the data set; None counts on from ``num_samples``.
+            index: (m,) int64 on the CPU, the index of each row in the data set; None numbers the rows from
+                ``num_samples`` on.
 
         Raises:
             ValueError: the number of features is not D.
@@ -234,7 +235,7 @@ class Accumulator:
         return points
 
     def projected(self, basis: Tensor | None) -> list[Moments]:
-        """Return the moments of each segment for the features times a basis (D, R). If n < D, the rows stay held."""
+        """Return the moments of each segment, of the features times a basis (D, R). If n < D, the rows stay held."""
         if not self._has_few_rows:
             sums = self.moments().values()
             return list(sums) if basis is None else [each.project(basis) for each in sums]

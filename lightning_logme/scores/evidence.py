@@ -83,8 +83,8 @@ class Evidence:
         Args:
             moments: the sums over all samples.
             task: decides whether at least two classes are needed.
-            fit_intercept: centre features and targets first. The evidence is then that of the remaining n − 1 degrees
-                of freedom, per degree of freedom.
+            fit_intercept: centre features and targets first. The score is then the log evidence of the remaining n − 1
+                degrees of freedom, divided by n − 1.
         """
         evidence, spectrum = maximise_moments(moments, task, fit_intercept)
         return replace(evidence, decomposition=spectrum)
@@ -96,12 +96,12 @@ class Evidence:
         return replace(evidence, decomposition=spectrum)
 
     def leave_one_out(self, features: Tensor, target: Tensor) -> Tensor:
-        """Return what the head predicts for each sample if it is fitted without that sample.
+        """Return a prediction for each sample, by the head fitted without that sample.
 
         See :func:`lightning_logme.functional.leave_one_out`.
 
         Args:
-            features: (m, D) floating point: any of the samples that the evidence is of, in any order.
+            features: (m, D) floating point: some or all of the samples behind the evidence, in any order.
             target: (m,) int64 class labels, or (m, K) numbers.
 
         Returns:
@@ -195,7 +195,7 @@ def maximise_rows(rows: Rows, num_outputs: int, task: Task, fit_intercept: bool)
 def _decompose_and_maximise(
     decompose: Callable[[], Spectrum], n: int, features: Tensor, square: Tensor, cause: str | None
 ) -> tuple[Evidence, Spectrum | None]:
-    """Return the evidence and the spectrum, or NaN and None if there is a cause."""
+    """Return the evidence and the spectrum. If ``cause`` says why there is no evidence, return NaN and None."""
     if cause is None:
         try:
             spectrum = decompose()
@@ -230,7 +230,7 @@ def _check_digits(spectrum: Spectrum, found: Maximum) -> None:
     """
     is_any_small = bool((spectrum.eigenvalues <= _COARSER * spectrum.resolution).any())
     if spectrum.unseen == math.inf or (spectrum.unseen > _COARSER * spectrum.resolution and not is_any_small):
-        size = "by any amount"  # No small eigenvalue shows how much the unseen ones matter.
+        size = "by any amount"  # Without small eigenvalues, the loss cannot be estimated.
     elif is_any_small:
         change = maximise(spectrum.coarser(_COARSER)).log_evidence - found.log_evidence
         perfect = found.saturated & (spectrum.residual == 0)

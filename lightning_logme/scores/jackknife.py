@@ -20,8 +20,8 @@ Name = TypeVar("Name", bound=Hashable)
 ERROR_RATE = 0.05
 
 # Scores without a block are computed in this many leading eigenvectors. For real features with D = 384 and 1280, the
-# standard errors are .84 to 1.06 times the standard errors in all directions, and .76 times at worst, for a random
-# network. At D = 1280, this takes an eighth of the time or less.
+# standard errors are .84 to 1.06 times those in all directions. The worst case is a random network: .76 times.
+# At D = 1280, this takes an eighth of the time or less.
 _DIRECTIONS = 256
 
 
@@ -57,7 +57,7 @@ def standard_error(scores: Sequence[float]) -> float:
     """Return the standard error of a score, given the B scores without each block: √((B−1)/B Σ (s₋ₖ − mean)²).
 
     Block jackknife: Shao & Tu 1995, "The Jackknife and Bootstrap", ch. 2. Given differences of scores, the result is
-    the standard error of the difference. It is NaN without scores, as where no sample counts.
+    the standard error of the difference. It is NaN without scores, for example if no sample counts.
     """
     if not scores:
         return math.nan

@@ -1,4 +1,4 @@
-"""Leave-one-out predictions: what the linear head predicts for a sample when it is fitted without that sample."""
+"""Leave-one-out predictions: the linear head, fitted without a sample, predicts that sample."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _SMALL = 1e-8
 def predict_without_each(rows: Rows, spectrum: Spectrum, ratio: Tensor) -> Tensor:
     """Return the leave-one-out predictions (m, K) of m samples, float64.
 
-    The head is a ridge regression whose ridge t = α/β stays that of all samples. With the thin singular value
-    decomposition F = U S Vᵀ and row z of U, a sample with target y has the leverage h = Σ z² λ/(λ+t), plus 1/n with an
-    intercept, and its residual without itself is e = (y − ŷ)/(1 − h) (PRESS, Allen 1974; Hastie, Tibshirani and
-    Friedman 2009, section 7.10). The prediction is y − e. If the head interpolates the sample, both vanish, and
-    e = Σ z x/(λ+t) / Σ z²/(λ+t).
+    The head is a ridge regression. Its ridge t = α/β is chosen once, by the evidence of all samples. With the thin
+    singular value decomposition F = U S Vᵀ and row z of U, a sample with target y has the leverage h = Σ z² λ/(λ+t),
+    plus 1/n with an intercept. Its leave-one-out residual is e = (y − ŷ)/(1 − h) (PRESS, Allen 1974; Hastie, Tibshirani
+    and Friedman 2009, section 7.10). The prediction is y − e. If the head interpolates the sample, y − ŷ and 1 − h both
+    vanish, and e = Σ z x/(λ+t) / Σ z²/(λ+t).
 
     Args:
-        rows: samples that are among those of the spectrum: any of them, in any order.
+        rows: some or all of the samples behind the spectrum, in any order.
         spectrum: the spectrum of all samples.
         ratio: (K,) t = α/β of each output. NaN counts as infinite: such an output predicts the mean.
     """
@@ -46,7 +46,7 @@ def _of_some(rows: Rows, spectrum: Spectrum, ratio: Tensor) -> Tensor:
     used = eigenvalues / (eigenvalues + t)  # (K, R)
     y = target - mean
     residual, remaining = y - z @ (x * used).T, rest - z.square() @ used.T
-    # As many directions as degrees of freedom leave nothing but rounding errors if t is small.
+    # With as many directions as degrees of freedom, a small t leaves only rounding errors in these two.
     interpolates = (remaining < _SMALL) | (len(eigenvalues) == spectrum.dof)
     if bool(interpolates.any()):
         unused = torch.where(t.isinf(), 1.0, (eigenvalues[-1:] + t) / (eigenvalues + t))

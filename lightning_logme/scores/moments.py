@@ -17,7 +17,7 @@ _ROW_BLOCK = 4096
 
 
 def moments_device(device: torch.device) -> torch.device:
-    """Return the device for moments of features on a device: the same, or the CPU if it has no float64 (MPS)."""
+    """Return the device for moments: the device of the features, or the CPU if it has no float64 (MPS)."""
     return torch.device("cpu") if device.type == "mps" else device
 
 

@@ -17,7 +17,7 @@ class Scoring:
         ignore_index: the label of samples that do not count.
         fit_intercept: centre features and targets first.
         normalize: scale the features of each sample to length 1.
-        curve: score few samples, twice as many, …, and all.
+        curve: score the first few samples, twice as many, …, and all.
         sample_size: the number of samples in the random subset of each accumulator.
     """
 

@@ -149,7 +149,8 @@ class Spectrum:
         eigenvalues, coordinates, basis = decomposed
         size = max(dof, len(basis[0]))
         residual = square - coordinates.square().sum(1)
-        # If the residual is only rounding, the fit is perfect. As many directions as degrees of freedom fit everything.
+        # If the residual is only rounding, the fit is perfect. It always is with as many directions as degrees
+        # of freedom.
         residual = torch.where(residual <= size * EPS * square, 0.0, residual)
         if len(eigenvalues) == dof:
             residual = torch.zeros_like(residual)

@@ -24,7 +24,7 @@ from lightning_logme.utilities.plots import gain_by_layer, gain_by_output, gain_
 
 Row = dict[str, Any]
 
-_SHARDED_METADATA = "meta.pt"  # in the folder of a sharded checkpoint: everything but the weights
+_SHARDED_METADATA = "meta.pt"  # this file of a sharded checkpoint holds everything but the weights
 _PER_OUTPUT = ("per_output", "null", "alpha", "beta", "effective_dim", "saturated")
 _OUTPUTS = {"multilabel": "label", "regression": "target"}  # "class" in the other tasks
 _NO_RESULT: dict[str, Any] = {"logme": math.nan, "gain": math.nan, "num_samples": 0}
@@ -75,7 +75,7 @@ class History:
         return {"history": list(self.rows), "evidence": dict(self._numbers)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load the state of a checkpoint. If a fit resumes from it, later rows are dropped."""
+        """Load the state of a checkpoint. If a fit resumes from it, drop the rows that were recorded after it."""
         if not _is_state(state_dict):
             warnings.warn(
                 f"{self.name}: the checkpoint holds a history in an unknown format, which is ignored.",
@@ -107,7 +107,7 @@ class History:
             seconds: duration of the pass.
             probe: name of the probe; None for the validation set.
             head: the source that is logged under the key of the head; without a head, it is the last layer.
-            is_saving: whether a checkpoint is being saved: ``module.log`` must not be called then.
+            is_saving: whether a checkpoint is being saved. Then ``module.log`` must not be called.
         """
         results = current.results(trainer.strategy.root_device, alone=trainer.world_size == 1)
         prefix = "" if probe is None else f"/{probe}"
@@ -124,7 +124,7 @@ class History:
             of_loader = {source: results.get((source or head, index)) for source in sources}
             for source, suffix in suffixes.items():
                 values = self._store(trainer, suffix, of_loader[source], current.scoring.curve)
-                in_bar = probe is None and not source  # there is no room for keys of layers and probes
+                in_bar = probe is None and not source  # the bar has no room for keys of layers and probes
                 self._log(trainer, module, values, in_bar, is_saving)
             if self._board is not None:
                 output = _OUTPUTS.get(current.scoring.task, "class")

@@ -65,7 +65,7 @@ class Messages:
             )
 
     def warn_of_errors(self, new: Mapping[str | None, str], batch_idx: int, is_final: bool) -> None:
-        """Warn once for each cause of new errors. ``is_final`` says that they will end the run."""
+        """Warn of new errors, once for each cause. ``is_final`` says that they will end the run."""
         for text in dict.fromkeys(new.values()):
             failed = [source for source in new if new[source] == text]
             is_all = None in failed or HEAD in failed
@@ -94,7 +94,7 @@ class Messages:
             all_batches: the number of all batches, by loader.
 
         Returns:
-            Why the other batches cannot be scored without them, or None if they can.
+            The reason why the other batches cannot be scored on their own, or None if they can.
         """
         obstacle = None
         head = extractor.head

@@ -111,7 +111,7 @@ class PreparedProbe:
         """Run the module on this process's share of the samples, and leave the module as it was.
 
         Args:
-            scoring: settings of the callback; its task, number of outputs and ``ignore_index`` are those of the probe.
+            scoring: settings of the callback. The probe has its own task, number of outputs and ``ignore_index``.
             limit_batches: how many batches to use, instead of the probe's own limit.
 
         Returns:

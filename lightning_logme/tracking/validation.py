@@ -45,8 +45,8 @@ class Result(NamedTuple):
 class Pass:
     """One pass over labelled samples, with an accumulator for each source of features and each loader.
 
-    For a curve, each doubling of the samples is a segment. The sums of the first 32 samples and of the next 32 give the
-    score of the first 64, in any number of processes.
+    For a curve, each doubling of the samples is a segment. The sums of the first 32 samples plus those of the next 32
+    give the score of the first 64, in any number of processes.
 
     Attributes:
         errors: why a source has no result, by source; None stands for all sources. Processes share them at the end.
@@ -126,7 +126,7 @@ class Pass:
                     results[key] = self._result(accumulators[key])
                 except Exception as error:
                     results[key], failed[key] = None, f"{type(error).__name__}: {error}"
-        # All processes have the same sums, but one may fail, such as for lack of memory.
+        # All processes have the same sums, but one may still fail, for example for lack of memory.
         for rank, reasons in enumerate([] if alone else gathered(False, dict(failed))):
             for key, reason in reasons.items():
                 failed.setdefault(key, f"{reason} (process {rank})")
@@ -223,7 +223,7 @@ class Validation:
         first batch, or the whole sanity check.
 
         Raises:
-            Exception: the first batch cannot be scored. Later errors must not end the run.
+            Exception: the first batch cannot be scored. Later errors do not end the run.
         """
         extractor, current = self._extractor, self._pass
         if extractor is None or current is None or None in current.errors:
@@ -316,7 +316,7 @@ class Validation:
             self._messages.warn_of_dropped_guess(extractor, guess)
 
     def _read(self, batch: Any, num_outputs: int | None) -> Labels | Exception:
-        """Return the labels, or the error of reading them. It is raised later, unless the batch is left out."""
+        """Return the labels, or the error of reading them. The error is raised later, unless the batch is left out."""
         try:
             if not self._messages.are_labels_reported:
                 self._messages.note_origin(batch, self._target)
@@ -327,7 +327,7 @@ class Validation:
             return error
 
     def _is_wrong_guess(self, extractor: Extractor, current: Pass, errors: Errors) -> bool:
-        """Return whether a guessed head was not called, although layers were."""
+        """Return whether a guessed head was not called, although layers were called."""
         if self._stage is Stage.SETTLED or not extractor.layers or not extractor.is_head_guessed:
             return False
         is_scored = any(source == HEAD for source, _ in current.accumulators)

@@ -187,7 +187,7 @@ def uncompiled(module: nn.Module, copy: Callable[[Any], Any]) -> Any:
 
 
 def hooks_of(module: nn.Module, kind: type) -> list[tuple[dict[int, Any], int]]:
-    """Return the forward hooks of a module that are methods of a class: the dict that holds each hook, and its key."""
+    """Return the dict and the key of each forward hook of a module that is a method of a class."""
     return [
         (hooks, key)
         for hooks in (module._forward_hooks, module._forward_pre_hooks)

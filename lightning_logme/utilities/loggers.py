@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _SHARE = 0.05  # the share of a validation's time that figures may take
-# Seconds per figure. The first figure of a process imports matplotlib; the low median of these ignores its cost.
+# Seconds per figure. The first figure of a process also imports matplotlib. The low median ignores that cost.
 _costs: deque[float] = deque([0.1], maxlen=9)
 
 
@@ -99,7 +99,7 @@ class Board:
         self._drawn += 1
         begin = _now()
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing")  # Names may be in any script.
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # The font may lack the letters of a name.
             try:
                 figure = draw()
             except Exception as error:

@@ -43,7 +43,7 @@ def gain_by_output(
         gains: one value per output.
         mean: the gain over all outputs.
         num_samples: shown in the title.
-        names: one name per output. Outputs are numbered if it is None, or if there are more than 40.
+        names: one name per output. Outputs are numbered if ``names`` is None or has more than 40 items.
         output: the word for an output, such as "class".
         axes: where to draw; a new figure if None.
     """
