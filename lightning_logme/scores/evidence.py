@@ -34,7 +34,8 @@ class Evidence:
     Attributes:
         score: scalar, LogME: the mean of ``per_output`` in nats per sample. Comparable only for the same samples and
             labels.
-        per_output: (K,) maximised log evidence of each output, divided by the number of samples.
+        per_output: (K,) maximised log evidence of each output, divided by the number of samples (minus 1 with an
+            intercept).
         null: (K,) the same for features that explain nothing.
         gain: scalar, mean of ``per_output − null`` ≥ 0: nats per sample that the features explain. Zero means useless.
         alpha: (K,) precision of the prior of the weights; infinite if the gain is zero.
