@@ -80,8 +80,8 @@ class LogMECallback(AnyCallback):
             regression.
         normalize: scale the features of each sample to length 1. The LogME papers do not, but it often ranks better.
         class_names: names of the outputs, for the figure.
-        plots: send histograms and figures to loggers that can show them, at every validation. "auto" leaves out figures
-            if drawing them takes more than 5 % of the validation.
+        plots: send histograms, figures and a layout to loggers that can show them, at every validation. "auto" leaves
+            out figures if drawing them takes more than 5 % of the validation.
         curve: record the score of the first 32, 64, 128, … samples and of all samples (see ``curves``). With more than
             16 classes the curve starts at two samples per class. Samples of the validation set keep the order of its
             loader, so shuffle a sorted set once. Samples of a probe are in a random order.

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_logme.features.labels import Target
 from lightning_logme.features.outputs import decide_num_outputs
 from lightning_logme.scores.evidence import Evidence
-from lightning_logme.scores.moments import Rows, moments_device
+from lightning_logme.scores.moments import Rows, moments_device, unit_vectors
 from lightning_logme.utilities.checks import EXCLUSIVE, Task, check_flags, check_options, check_task
 
 __all__ = ["evidence", "leave_one_out", "logme"]
@@ -143,12 +143,12 @@ def leave_one_out(
     found = Evidence.of(rows, num_outputs, task, fit_intercept)
     predictions = found.leave_one_out(rows.features, rows.target)
     if labels.kept is not None:
-        everything = _as_tensor(features, "features").detach().flatten(0, -2).to(rows.features.device)
-        ignored = Rows(everything, torch.zeros(len(everything), dtype=torch.int64, device=everything.device))
-        bias = 0.0 if found.bias is None else found.bias
-        whole = (ignored.normalized() if normalize else ignored).features.double() @ found.weight.T + bias
-        whole[labels.kept.to(whole.device)] = predictions
-        predictions = whole
+        everything = _as_tensor(features, "features").flatten(0, -2).to(rows.features.device)
+        everything = unit_vectors(everything) if normalize else everything
+        of_kept, predictions = predictions, everything.double() @ found.weight.T
+        if found.bias is not None:
+            predictions += found.bias
+        predictions[labels.kept.to(predictions.device)] = of_kept
     is_tokens = task in EXCLUSIVE and len(labels.shape) == 2
     return predictions.unflatten(0, labels.shape) if is_tokens else predictions
 

@@ -27,6 +27,16 @@ def moved(value: Tensor, device: torch.device) -> Tensor:
     return value.to(device, non_blocking=device.type == "cuda")
 
 
+def unit_vectors(features: Tensor) -> Tensor:
+    """Return feature vectors (n, D) scaled to length 1, in float32 or float64. Zeros stay zeros."""
+    features = features if features.dtype == torch.float64 else features.float()
+    # Divide by the largest number first, so that no square overflows.
+    for order in (math.inf, 2) if features.shape[1] else ():
+        length = torch.linalg.vector_norm(features, order, dim=1, keepdim=True)
+        features = features / torch.where(length == 0, 1.0, length)
+    return features
+
+
 @dataclass(frozen=True, eq=False)
 class Rows:
     """The features and targets of samples, checked and ready to be summed.
@@ -52,13 +62,8 @@ class Rows:
         return Rows(moved(self.features, torch.device(device)), moved(self.target, torch.device(device)))
 
     def normalized(self) -> Rows:
-        """Return the rows with each feature vector scaled to length 1, in float32 or float64. Zeros stay zeros."""
-        features = self.features if self.features.dtype == torch.float64 else self.features.float()
-        # Divide by the largest number first, so that no square overflows.
-        for order in (math.inf, 2) if features.shape[1] else ():
-            length = torch.linalg.vector_norm(features, order, dim=1, keepdim=True)
-            features = features / torch.where(length == 0, 1.0, length)
-        return Rows(features, self.target)
+        """Return the rows with each feature vector scaled to length 1."""
+        return Rows(unit_vectors(self.features), self.target)
 
     def dense_target(self, num_outputs: int) -> Tensor:
         """Return the target as (n, K) float64. Class labels become one-vs-rest columns."""
