@@ -15,6 +15,7 @@ from lightning_logme.features.labels import TargetSpec, check_target
 from lightning_logme.features.outputs import decide_num_outputs
 from lightning_logme.features.pooling import Pooling
 from lightning_logme.features.selection import AUTO, Selection, attach_by_tree
+from lightning_logme.scores.accuracy import Accuracy
 from lightning_logme.scores.curve import CurvePoint
 from lightning_logme.scores.evidence import Evidence
 from lightning_logme.scores.scoring import Scoring
@@ -46,8 +47,10 @@ class LogMECallback(AnyCallback):
     values in the same epoch. :class:`~lightning_logme.Ranking` explains how to read them. The keys are:
 
     - ``logme`` and ``logme_gain``: the score, and the score minus that of useless features, in nats per sample;
-    - ``logme/<layer>`` and ``logme_gain/<layer>``: the same for each layer, and for ``layer_mean``;
-    - ``logme/<probe>``, ``logme/<probe>/<layer>`` and their gains: the same for each probe.
+    - ``logme_accuracy``: the leave-one-out accuracy of the linear head behind the score; ``logme_r2`` in regression,
+      ``logme_f1`` for "multilabel" (see :class:`~lightning_logme.Accuracy`);
+    - ``logme/<layer>``, ``logme_gain/<layer>``, …: the same for each layer, and for ``layer_mean``;
+    - ``logme/<probe>``, ``logme/<probe>/<layer>``, …: the same for each probe.
 
     With several validation loaders, keys of the validation set end in Lightning's suffix ``/dataloader_idx_<i>``.
 
@@ -82,6 +85,8 @@ class LogMECallback(AnyCallback):
         class_names: names of the outputs, for the figure.
         plots: send histograms, figures and a layout to loggers that can show them, at every validation. "auto" leaves
             out figures if drawing them takes more than 5 % of the validation.
+        accuracy: measure the leave-one-out accuracy of the linear head as well, on all samples or on a random subset of
+            2048.
         curve: record the score of the first 32, 64, 128, … samples and of all samples (see ``curves``). With more than
             16 classes the curve starts at two samples per class. Samples of the validation set keep the order of its
             loader, so shuffle a sorted set once. Samples of a probe are in a random order.
@@ -105,6 +110,7 @@ class LogMECallback(AnyCallback):
     Attributes:
         history: one dict for each validation and key, oldest first, as in :func:`lightning_logme.read_history`.
         evidence: the last :class:`~lightning_logme.Evidence` of each key, on the CPU.
+        accuracies: the last :class:`~lightning_logme.Accuracy` of each key; empty with ``accuracy=False``.
         curves: the last curve of each key, a list of :class:`~lightning_logme.CurvePoint`, with ``curve=True``.
 
     Example:
@@ -135,6 +141,7 @@ class LogMECallback(AnyCallback):
         normalize: bool = False,
         class_names: Sequence[str] | None = None,
         plots: Plots = "auto",
+        accuracy: bool = True,
         curve: bool = False,
         probes: Mapping[str, Probe | DataLoader | Iterable[Any]] | None = None,
         probe_every: Every = 1,
@@ -143,7 +150,7 @@ class LogMECallback(AnyCallback):
         super().__init__()
         check_task(task)
         check_target(target)
-        check_flags(curve=curve, normalize=normalize, validation=validation)
+        check_flags(accuracy=accuracy, curve=curve, normalize=normalize, validation=validation)
         if not isinstance(plots, bool) and plots != "auto":
             raise ValueError(f"plots must be True, False or 'auto', got {plots!r}.")
         decide_num_outputs(task, num_classes)  # raises if num_classes does not fit the task
@@ -166,13 +173,14 @@ class LogMECallback(AnyCallback):
         self.ignore_index = ignore_index
         self.normalize = normalize
         self.class_names = None if class_names is None else names("class_names", class_names)
+        self.accuracy = accuracy
         self.curve = curve
         self.probes = Probes(probes, probe_every)
         self._has_probes = bool(self.probes)
         self.validation = validation
 
         self._selection = Selection(head, self.layers, layer_mean, features, pooling)
-        self._scoring = Scoring(task, None, ignore_index, fit_intercept, normalize, curve)
+        self._scoring = Scoring(task, None, ignore_index, fit_intercept, normalize, curve, accuracy)
         self._history = History(name, plots)
         self._validation = Validation(name, self._scoring, target, self.class_names, self._has_probes)
         self._reported: set[str] = set()  # messages that were already given
@@ -188,6 +196,10 @@ class LogMECallback(AnyCallback):
     @property
     def evidence(self) -> dict[str, Evidence]:
         return self._history.evidence
+
+    @property
+    def accuracies(self) -> dict[str, Accuracy]:
+        return self._history.accuracies
 
     @property
     def curves(self) -> dict[str, list[CurvePoint]]:

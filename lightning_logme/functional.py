@@ -145,9 +145,7 @@ def leave_one_out(
     if labels.kept is not None:
         everything = _as_tensor(features, "features").flatten(0, -2).to(rows.features.device)
         everything = unit_vectors(everything) if normalize else everything
-        of_kept, predictions = predictions, everything.double() @ found.weight.T
-        if found.bias is not None:
-            predictions += found.bias
+        of_kept, predictions = predictions, found.predict(everything)
         predictions[labels.kept.to(predictions.device)] = of_kept
     is_tokens = task in EXCLUSIVE and len(labels.shape) == 2
     return predictions.unflatten(0, labels.shape) if is_tokens else predictions

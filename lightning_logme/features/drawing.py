@@ -19,9 +19,7 @@ from torch.utils.data import (
 )
 
 from lightning_logme.features.labels import LABEL_KEYS, TargetSpec
-
-# The number of blocks of the jackknife.
-BLOCKS = 8
+from lightning_logme.scores.jackknife import BLOCKS
 
 
 def sample_indices(loader: Any) -> Tensor | None:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from lightning_logme.scores.moments import Rows, moved
+from lightning_logme.scores.subset import index_of
 from lightning_logme.utilities.checks import EXCLUSIVE, Task
 
 TargetSpec = int | str | Callable[[Any], Tensor] | None
 
-_MOST_TOKENS = 2**20  # the largest number of tokens in a sample
 LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 
 
@@ -71,11 +71,11 @@ class Target:
 
     def index(self, positions: range) -> Tensor:
         """Return the index of each kept label in the whole data set, given the positions of the N samples there."""
-        index = self.spread(torch.arange(positions.start, positions.stop, positions.step))
+        position = self.spread(torch.arange(positions.start, positions.stop, positions.step))
         if not (self.task in EXCLUSIVE and len(self.shape) == 2):
-            return index
+            return index_of(position)
         tokens = torch.arange(self.shape[1]).repeat(self.shape[0])
-        return index * _MOST_TOKENS + (tokens if self.kept is None else tokens[self.kept.cpu()])
+        return index_of(position, tokens if self.kept is None else tokens[self.kept.cpu()])
 
     def rows(self, features: Tensor, num_features: int | None = None, normalize: bool = False) -> Rows:
         """Check one source of features, and return its kept rows. This does not wait for the device.

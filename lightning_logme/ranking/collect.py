@@ -123,5 +123,5 @@ def score(
 
 def is_constant(accumulator: Accumulator) -> bool:
     """Return whether the features are the same for every sample."""
-    features = accumulator.sample()[0].features.double()
+    features = accumulator.sample().rows.features.double()
     return bool((features - features.mean(0)).square().sum() <= _CONSTANT * features.square().sum())

@@ -27,7 +27,6 @@ from lightning_logme.ranking.result import Ranking
 from lightning_logme.ranking.resume import Store
 from lightning_logme.ranking.standing import standing
 from lightning_logme.scores.scoring import Scoring
-from lightning_logme.scores.subset import SAMPLE_SIZE
 from lightning_logme.utilities.checks import Task, check_flags, check_options, check_task, integer, positive_or_none
 from lightning_logme.utilities.compat import AnyLogger, Fabric, Logger
 
@@ -196,7 +195,7 @@ def rank_backbones(
             samples.check_number(samples.number)
         num_outputs = samples.num_outputs(num_classes, ignore_index)
     fabric = Fabric(accelerator=accelerator, devices=devices, strategy=strategy, precision=precision)
-    scoring = Scoring(task, num_outputs, ignore_index, fit_intercept, normalize, sample_size=SAMPLE_SIZE)
+    scoring = Scoring(task, num_outputs, ignore_index, fit_intercept, normalize)
     rules = Rules(scoring, race and len(entries) > 1, seed)
     return pickle.loads(fabric.launch(partial(_run, entries, samples, rules, resume_from, list(loggers), progress)))
 

@@ -2,47 +2,23 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, MutableMapping, Sequence
-from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from lightning_logme.scores.curve import CurvePoint
 from lightning_logme.scores.evidence import Evidence, maximise_moments, maximise_rows
 from lightning_logme.scores.moments import Moments, Rows, moments_device
 from lightning_logme.scores.scoring import Scoring
 from lightning_logme.scores.spectrum import Spectrum
-from lightning_logme.scores.subset import SAMPLE_SIZE, IndexedRows, Subset
+from lightning_logme.scores.subset import SAMPLE_SIZE, IndexedRows, Subset, index_of
 from lightning_logme.utilities.checks import Task
 
 Key = TypeVar("Key")
 
 # Rows per segment that are summed at once. With fewer, reading and writing the Gram matrix takes most of the time.
 _ROWS_PER_FOLD = 256
-
-
-@dataclass(frozen=True, eq=False)
-class Held:
-    """The rows of one batch that are not summed yet.
-
-    Attributes:
-        rows: the rows.
-        segment: one segment for all rows, or the segment of each row.
-        index: (m,) int64 on the CPU, the index of each row in the data set.
-    """
-
-    rows: Rows
-    segment: int | Tensor
-    index: Tensor
-
-    def of(self, segment: int) -> Rows:
-        """Return the rows of a segment."""
-        if isinstance(self.segment, Tensor):
-            return self.rows[(self.segment == segment).nonzero()[:, 0]]
-        return self.rows if self.segment == segment else self.rows[:0]
 
 
 class Accumulator:
@@ -92,7 +68,7 @@ class Accumulator:
         self.device = moments_device(torch.device(device or "cpu"))
         self.sample_size = sample_size
         self.num_samples = 0
-        self.held: list[Held] = []
+        self.held: list[IndexedRows] = []
         self.sums: dict[int, Moments] = {}
         self.subset = Subset(sample_size) if sample_size else None
         self.segments: set[int] = set()
@@ -105,7 +81,7 @@ class Accumulator:
             rows: rows of this task, with D features each.
             segment: the segment of a curve, or the block of the jackknife: one for all rows, or one for each (int64, on
                 the CPU).
-            index: (m,) int64 on the CPU, the index of each row in the data set; None numbers the rows from
+            index: (m,) int64 on the CPU, the index of each row in the data set; None numbers the samples from
                 ``num_samples`` on.
 
         Raises:
@@ -120,10 +96,10 @@ class Accumulator:
         if number == 0:
             return
         if index is None:
-            index = torch.arange(self.num_samples, self.num_samples + number)
+            index = index_of(torch.arange(self.num_samples, self.num_samples + number))
         present = segment.unique().tolist() if isinstance(segment, Tensor) else [segment]
         self.segments.update(present)
-        self.held.append(Held(rows, segment if len(present) > 1 else present[0], index))
+        self.held.append(IndexedRows(rows, index, segment if len(present) > 1 else present[0]))
         self.num_samples += number
         self._fold_if_cheaper()
 
@@ -151,7 +127,7 @@ class Accumulator:
     def to(self, device: torch.device | str) -> Accumulator:
         """Move everything to another device, in place, and return the accumulator."""
         self.device = moments_device(torch.device(device))
-        self.held = [replace(held, rows=held.rows.to(self.device)) for held in self.held]
+        self.held = [held.to(self.device) for held in self.held]
         self.sums = {segment: sums.to(self.device) for segment, sums in self.sums.items()}
         if self.subset is not None and self.subset.buffer is not None:
             self.subset.buffer = self.subset.buffer.to(self.device)
@@ -180,23 +156,24 @@ class Accumulator:
     def choose(self, groups: Iterable[IndexedRows]) -> None:
         """Copy the rows that belong to the random subset, because the rows are no longer held."""
         if self.subset is not None:
-            for rows, index in groups:
-                self.subset.add(rows, index)
+            for group in groups:
+                self.subset.add(group)
 
     def chosen(self) -> list[IndexedRows]:
         """Return the summed rows in the random subset, as a list of one item, or an empty list."""
-        return [] if self.subset is None else self.subset.contents()
+        contents = None if self.subset is None else self.subset.contents()
+        return [] if contents is None else [contents]
 
     def sample(self) -> IndexedRows:
-        """Return the samples whose indices have the smallest hashes, and these indices, in the order of the hashes.
+        """Return the rows whose indices have the smallest hashes, in the order of the hashes.
 
         They do not depend on the batches, their order, or the world size.
         """
         chosen = Subset(self.sample_size)
-        for rows, index in [*self.chosen(), *((held.rows, held.index) for held in self.held)]:
-            chosen.add(rows, index)
-        rows, index = next(iter(chosen.by_hash()), (self._cat([]), chosen.index))
-        return rows.to(self.device), index
+        for group in [*self.chosen(), *self.held]:
+            chosen.add(group)
+        found = chosen.by_hash() or IndexedRows(self._cat([]), chosen.index)
+        return found.to(self.device)
 
     def evidence(self, fit_intercept: bool = False) -> Evidence:
         """Return the evidence of all rows: from rows if n < D and all are held, else from moments."""
@@ -211,28 +188,19 @@ class Accumulator:
         total = sums[0] if len(sums) == 1 else Moments.sum(sums)
         return maximise_moments(total, self.task, fit_intercept)
 
-    def curve(self, fit_intercept: bool = False, whole: Evidence | None = None) -> list[CurvePoint]:
-        """Return the scores of the first segment, of the first two, …, and of all. Only the last score may warn.
-
-        Args:
-            fit_intercept: as in :meth:`Evidence.from_moments`.
-            whole: the evidence of all rows, if known, so that it is not computed again.
-        """
-        points: list[CurvePoint] = []
-        for number, prefix in enumerate(self._prefixes(), 1):
-            last = number == len(self.segments)
-            if last and whole is not None:
-                evidence = whole
-            else:
-                with warnings.catch_warnings():
-                    if not last:
-                        warnings.simplefilter("ignore")  # A few samples may have no evidence.
-                    if isinstance(prefix, Moments):
-                        evidence = Evidence.from_moments(prefix, self.task, fit_intercept)
-                    else:
-                        evidence = Evidence.from_rows(prefix, self.num_outputs, self.task, fit_intercept)
-            points.append(CurvePoint(evidence.num_samples, float(evidence.score), float(evidence.gain)))
-        return points
+    def prefixes(self) -> Iterator[tuple[int, Rows | Moments]]:
+        """Yield the last segment of, and the rows or moments of, the first segment, the first two, …, and all."""
+        if self._has_few_rows:
+            groups: list[Rows] = []
+            for segment, rows in self._by_segment(self.held):
+                groups.append(rows)
+                yield segment, self._cat(groups)
+        elif len(self.segments) == 1:
+            yield from self.moments().items()
+        else:
+            total = self._zeros()
+            for segment, sums in self.moments().items():
+                yield segment, total.add_(sums)
 
     def projected(self, basis: Tensor | None) -> list[Moments]:
         """Return the moments of each segment, of the features times a basis (D, R). If n < D, the rows stay held."""
@@ -251,18 +219,7 @@ class Accumulator:
         """Whether all rows are held, and FFᵀ is smaller than the Gram matrix."""
         return not self.sums and self.num_samples < self.num_features
 
-    def _prefixes(self) -> Iterator[Rows | Moments]:
-        """Yield the rows or moments of the first segment, of the first two, …, and of all."""
-        if self._has_few_rows:
-            groups = [rows for _, rows in self._by_segment(self.held)]
-            yield from (self._cat(groups[: number + 1]) for number in range(len(groups)))
-        elif len(self.segments) == 1:
-            yield from self.moments().values()
-        else:
-            total = self._zeros()
-            yield from (total.add_(sums) for sums in self.moments().values())
-
-    def _by_segment(self, held: Sequence[Held]) -> Iterator[tuple[int, Rows]]:
+    def _by_segment(self, held: Sequence[IndexedRows]) -> Iterator[tuple[int, Rows]]:
         """Yield the rows of each segment that has some, in ascending order."""
         for segment in sorted(self.segments):
             rows = self._cat([each.of(segment) for each in held])
@@ -295,7 +252,7 @@ class Accumulator:
             while held and number < _ROWS_PER_FOLD * len(self.segments):
                 some.append(held.pop(0))
                 number += len(some[-1].index)
-            self.choose((each.rows, each.index) for each in some)
+            self.choose(some)
             for segment, rows in self._by_segment(some):
                 sums = self.sums[segment] if segment in self.sums else self._zeros()
                 self.sums[segment] = sums.accumulate(rows)
@@ -322,5 +279,6 @@ def accumulate(
     if key not in accumulators:
         assert scoring.num_outputs is not None
         width, device = rows.features.shape[1], rows.features.device
-        accumulators[key] = Accumulator(scoring.task, width, scoring.num_outputs, device, scoring.sample_size)
+        size = SAMPLE_SIZE if scoring.accuracy else 0
+        accumulators[key] = Accumulator(scoring.task, width, scoring.num_outputs, device, size)
     accumulators[key].add(rows, segment, index)

@@ -126,6 +126,11 @@ class Evidence:
             )
         return predict_without_each(Rows(features.detach(), target), self.decomposition, self.alpha / self.beta)
 
+    def predict(self, features: Tensor) -> Tensor:
+        """Return the outputs (m, K) of the head, float64, for features (m, D) of samples that are not in the fit."""
+        outputs = features.detach().double() @ self.weight.T
+        return outputs if self.bias is None else outputs + self.bias
+
     def head(self, dtype: torch.dtype | None = None) -> torch.nn.Linear:
         """Return the posterior mean as a linear layer, a warm start for a classifier.
 

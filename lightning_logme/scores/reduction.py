@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 
 from lightning_logme.scores.accumulator import Accumulator
 from lightning_logme.scores.moments import Moments
+from lightning_logme.scores.subset import IndexedRows, largest_hash, mixed
 from lightning_logme.utilities.checks import Task
 from lightning_logme.utilities.distributed import gathered, together
 
@@ -20,8 +21,8 @@ def reduced(
 ) -> tuple[dict[Key, Accumulator], dict[Key, str]]:
     """Add up the accumulators of all processes. All processes must call this.
 
-    The moments are reduced key by key and segment by segment. Rows are exchanged only for the random subsets. A process
-    without a key or segment contributes zeros.
+    The moments are reduced key by key and segment by segment. Rows are exchanged only for the random subset that is
+    common to all processes. A process without a key or segment contributes zeros.
 
     Args:
         mine: the accumulators of this process, by sortable keys. They must not be used later.
@@ -69,6 +70,22 @@ def reduced(
                 sums = Moments.zeros(total.num_features, total.num_outputs, total.device)
             total.sums[segment] = sums.all_reduce()
         total.segments = segments[key]
-        for groups in gathered(alone, [(rows.to("cpu"), index) for rows, index in own.chosen()]):
-            total.choose(groups)
+        if total.sample_size:
+            total.choose(gathered_subset(own.chosen(), total.sample_size))
     return {key: results[key] for key in sorted(results.keys() - broken.keys())}, broken  # type: ignore[type-var]
+
+
+def gathered_subset(mine: Sequence[IndexedRows], size: int, group: Any = None) -> list[IndexedRows]:
+    """Return the rows of all processes that are in the common random subset, on the CPU. All processes call this.
+
+    The processes exchange all indices first, and then only the rows that are in the common subset.
+
+    Args:
+        mine: the rows in the random subset of this process.
+        size: the largest number of rows.
+        group: the processes; None stands for all.
+    """
+    indices = gathered(False, [rows.index for rows in mine], group)
+    bound = largest_hash([index for process in indices for index in process], size)
+    kept = [rows[(mixed(rows.index) <= bound).nonzero()[:, 0]].to("cpu") for rows in mine]
+    return [rows for process in gathered(False, kept, group) for rows in process]

@@ -18,7 +18,7 @@ class Scoring:
         fit_intercept: centre features and targets first.
         normalize: scale the features of each sample to length 1.
         curve: score the first few samples, twice as many, …, and all.
-        sample_size: the number of samples in the random subset of each accumulator.
+        accuracy: measure the accuracy of the linear head, on a random subset of the samples.
     """
 
     task: Task = "multiclass"
@@ -27,4 +27,4 @@ class Scoring:
     fit_intercept: bool = False
     normalize: bool = False
     curve: bool = False
-    sample_size: int = 0
+    accuracy: bool = True

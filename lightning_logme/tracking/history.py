@@ -15,12 +15,14 @@ from typing import Any, Literal
 import torch
 
 from lightning_logme.features.extractor import HEAD, LAYER_MEAN
+from lightning_logme.scores.accuracy import METRICS, Accuracy
 from lightning_logme.scores.curve import CurvePoint
 from lightning_logme.scores.evidence import Evidence
+from lightning_logme.scores.scoring import Scoring
 from lightning_logme.tracking.validation import Pass, Result
 from lightning_logme.utilities.compat import LightningModule, Trainer, logged_step, rank_zero_info
 from lightning_logme.utilities.loggers import Board
-from lightning_logme.utilities.plots import gain_by_layer, gain_by_output, gain_by_samples
+from lightning_logme.utilities.plots import confusion, gain_by_layer, gain_by_output, gain_by_samples
 
 Row = dict[str, Any]
 
@@ -31,7 +33,7 @@ _NO_RESULT: dict[str, Any] = {"logme": math.nan, "gain": math.nan, "num_samples"
 
 
 def is_key(key: Any, name: str, probe: str | None = None) -> bool:
-    """Return whether a callback logs a score or a gain under a key.
+    """Return whether a callback logs a score, a gain or an accuracy under a key.
 
     Args:
         key: the key, such as the one that a monitor watches.
@@ -39,7 +41,12 @@ def is_key(key: Any, name: str, probe: str | None = None) -> bool:
         probe: name of a probe; then only its keys count.
     """
     end = "" if probe is None else f"/{probe}"
-    return any(key == start or str(key).startswith(f"{start}/") for start in (name + end, f"{name}_gain{end}"))
+    return any(key == start + end or str(key).startswith(f"{start}{end}/") for start in _prefixes(name))
+
+
+def _prefixes(name: str) -> list[str]:
+    """Return the prefixes of all logged keys of a callback."""
+    return [name, *(f"{name}_{what}" for what in ("gain", *dict.fromkeys(METRICS.values())))]
 
 
 class History:
@@ -52,6 +59,7 @@ class History:
     Attributes:
         rows: one dict for each pass and key, oldest first.
         evidence: the last evidence of each key.
+        accuracies: the last accuracy of each key.
         curves: the last curve of each key.
         position: epoch and step of weights from a checkpoint; None uses those of the trainer.
     """
@@ -60,6 +68,7 @@ class History:
         self.name = name
         self.rows: list[Row] = []
         self.evidence: dict[str, Evidence] = {}
+        self.accuracies: dict[str, Accuracy] = {}
         self.curves: dict[str, list[CurvePoint]] = {}
         self.position: tuple[int, int] | None = None
         self._plots: bool | Literal["auto"] = plots
@@ -123,14 +132,14 @@ class History:
             suffixes = {source: prefix + (f"/{source}" if source else "") + ending for source in sources}
             of_loader = {source: results.get((source or head, index)) for source in sources}
             for source, suffix in suffixes.items():
-                values = self._store(trainer, suffix, of_loader[source], current.scoring.curve)
+                values = self._store(trainer, suffix, of_loader[source], current.scoring)
                 in_bar = probe is None and not source  # the bar has no room for keys of layers and probes
                 self._log(trainer, module, values, in_bar, is_saving)
             if self._board is not None:
                 output = _OUTPUTS.get(current.scoring.task, "class")
                 self._draw(self._board, logged_step(trainer), prefix + ending, suffixes, of_loader, output, class_names)
 
-    def _store(self, trainer: Trainer, suffix: str, result: Result | None, has_curve: bool) -> dict[str, float]:
+    def _store(self, trainer: Trainer, suffix: str, result: Result | None, scoring: Scoring) -> dict[str, float]:
         """Store one result (None becomes NaN), and return the values to log."""
         key = self.name + suffix
         numbers = _NO_RESULT if result is None else _plain(result.evidence)
@@ -138,12 +147,21 @@ class History:
         stage = str(trainer.state.fn.value) if trainer.state.fn is not None else ""
         row: Row = {"epoch": epoch, "global_step": global_step, "key": key, "stage": stage}
         row |= {name: numbers[name] for name in _NO_RESULT}
-        if has_curve:
+        values = {key: numbers["logme"], f"{self.name}_gain{suffix}": numbers["gain"]}
+        if scoring.accuracy:
+            accuracy = result and result.accuracy or Accuracy(METRICS[scoring.task])
+            measured = {accuracy.metric: accuracy.value, f"{accuracy.metric}_stderr": accuracy.stderr}
+            row |= measured
+            numbers = {**numbers, **measured}
+            values[f"{self.name}_{accuracy.metric}{suffix}"] = accuracy.value
+            if result is not None:
+                self.accuracies[key] = accuracy
+        if scoring.curve:
             row["curve"] = [] if result is None else [list(point) for point in result.curve]
         self.rows.append(row)
         if result is not None:
             self._numbers[key], self.evidence[key], self.curves[key] = numbers, result.evidence, result.curve
-        return {key: numbers["logme"], f"{self.name}_gain{suffix}": numbers["gain"]}
+        return values
 
     def _log(
         self, trainer: Trainer, module: LightningModule, values: Mapping[str, float], in_bar: bool, is_saving: bool
@@ -173,7 +191,7 @@ class History:
         """Draw the results of one loader."""
         keys = {source: self.name + ending for source, ending in suffixes.items()}
         results = {source: result for source, result in of_loader.items() if result is not None}
-        for source, (evidence, _) in results.items():
+        for source, (evidence, accuracy, _) in results.items():
             key, gains = keys[source], (evidence.per_output - evidence.null)
             if not bool(gains.isfinite().any()):
                 continue
@@ -182,6 +200,8 @@ class History:
             mean, num_samples = float(evidence.gain), evidence.num_samples
             draw = partial(gain_by_output, gains.tolist(), mean, num_samples, class_names, output)
             board.figure(f"{key}/gain_by_output", draw, step)
+            if source == HEAD and accuracy is not None and accuracy.confusion is not None:
+                board.figure(f"{key}/confusion", partial(_confusion, accuracy, class_names), step)
         layers = {source: key for source, key in keys.items() if source not in (HEAD, LAYER_MEAN)}
         if len(layers) > 1:
             tag = f"{self.name}{suffix}/gain_by_layer"
@@ -192,7 +212,7 @@ class History:
             board.figure(f"{self.name}{suffix}/gain_by_samples", lambda: gain_by_samples(points), step)
 
     def arrange(self, trainer: Trainer) -> None:
-        """Put the scores, the gains and the module's own metrics side by side in TensorBoard.
+        """Put the scores, the gains, the accuracies and the module's own metrics side by side in TensorBoard.
 
         All processes call this together, after the metrics of a pass are logged: reading metrics may reduce them over
         processes.
@@ -201,7 +221,8 @@ class History:
         if self._board is not None:
             others = [key.split("/dataloader_idx_")[0] for key in logged if not is_key(key, self.name)]
             patterns = {key: rf"{re.escape(key)}(/dataloader_idx_\d+)?$" for key in others}
-            patterns = {key: f"{re.escape(key)}(/|$)" for key in (self.name, f"{self.name}_gain")} | patterns
+            own = [key for key in _prefixes(self.name) if any(re.match(f"{re.escape(key)}(/|$)", one) for one in logged)]
+            patterns = {key: f"{re.escape(key)}(/|$)" for key in own} | patterns
             charts = {key: ["Multiline", [pattern]] for key, pattern in patterns.items()}
             self._board.layout({self.name: charts})
 
@@ -225,6 +246,11 @@ def _plain(evidence: Evidence) -> dict[str, Any]:
     }
 
 
+def _confusion(accuracy: Accuracy, class_names: Sequence[str] | None) -> Any:
+    assert accuracy.confusion is not None
+    return confusion(accuracy.confusion.tolist(), accuracy.value, accuracy.stderr, class_names)
+
+
 def read_history(path: str | PathLike[str]) -> list[Row]:
     """Return the history of LogME in a Lightning checkpoint.
 
@@ -234,7 +260,8 @@ def read_history(path: str | PathLike[str]) -> list[Row]:
 
     Returns:
         One dict for each validation and key, oldest first: ``epoch``, ``global_step``, ``key`` (the logged name),
-        ``logme`` and ``gain`` (nats per sample), ``num_samples`` and ``stage`` ("fit" or "validate").
+        ``logme`` and ``gain`` (nats per sample), ``num_samples`` and ``stage`` ("fit" or "validate"). With accuracy,
+        also ``accuracy`` and ``accuracy_stderr``, or ``r2`` and ``r2_stderr``, or ``f1`` and ``f1_stderr``.
 
     Raises:
         ValueError: the file has no LogME history, is not a complete checkpoint, or holds objects that could run code.
@@ -250,7 +277,7 @@ def read_evidence(path: str | PathLike[str]) -> dict[str, dict[str, Any]]:
         path: a checkpoint, read as in :func:`read_history`.
 
     Returns:
-        A dict for each key: ``logme``, ``gain`` and ``num_samples``, and lists with one number for each output:
+        A dict for each key: ``logme``, ``gain``, ``num_samples``, and the accuracy as in :func:`read_history`, and lists with one number for each output:
         ``per_output``, ``null``, ``alpha``, ``beta``, ``effective_dim`` and ``saturated``, as in
         :class:`~lightning_logme.Evidence`.
 

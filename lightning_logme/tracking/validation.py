@@ -19,7 +19,8 @@ from lightning_logme.features.labels import Labels, TargetSpec, read_labels
 from lightning_logme.features.outputs import decide_num_outputs
 from lightning_logme.features.padding import rows_without_padding
 from lightning_logme.scores.accumulator import Accumulator, accumulate
-from lightning_logme.scores.curve import CurvePoint, segments
+from lightning_logme.scores.accuracy import Accuracy, measure
+from lightning_logme.scores.curve import CurvePoint, curve_of, segments
 from lightning_logme.scores.evidence import Evidence
 from lightning_logme.scores.reduction import reduced
 from lightning_logme.scores.scoring import Scoring
@@ -35,10 +36,12 @@ class Result(NamedTuple):
 
     Attributes:
         evidence: the evidence of all samples, on the CPU.
+        accuracy: the accuracy of its linear head; None with ``accuracy=False``.
         curve: a point for each doubling of the samples; empty without ``curve=True``.
     """
 
     evidence: Evidence
+    accuracy: Accuracy | None
     curve: list[CurvePoint]
 
 
@@ -153,9 +156,11 @@ class Pass:
         return accumulators
 
     def _result(self, accumulator: Accumulator) -> Result:
-        evidence = accumulator.evidence(self.scoring.fit_intercept)
-        curve = accumulator.curve(self.scoring.fit_intercept, evidence) if self.scoring.curve else []
-        return Result(evidence.to("cpu"), curve)
+        scoring = self.scoring
+        evidence, spectrum = accumulator.decomposed(scoring.fit_intercept)
+        accuracy = measure(accumulator.sample(), evidence, spectrum, scoring.task) if scoring.accuracy else None
+        curve = curve_of(accumulator, scoring.fit_intercept, (evidence, accuracy)) if scoring.curve else []
+        return Result(evidence.to("cpu"), accuracy, curve)
 
 
 class Stage(Enum):

@@ -44,17 +44,18 @@ def together(alone: bool) -> Iterator[None]:
         raise Failure(found) from None
 
 
-def gathered(alone: bool, mine: T) -> list[T]:
+def gathered(alone: bool, mine: T, group: Any = None) -> list[T]:
     """Return the objects of all processes, by rank.
 
     Args:
         alone: whether the run has only one process, even if torch.distributed has more.
         mine: a picklable object of this process.
+        group: the processes that call this together; None stands for all.
     """
     if alone:
         return [mine]
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, mine, group=group)
     return everyone
 
 

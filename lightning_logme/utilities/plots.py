@@ -68,6 +68,35 @@ def gain_by_output(
     return _figure(axes)
 
 
+def confusion(
+    counts: Sequence[Sequence[int]],
+    accuracy: float,
+    stderr: float,
+    names: Sequence[str] | None = None,
+    axes: Axes | None = None,
+) -> Figure:
+    """Draw the share of each class's samples that is predicted as each class, as a map of squares.
+
+    Args:
+        counts: the number of samples by class (row) and predicted class (column).
+        accuracy: shown in the title.
+        stderr: its standard error.
+        names: one name per class. Classes are numbered if ``names`` is None.
+        axes: where to draw; a new figure if None.
+    """
+    names = list(map(str, range(len(counts)))) if names is None else names
+    shares = [[count / max(sum(row), 1) for count in row] for row in counts]
+    side = max(_HEIGHT, _MARGIN + 1.1 * _LINE * len(counts))
+    longest = _CHARACTER * min(max(map(len, names), default=0), _SHORT)
+    title = f"leave-one-out accuracy {accuracy:.3f} ± {stderr:.3f}"
+    axes = _prepared(axes, title, "predicted class", "class", side + longest, _size_for(names)[1] - _HEIGHT + side)
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    _figure(axes).colorbar(image, ax=axes, label="share of the class")
+    _name_ticks(axes, names)
+    axes.set_yticks(range(len(names)), [_shown(name, _SHORT) for name in names], parse_math=False)
+    return _figure(axes)
+
+
 def gain_by_layer(layers: Sequence[str], gains: Sequence[Sequence[float]], axes: Axes | None = None) -> Figure:
     """Draw one line per validation over the layers. Newer lines are darker.
 
