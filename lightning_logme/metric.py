@@ -16,12 +16,16 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_logme.features.labels import Target
 from lightning_logme.features.outputs import decide_num_outputs
-from lightning_logme.scores.accumulator import Accumulator, Held
+from lightning_logme.scores.accumulator import Accumulator
+from lightning_logme.scores.accuracy import Accuracy, measure
 from lightning_logme.scores.evidence import Evidence
 from lightning_logme.scores.moments import Moments, Rows, moments_device
+from lightning_logme.scores.reduction import gathered_subset
+from lightning_logme.scores.subset import SAMPLE_SIZE, IndexedRows, Subset, index_of
 from lightning_logme.utilities.checks import Task, check_flags, check_options, check_task, positive
 
-_LISTS = ("held_features", "held_target")
+_LISTS = ("held_features", "held_target", "held_index", "subset_features", "subset_target", "subset_index", "num_seen")
+_ON_CPU = ("held_index", "subset_index", "num_seen")  # so that updates need not wait for the device
 
 
 class LogME(Metric):
@@ -89,6 +93,11 @@ class LogME(Metric):
     target_square: Tensor
     held_features: list[Tensor]
     held_target: list[Tensor]
+    held_index: list[Tensor]
+    subset_features: list[Tensor]
+    subset_target: list[Tensor]
+    subset_index: list[Tensor]
+    num_seen: list[Tensor]
 
     def __init__(
         self,
@@ -116,6 +125,7 @@ class LogME(Metric):
         self.fit_intercept = fit_intercept
         self.normalize = normalize
         self._evidence: Evidence | None = None
+        self._accuracy: Accuracy | None = None
         # A sum is a scalar 0 until rows are added, because torchmetrics copies every state and its
         # default, and a D × D matrix is large.
         zero = torch.zeros((), dtype=torch.float64)
@@ -129,8 +139,8 @@ class LogME(Metric):
         self.add_state("feature_sum", default=zero, dist_reduce_fx="sum")
         self.add_state("target_sum", default=zero, dist_reduce_fx="sum")
         self.add_state("target_square", default=zero, dist_reduce_fx="sum")
-        self.add_state("held_features", default=[], dist_reduce_fx="cat")
-        self.add_state("held_target", default=[], dist_reduce_fx="cat")
+        for name in _LISTS:
+            self.add_state(name, default=[], dist_reduce_fx="cat")
 
     def update(self, features: Tensor, target: Tensor) -> None:
         """Add the features and labels of a batch."""
@@ -139,12 +149,17 @@ class LogME(Metric):
         accumulator = self._accumulator()
         if not self._is_folded:  # the rows may be held, and the caller may overwrite its tensors
             rows = Rows(rows.features.clone(), rows.target.clone())
-        accumulator.add(rows)
+        # Processes take samples in turn, as in DistributedSampler.
+        world_size = _world_size()
+        first = self._num_seen * world_size + (dist.get_rank() if world_size > 1 else 0)
+        accumulator.add(rows, index=checked.index(range(first, first + len(target) * world_size, world_size)))
         self._set(accumulator)
+        self.num_seen = [torch.tensor([self._num_seen + len(target)])]
 
     def compute(self) -> Tensor:
         """Return LogME of the samples of all processes since the last reset."""
         self._evidence = self._accumulator().evidence(self.fit_intercept)
+        self._accuracy = None
         return self._evidence.score
 
     def evidence(self) -> Evidence:
@@ -152,6 +167,20 @@ class LogME(Metric):
         self.compute()  # cached by torchmetrics until the next update
         assert self._evidence is not None
         return self._evidence
+
+    def accuracy(self) -> Accuracy:
+        """Return the leave-one-out accuracy of the evidence's linear head, synchronised as in :meth:`compute`.
+
+        It is measured on all samples, or on a random subset of 2048. It includes the work of :meth:`compute`, so call
+        it first if you need both.
+        """
+        if self._computed is None or self._accuracy is None:
+            with self.sync_context(self.dist_sync_fn, None, self._to_sync, self._should_unsync):
+                accumulator = self._accumulator()
+                self._evidence, spectrum = accumulator.decomposed(self.fit_intercept)
+                self._accuracy = measure(accumulator.sample(), self._evidence, spectrum, self.task)
+            self._computed = self._evidence.score  # type: ignore[assignment]  # torchmetrics annotates None
+        return self._accuracy
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
         """Add the states of another metric, or a dict of its states."""
@@ -164,15 +193,25 @@ class LogME(Metric):
         """Add incoming states, for ``forward`` and ``merge_state``."""
         # States of version 0.1 have neither lists nor options.
         missing: dict[str, Any] = {name: [] for name in _LISTS} | {"options": self.options}
-        super()._reduce_states({**missing, **incoming_state})
+        incoming_state = {**missing, **incoming_state}
+        if self._num_seen <= SAMPLE_SIZE:  # all rows are here, so they can get new indices
+            shift = index_of(sum(incoming_state["num_seen"], torch.zeros(1, dtype=torch.int64)) * _world_size())
+            self.held_index = [index + shift for index in self.held_index]
+            self.subset_index = [index + shift for index in self.subset_index]
+        super()._reduce_states(incoming_state)
         self._set(self._accumulator())
+        self.num_seen = [torch.tensor([self._num_seen])]
 
     def _sync_dist(self, dist_sync_fn: Callable = gather_all_tensors, process_group: Any = None) -> None:
         """Replace the states by their sums over all processes."""
-        for name, value in vars(self.moments()).items():
-            everyone = dist_sync_fn(value, group=process_group or self.process_group)
-            setattr(self, name, functools.reduce(torch.add, everyone))
-        self.held_features, self.held_target = [], []
+        group, accumulator = process_group or self.process_group, self._accumulator()
+        for name, value in vars(self._sums(accumulator)).items():
+            setattr(self, name, functools.reduce(torch.add, dist_sync_fn(value, group=group)))
+        if _world_size() > 1:
+            everyone = gathered_subset(accumulator.chosen(), SAMPLE_SIZE, group)
+            accumulator.subset = Subset(SAMPLE_SIZE)
+            accumulator.choose(everyone)
+        self._set_rows(accumulator)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load copies of states whose shapes fit, and discard results that were computed before."""
@@ -186,7 +225,7 @@ class LogME(Metric):
                     f"the state {name!r} must have shape {shape}, got {tuple(loaded.shape)}; load it into a metric "
                     "with the same num_features and number of outputs."
                 )
-        self._computed, self._evidence = None, None
+        self._computed = self._evidence = self._accuracy = None
         if prefix + "count" in state_dict:  # states of version 0.1 have no lists
             state_dict = {**{prefix + name: [] for name in _LISTS}, **state_dict}
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -199,8 +238,16 @@ class LogME(Metric):
 
     def moments(self) -> Moments:
         """Return the sums over the samples of this process, or of all processes once they are synchronised."""
-        sums = self._accumulator().moments().get(0)
+        return self._sums(self._accumulator())
+
+    def _sums(self, accumulator: Accumulator) -> Moments:
+        sums = accumulator.moments().get(0)
         return Moments.zeros(self.num_features, self.num_outputs, self.count.device) if sums is None else sums
+
+    @property
+    def _num_seen(self) -> int:
+        """The number of samples so far, including those that are left out."""
+        return sum(int(number) for number in self.num_seen)
 
     @property
     def _is_folded(self) -> bool:
@@ -208,13 +255,15 @@ class LogME(Metric):
 
     def _accumulator(self) -> Accumulator:
         """Return an accumulator of the states. Between two calls, the states are either held rows or sums."""
-        accumulator = Accumulator(self.task, self.num_features, self.num_outputs, self.count.device, sample_size=0)
+        accumulator = Accumulator(self.task, self.num_features, self.num_outputs, self.count.device)
         if self._is_folded:
             accumulator.sums = {0: Moments(**{field.name: getattr(self, field.name) for field in fields(Moments)})}
-        accumulator.held = [
-            Held(Rows(features, target), 0, torch.arange(len(target)))
-            for features, target in zip(self.held_features, self.held_target, strict=True)
-        ]
+        held = zip(self.held_features, self.held_target, self.held_index, strict=True)
+        accumulator.held = [IndexedRows(Rows(features, target), index) for features, target, index in held]
+        subset = zip(self.subset_features, self.subset_target, self.subset_index, strict=True)
+        groups = [IndexedRows(Rows(features, target), index) for features, target, index in subset]
+        accumulator.subset = Subset(SAMPLE_SIZE, *groups[:1])
+        accumulator.choose(groups[1:])
         accumulator.segments = {0}
         accumulator.num_samples = sum(map(len, self.held_features))
         return accumulator
@@ -224,8 +273,14 @@ class LogME(Metric):
         if accumulator.sums or accumulator.num_samples >= self.num_features:
             for name, value in vars(accumulator.moments()[0]).items():
                 setattr(self, name, value)
-        self.held_features = [held.rows.features for held in accumulator.held]
-        self.held_target = [held.rows.target for held in accumulator.held]
+        self._set_rows(accumulator)
+
+    def _set_rows(self, accumulator: Accumulator) -> None:
+        """Write the rows of an accumulator into the states."""
+        for name, groups in (("held", accumulator.held), ("subset", accumulator.chosen())):
+            setattr(self, f"{name}_features", [group.rows.features for group in groups])
+            setattr(self, f"{name}_target", [group.rows.target for group in groups])
+            setattr(self, f"{name}_index", [group.index for group in groups])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> Module:
         """Let torch move the states between devices, but keep their precision."""
@@ -233,8 +288,12 @@ class LogME(Metric):
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(moments_device(fn(tensor.new_empty(0)).device))
 
-        self._computed, self._evidence = None, None
-        return super()._apply(move, exclude_state)
+        self._computed = self._evidence = self._accuracy = None
+        return super()._apply(move, (*exclude_state, *_ON_CPU))
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _all_reduce(state: Tensor, group: Any = None) -> list[Tensor]:

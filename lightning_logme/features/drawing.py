@@ -19,7 +19,9 @@ from torch.utils.data import (
 )
 
 from lightning_logme.features.labels import LABEL_KEYS, TargetSpec
-from lightning_logme.scores.jackknife import BLOCKS
+
+# The number of blocks of the jackknife.
+BLOCKS = 8
 
 
 def sample_indices(loader: Any) -> Tensor | None:

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_logme.features.drawing import labels_at_hand, sample_indices, stratified_order, with_batches
+from lightning_logme.features.drawing import BLOCKS, labels_at_hand, sample_indices, stratified_order, with_batches
 from lightning_logme.features.isolation import seed_generators
 from lightning_logme.features.labels import Target, TargetSpec, conform_target, find_target
 from lightning_logme.features.outputs import decide_num_outputs
-from lightning_logme.scores.jackknife import BLOCKS
 from lightning_logme.scores.subset import mixed
 from lightning_logme.utilities.checks import EXCLUSIVE, Task
 

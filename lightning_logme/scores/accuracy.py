@@ -16,7 +16,7 @@ from torchmetrics.functional.classification import (
 from torchmetrics.functional.regression import r2_score
 
 from lightning_logme.scores.evidence import Evidence
-from lightning_logme.scores.jackknife import BLOCKS, standard_error
+from lightning_logme.scores.jackknife import standard_error
 from lightning_logme.scores.leave_one_out import predict_without_each
 from lightning_logme.scores.moments import moved
 from lightning_logme.scores.spectrum import Spectrum
@@ -25,6 +25,8 @@ from lightning_logme.utilities.checks import EXCLUSIVE, Task
 
 METRICS: dict[Task, str] = {"binary": "accuracy", "multiclass": "accuracy", "multilabel": "f1", "regression": "r2"}
 
+# Random blocks of samples for the jackknife. More blocks make the standard error more certain.
+_BLOCKS = 32
 _MOST_CLASSES = 30  # of a confusion matrix
 _THRESHOLD = 0.5  # of a label's prediction
 
@@ -42,7 +44,7 @@ class Accuracy:
             "regression".
         value: the value of the metric, at most 1; NaN without evidence.
         num_samples: the number of samples that were predicted: all, or a random subset of 2048.
-        replicates: the value without each of eight random blocks of these samples. Candidates that see the same samples
+        replicates: the value without each of 32 random blocks of these samples. Candidates that see the same samples
             have the same blocks.
         confusion: (K, K) int64 on the CPU, the number of samples by label (row) and predicted class (column); None in
             other tasks, and with more than 30 classes.
@@ -56,7 +58,7 @@ class Accuracy:
 
     @property
     def stderr(self) -> float:
-        """The standard error of the value by the block jackknife. It is itself uncertain by about a quarter."""
+        """The standard error of the value by the block jackknife. It is itself uncertain by about an eighth."""
         return standard_error(self.replicates)
 
 
@@ -118,16 +120,15 @@ def accuracy_of(decisions: Tensor, target: Tensor, index: Tensor, evidence: Evid
     if not bool(valid.all()):
         warnings.warn("LogME: the accuracy is NaN, because features or predictions contain NaN or Inf.", stacklevel=2)
         return Accuracy(METRICS[task])
-    block = moved(torch.unique(mixed(position_of(index)), return_inverse=True)[1] % BLOCKS, decisions.device)
+    block = moved(torch.unique(mixed(position_of(index)), return_inverse=True)[1] % _BLOCKS, decisions.device)
     replicates = [
-        _value(decisions[others], target[others], present, task) for others in (block != each for each in range(BLOCKS))
+        _value(decisions[others], target[others], present, task)
+        for others in (block != each for each in range(_BLOCKS))
     ]
     confusion = None
     if task in EXCLUSIVE and len(present) <= _MOST_CLASSES:
         confusion = multiclass_confusion_matrix(decisions, target, len(present), validate_args=False).cpu()
-    return Accuracy(
-        METRICS[task], _value(decisions, target, present, task), len(index), replicates, confusion
-    )
+    return Accuracy(METRICS[task], _value(decisions, target, present, task), len(index), replicates, confusion)
 
 
 def _value(decisions: Tensor, target: Tensor, present: Tensor, task: Task) -> float:
@@ -148,4 +149,4 @@ def _value(decisions: Tensor, target: Tensor, present: Tensor, task: Task) -> fl
         return math.nan
     # R² does not depend on shift and scale. torchmetrics takes sums of squares below 1e-4 for zero.
     scaled = [((each - centre) / spread)[:, present] for each in (decisions, target)]
-    return float(r2_score(*scaled))
+    return float(r2_score(scaled[0], scaled[1]))

@@ -15,9 +15,6 @@ from lightning_logme.scores.moments import Moments
 
 Name = TypeVar("Name", bound=Hashable)
 
-# Random blocks of samples, each of which is left out once.
-BLOCKS = 8
-
 # The probability that a race among equally good candidates drops any of them. Also the probability that a candidate as
 # good as the best is not reported as tied.
 ERROR_RATE = 0.05

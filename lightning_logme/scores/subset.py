@@ -74,17 +74,20 @@ class Subset:
 
     Args:
         size: the largest number of rows.
+        contents: what :meth:`contents` of an earlier subset returned. It is not copied, and is changed later.
 
     Attributes:
-        buffer: memory for ``size`` rows. The first ``len(index)`` rows are in use. None without rows.
+        buffer: memory for at most ``size`` rows. The first ``len(index)`` rows are in use. None without rows.
         index: int64 on the CPU, the index of each row in the whole data set.
         segment: int64 on the CPU, the segment of each row.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, contents: IndexedRows | None = None) -> None:
         self.size = size
         self.buffer: Rows | None = None
         self.index = self.segment = torch.empty(0, dtype=torch.int64)
+        if contents is not None:
+            self.buffer, self.index, self.segment = contents.rows, contents.index, contents.segments
 
     @torch.no_grad()
     def add(self, new: IndexedRows) -> None:
@@ -120,8 +123,13 @@ class Subset:
 
     def _room_for(self, rows: Rows) -> Rows:
         """Return a buffer that can be written to, in a dtype that can hold the rows as well."""
-        if self.buffer is None:
-            return Rows(*(value.new_zeros(self.size, *value.shape[1:]) for value in vars(rows).values()))
+        if self.buffer is None or len(self.buffer) < self.size:
+            room = [value.new_zeros(self.size, *value.shape[1:]) for value in vars(self.buffer or rows).values()]
+            if self.buffer is None:
+                return Rows(*room)
+            for new, old in zip(room, vars(self.buffer).values(), strict=True):
+                new[: len(old)] = old
+            self.buffer = Rows(*room)
         outside, found = not torch.is_inference_mode_enabled(), []
         for mine, value in zip(vars(self.buffer).values(), vars(rows).values(), strict=True):
             if mine.dtype != value.dtype:

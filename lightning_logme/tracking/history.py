@@ -149,7 +149,7 @@ class History:
         row |= {name: numbers[name] for name in _NO_RESULT}
         values = {key: numbers["logme"], f"{self.name}_gain{suffix}": numbers["gain"]}
         if scoring.accuracy:
-            accuracy = result and result.accuracy or Accuracy(METRICS[scoring.task])
+            accuracy = (result and result.accuracy) or Accuracy(METRICS[scoring.task])
             measured = {accuracy.metric: accuracy.value, f"{accuracy.metric}_stderr": accuracy.stderr}
             row |= measured
             numbers = {**numbers, **measured}
@@ -221,7 +221,9 @@ class History:
         if self._board is not None:
             others = [key.split("/dataloader_idx_")[0] for key in logged if not is_key(key, self.name)]
             patterns = {key: rf"{re.escape(key)}(/dataloader_idx_\d+)?$" for key in others}
-            own = [key for key in _prefixes(self.name) if any(re.match(f"{re.escape(key)}(/|$)", one) for one in logged)]
+            own = [
+                key for key in _prefixes(self.name) if any(re.match(f"{re.escape(key)}(/|$)", one) for one in logged)
+            ]
             patterns = {key: f"{re.escape(key)}(/|$)" for key in own} | patterns
             charts = {key: ["Multiline", [pattern]] for key, pattern in patterns.items()}
             self._board.layout({self.name: charts})
@@ -277,8 +279,8 @@ def read_evidence(path: str | PathLike[str]) -> dict[str, dict[str, Any]]:
         path: a checkpoint, read as in :func:`read_history`.
 
     Returns:
-        A dict for each key: ``logme``, ``gain``, ``num_samples``, and the accuracy as in :func:`read_history`, and lists with one number for each output:
-        ``per_output``, ``null``, ``alpha``, ``beta``, ``effective_dim`` and ``saturated``, as in
+        A dict for each key: ``logme``, ``gain``, ``num_samples`` and the accuracy, as in :func:`read_history`, and
+        lists with one number for each output: ``per_output``, ``null``, ``alpha``, ``beta``, ``effective_dim`` and ``saturated``, as in
         :class:`~lightning_logme.Evidence`.
 
     Raises:
