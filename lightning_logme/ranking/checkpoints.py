@@ -18,7 +18,7 @@ from lightning_logme.features.pooling import Pooling
 from lightning_logme.features.selection import AUTO, Head
 from lightning_logme.ranking.candidate import Transform
 from lightning_logme.ranking.rank import rank_backbones
-from lightning_logme.ranking.result import Ranking
+from lightning_logme.ranking.result import RankBy, Ranking
 from lightning_logme.utilities.checks import Task
 from lightning_logme.utilities.compat import Logger, plain_name, uncompiled
 
@@ -42,6 +42,7 @@ def score_checkpoints(
     fit_intercept: bool = False,
     ignore_index: int | None = -100,
     normalize: bool = False,
+    rank_by: RankBy = "logme",
     race: bool = True,
     seed: int = 0,
     resume_from: PathLike | None = None,
@@ -65,8 +66,8 @@ def score_checkpoints(
         dataloader: a loader of the target task, as in :func:`~lightning_logme.rank_backbones`.
         head: which feature is scored, as in :func:`~lightning_logme.rank_backbones`: one for all, or a mapping by path.
         task, num_classes, layers, layer_mean, target, pooling, forward, transforms, fit_intercept, ignore_index,
-            normalize, race, seed, resume_from, accelerator, devices, strategy, precision, logger, progress: as in
-            :func:`~lightning_logme.rank_backbones`. The keys of a mapping are paths, as strings.
+            normalize, rank_by, race, seed, resume_from, accelerator, devices, strategy, precision, logger, progress: as
+            in :func:`~lightning_logme.rank_backbones`. The keys of a mapping are paths, as strings.
 
     Returns:
         A :class:`~lightning_logme.Ranking`. The names of its rows are the given paths.
@@ -113,6 +114,7 @@ def score_checkpoints(
         fit_intercept=fit_intercept,
         ignore_index=ignore_index,
         normalize=normalize,
+        rank_by=rank_by,
         race=race,
         seed=seed,
         resume_from=resume_from,

@@ -11,8 +11,10 @@ from lightning_logme.features.isolation import seed_generators
 from lightning_logme.features.labels import Target
 from lightning_logme.features.sampling import FIRST_SAMPLES, Samples
 from lightning_logme.ranking.candidate import Backbone, errors_naming
+from lightning_logme.ranking.result import RankBy
 from lightning_logme.ranking.resume import FirstSamples, Score
 from lightning_logme.scores.accumulator import Accumulator, accumulate
+from lightning_logme.scores.accuracy import measure
 from lightning_logme.scores.evidence import Evidence
 from lightning_logme.scores.jackknife import jackknife
 from lightning_logme.scores.scoring import Scoring
@@ -27,11 +29,13 @@ class Rules:
 
     Attributes:
         scoring: how to score; its number of outputs is known.
+        rank_by: what ranks the candidates.
         race: whether to drop candidates early.
         seed: seed of random weights.
     """
 
     scoring: Scoring
+    rank_by: RankBy
     race: bool
     seed: int
 
@@ -116,9 +120,12 @@ def score(
         with errors_naming(source):
             if source in earlier:
                 accumulator.merge_(earlier[source])
-            evidence, replicates = jackknife(accumulator, fit_intercept)
+            evidence, replicates, spectrum = jackknife(accumulator, fit_intercept)
+            accuracy = measure(accumulator.sample(), evidence, spectrum, accumulator.task)
             accumulator.to("cpu")
-            yield source, Score(float(evidence.score), float(evidence.gain), replicates), evidence.to("cpu")
+            gain = float(evidence.gain)
+            found = Score(float(evidence.score), gain, replicates, accuracy.value, accuracy.replicates)
+            yield source, found, evidence.to("cpu")
 
 
 def is_constant(accumulator: Accumulator) -> bool:

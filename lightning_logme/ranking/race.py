@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,6 +13,7 @@ from lightning_logme.features.isolation import same_generators
 from lightning_logme.features.sampling import SAME_SAMPLES, Samples, total
 from lightning_logme.ranking.candidate import Backbone, Candidate
 from lightning_logme.ranking.collect import Collected, Rules, collect, first_samples, is_constant, score
+from lightning_logme.ranking.comparison import Comparison
 from lightning_logme.ranking.report import Report
 from lightning_logme.ranking.result import in_words, row_name
 from lightning_logme.ranking.resume import (
@@ -22,9 +22,9 @@ from lightning_logme.ranking.resume import (
     Round,
     Score,
     Store,
-    standard_errors_behind,
     warn_of_restart,
 )
+from lightning_logme.scores.accuracy import METRICS
 from lightning_logme.scores.evidence import Evidence
 from lightning_logme.scores.jackknife import quantile_to_drop
 from lightning_logme.scores.reduction import reduced
@@ -41,6 +41,7 @@ class Race:
 
     Attributes:
         progress: the state of each candidate, by name.
+        rules: the settings that all candidates share.
         dropped: how far a dropped candidate was behind, by name.
         failed: why a candidate failed, by name.
         interrupted: whether Ctrl-C ended the race.
@@ -59,7 +60,7 @@ class Race:
         self._alone = fabric.world_size == 1
         self._candidates = {candidate.name: candidate for candidate in candidates}
         self.samples = samples
-        self._rules = rules
+        self.rules = rules
         self._store = store if fabric.is_global_zero else None
         self._is_resumed = store is not None
         self._report = report
@@ -82,7 +83,7 @@ class Race:
                 if self._is_resumed:
                     for name in self.running:
                         self._resume(name)
-                if self._rules.race:
+                if self.rules.race:
                     self._run_by_rounds()
                 else:
                     for name in self.running:
@@ -94,7 +95,7 @@ class Race:
 
     def _rounds(self) -> Iterable[tuple[int, int]]:
         """Yield the index of each round, and the number of samples that have been read at its end."""
-        return enumerate(self.samples.rounds(self._rules.scoring.num_outputs))
+        return enumerate(self.samples.rounds(self.rules.scoring.num_outputs))
 
     def _run_by_rounds(self) -> None:
         for index, stop in self._rounds():
@@ -112,12 +113,15 @@ class Race:
             name: self.progress[name].rounds[index] for name in self.running if len(self.progress[name].rounds) > index
         }
         self._num_rows = max(self._num_rows, sum(len(one.scores) for one in rounds.values()))
-        behind = standard_errors_behind(rounds, quantile_to_drop(self._num_rows, index + 1))
+        comparison = Comparison.of(rounds, self.rules.rank_by)
+        behind = comparison.behind(quantile_to_drop(self._num_rows, index + 1))
         for name, one in rounds.items():
-            known = [(name, source) for source, score in one.scores.items() if not math.isnan(score.logme)]
+            known = [row for row in comparison.scores if row[0] == name]
             if known and all(row in behind for row in known):
+                best = max(known, key=comparison.value)
                 self.dropped[name] = (
                     f"{min(behind[row] for row in known):.1f} standard errors behind at {one.num_samples} samples"
+                    + comparison.remark(best, METRICS[self.rules.scoring.task])
                 )
                 self._finish(name)
                 self._report.line(f"{name} is dropped: {self.dropped[name]}.")
@@ -159,7 +163,7 @@ class Race:
             torch.cuda.reset_peak_memory_stats(self._fabric.device)
         with ExitStack() as stack:
             with together(self._alone):
-                backbone = stack.enter_context(candidate.on_device(self._fabric, self._rules.seed, before.heads))
+                backbone = stack.enter_context(candidate.on_device(self._fabric, self.rules.seed, before.heads))
                 if before.first is not None and candidate.is_rebuilt:
                     cause = before.first.difference(self._first(backbone))
                     if cause is not None:
@@ -170,14 +174,14 @@ class Race:
             yield backbone
 
     def _first(self, backbone: Backbone) -> FirstSamples:
-        return first_samples(backbone, self.samples, self._rules, self._fabric)
+        return first_samples(backbone, self.samples, self.rules, self._fabric)
 
     def _run_round(self, name: str, backbone: Backbone, index: int, stop: int, started: float) -> None:
         """Run a candidate through one round. Its progress changes only when the round has succeeded."""
         before, first = self.progress[name], self.progress[name].first
         with self._report.bar(name, before.seen, stop) as count, together(self._alone):
-            collected = collect(backbone, self.samples, self._rules, self._fabric, before.seen, stop, count)
-            if first is None and (self._is_resumed or (self._rules.race and self._candidates[name].is_rebuilt)):
+            collected = collect(backbone, self.samples, self.rules, self._fabric, before.seen, stop, count)
+            if first is None and (self._is_resumed or (self.rules.race and self._candidates[name].is_rebuilt)):
                 first = self._first(backbone)
         seen, labels = self._agree(name, index, before, collected)
         if seen == before.seen:  # the stream ended exactly at the end of the previous round
@@ -230,7 +234,7 @@ class Race:
             for source, reason in mismatches.items():
                 raise ValueError(f"{in_words(source, backbone.heads)}: {reason}")
             scores, evidence = {}, {}
-            fit_intercept = self._rules.scoring.fit_intercept
+            fit_intercept = self.rules.scoring.fit_intercept
             for source, one, whole in score(collected.accumulators, before.accumulators, fit_intercept):
                 scores[source], evidence[source] = one, whole
         return scores, evidence
@@ -248,8 +252,10 @@ class Race:
                 self._store.save(self._candidates[name], self.progress[name])
 
     def _show(self, name: str, one: Round) -> None:
-        scores = {row_name(name, source): (score.logme, score.gain) for source, score in one.scores.items()}
-        self._report.point(scores, one.num_samples)
+        metric = METRICS[self.rules.scoring.task]
+        for source, found in one.scores.items():
+            values = {"logme": found.logme, "gain": found.gain, metric: found.accuracy}
+            self._report.point(row_name(name, source), values, one.num_samples)
 
     def _check_labels(self, name: str, is_same: bool) -> None:
         """Raise if samples differ between candidates, because their scores are then not comparable."""

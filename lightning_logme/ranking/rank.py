@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
@@ -23,7 +23,7 @@ from lightning_logme.ranking.candidate import Candidate, Transform
 from lightning_logme.ranking.collect import Rules
 from lightning_logme.ranking.race import Race
 from lightning_logme.ranking.report import Report
-from lightning_logme.ranking.result import Ranking
+from lightning_logme.ranking.result import RankBy, Ranking
 from lightning_logme.ranking.resume import Store
 from lightning_logme.ranking.standing import standing
 from lightning_logme.scores.scoring import Scoring
@@ -49,6 +49,7 @@ def rank_backbones(
     fit_intercept: bool = False,
     ignore_index: int | None = -100,
     normalize: bool = False,
+    rank_by: RankBy = "logme",
     race: bool = True,
     seed: int = 0,
     resume_from: str | os.PathLike[str] | None = None,
@@ -121,6 +122,8 @@ def rank_backbones(
         fit_intercept: centre features and targets first. The LogME papers do not.
         ignore_index: label of samples, or tokens, that are left out. Not used in regression.
         normalize: scale each sample's features to length 1 first. The LogME papers do not, but it often ranks better.
+        rank_by: "logme" or "accuracy": what the race compares, and what orders the rows. It decides ``best``, ``tied``
+            and the figures. "accuracy" stands for R² in regression and for F1 in "multilabel".
         race: drop candidates early. With False, all candidates see all samples.
         seed: seed of the order of the samples, and of the factories.
         resume_from: folder that keeps the results of candidates that finished or were dropped. If a ranking was killed,
@@ -166,6 +169,8 @@ def rank_backbones(
     seed = integer("seed", seed)
     ignore_index = None if task == "regression" else ignore_index
     check_options(task, ignore_index, fit_intercept)
+    if rank_by not in get_args(RankBy):
+        raise ValueError(f"rank_by must be 'logme' or 'accuracy', got {rank_by!r}.")
     if resume_from is not None and not isinstance(resume_from, (str, os.PathLike)):
         raise ValueError(f"resume_from must be the path of a folder or None, got {resume_from!r}.")
     if logger is not None and not isinstance(logger, (AnyLogger, Iterable)):
@@ -196,7 +201,7 @@ def rank_backbones(
         num_outputs = samples.num_outputs(num_classes, ignore_index)
     fabric = Fabric(accelerator=accelerator, devices=devices, strategy=strategy, precision=precision)
     scoring = Scoring(task, num_outputs, ignore_index, fit_intercept, normalize)
-    rules = Rules(scoring, race and len(entries) > 1, seed)
+    rules = Rules(scoring, rank_by, race and len(entries) > 1, seed)
     return pickle.loads(fabric.launch(partial(_run, entries, samples, rules, resume_from, list(loggers), progress)))
 
 

@@ -37,19 +37,16 @@ class Report:
         if self._progress:
             tqdm.write(text)
 
-    def point(self, scores: Mapping[str, tuple[float, float]], num_samples: int) -> None:
-        """Log the score and the gain of each row after a round, given by name."""
-        values = {
-            _tag(what, name): value
-            for name, pair in scores.items()
-            for what, value in zip(("logme", "gain"), pair, strict=True)
-        }
-        self._board.scalars(values, num_samples)
+    def point(self, name: str, values: Mapping[str, float], num_samples: int) -> None:
+        """Log the values of a row after a round, given by what they are."""
+        self._board.scalars({_tag(what, name): value for what, value in values.items()}, num_samples)
 
     def finish(self, ranking: Ranking) -> None:
         """Log the table and, on one page, the figures, in loggers that can show them."""
         names = [row.name for row in ranking.rows]
-        charts = {what: ["Multiline", [_tag(what, name) for name in names]] for what in ("gain", "logme")}
+        charts = {
+            what: ["Multiline", [_tag(what, name) for name in names]] for what in ("gain", ranking.metric, "logme")
+        }
         self._board.layout({"against the number of samples": charts})
         self._board.text("ranking", ranking.to_markdown())
         self._board.figure("ranking", ranking.page)

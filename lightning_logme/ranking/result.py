@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MESSAGE_LENGTH = 120  # characters of a message in the table; ``RankingRow.message`` has all of them
-_LEFT_ALIGNED = (0, 1, 6, 10)  # columns of words
+_LEFT_ALIGNED = (0, 1, 8, 12)  # columns of words
 
+RankBy = Literal["logme", "accuracy"]
+METRIC_NAMES = {"accuracy": "accuracy", "r2": "R²", "f1": "F1"}
 Ended = Literal["finished", "dropped", "failed", "interrupted"]
 
 
@@ -39,6 +41,9 @@ class RankingRow:
         gain: ``logme`` minus the score of useless features; 0 if the features explain nothing.
         stderr: standard error of ``logme`` by the block jackknife. It is itself uncertain by about a quarter. The
             difference between two rows is far more certain, because both see the same samples in the same blocks.
+        accuracy: leave-one-out accuracy of the linear head; R² in regression, F1 in "multilabel". See
+            :class:`~lightning_logme.Accuracy`.
+        accuracy_stderr: standard error of ``accuracy``. The difference between two rows is more certain.
         tied_with_best: whether the row is not significantly behind the best row; true for the best row itself. A row
             that is as good as the best is marked as tied with a probability of at least 95 %.
         feature: the scored feature: "input of 'fc'", "output" of the module, or "output of 'layer4'".
@@ -56,6 +61,8 @@ class RankingRow:
     logme: float
     gain: float
     stderr: float
+    accuracy: float
+    accuracy_stderr: float
     tied_with_best: bool
     feature: str
     num_features: int | None
@@ -96,11 +103,15 @@ class Ranking:
             those with the most samples first, and then rows without a result.
         evidence: the :class:`~lightning_logme.Evidence` behind each score, by name of the row.
         curves: the scores after each round, by name of the row.
+        metric: "accuracy", "r2" or "f1": what ``accuracy`` stands for.
+        rank_by: what orders the rows, "logme" or "accuracy".
     """
 
     rows: list[RankingRow]
     evidence: dict[str, Evidence]
     curves: dict[str, list[CurvePoint]]
+    metric: str = "accuracy"
+    rank_by: RankBy = "logme"
 
     @property
     def best(self) -> str:
@@ -114,8 +125,12 @@ class Ranking:
 
     @property
     def scores(self) -> dict[str, float]:
-        """The LogME of each row with a result, in the order of ``rows``. Their numbers of samples may differ."""
-        return {row.name: row.logme for row in self.rows if not math.isnan(row.logme)}
+        """What ranks each row with a result, LogME or accuracy, in the order of ``rows``.
+
+        The numbers of samples may differ.
+        """
+        values = {row.name: row.accuracy if self.rank_by == "accuracy" else row.logme for row in self.rows}
+        return {name: value for name, value in values.items() if not math.isnan(value)}
 
     def head(self, name: str | None = None, dtype: torch.dtype | None = None) -> torch.nn.Linear:
         """Return the posterior mean as a linear layer on the features of a row; see :meth:`Evidence.head`.
@@ -147,7 +162,7 @@ class Ranking:
         return "\n".join("| " + " | ".join(map(_escaped, line)) + " |" for line in lines)
 
     def plot(self, ax: Axes | None = None) -> Figure:
-        """Plot the gain of each row as a bar, with its standard error.
+        """Plot the gain of each row as a bar, with its standard error; the accuracy with ``rank_by="accuracy"``.
 
         Args:
             ax: matplotlib axes to draw in; None makes a new figure.
@@ -155,16 +170,18 @@ class Ranking:
         Raises:
             ImportError: matplotlib is not installed.
         """
+        by_accuracy = self.rank_by == "accuracy"
         rows = [row for row in self.rows if not math.isnan(row.gain)]
         names = [
             row.name if row.ended == "finished" else f"{row.name} ({row.ended} at {row.num_samples})" for row in rows
         ]
-        errors = [0.0 if math.isnan(row.stderr) else row.stderr for row in rows]
+        values = [row.accuracy if by_accuracy else row.gain for row in rows]
+        errors = [row.accuracy_stderr if by_accuracy else row.stderr for row in rows]
         tied = [row.tied_with_best for row in rows]
-        return plots.gain_by_candidate(names, [row.gain for row in rows], errors, tied, ax)
+        return plots.by_candidate(names, values, errors, tied, self._shown, ax)
 
     def plot_curves(self, ax: Axes | None = None) -> Figure:
-        """Plot the gain of each row against the number of samples.
+        """Plot the gain, or the accuracy, of each row against the number of samples.
 
         Args:
             ax: matplotlib axes to draw in; None makes a new figure.
@@ -172,8 +189,19 @@ class Ranking:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        curves = {row.name: [(point.num_samples, point.gain) for point in self.curves[row.name]] for row in self.rows}
-        return plots.gain_by_samples(curves, [row.name for row in self.rows if row.ended != "finished"], ax)
+        curves = {
+            row.name: [
+                (point.num_samples, point.accuracy if self.rank_by == "accuracy" else point.gain)
+                for point in self.curves[row.name]
+            ]
+            for row in self.rows
+        }
+        return plots.by_samples(curves, [row.name for row in self.rows if row.ended != "finished"], self._shown, ax)
+
+    @property
+    def _shown(self) -> str:
+        """What the figures show."""
+        return self.metric if self.rank_by == "accuracy" else "gain"
 
     def page(self) -> Figure:
         """Plot scores, curves and the table on one page.
@@ -197,8 +225,9 @@ class Ranking:
 
     def _cells(self) -> list[list[str]]:
         cells = [
-            ["", "candidate", "gain", "± s.e.", "LogME", "samples", "feature", "D", "parameters", "seconds", "ended"]
+            ["", "candidate", "gain", "± s.e.", METRIC_NAMES[self.metric], "± s.e.", "LogME", "samples"],
         ]
+        cells[0] += ["feature", "D", "parameters", "seconds", "ended"]
         for position, row in enumerate(self.rows, 1):
             tied = row.tied_with_best and position > 1
             cells.append(
@@ -207,6 +236,8 @@ class Ranking:
                     printable(row.name),
                     _number(row.gain),
                     _number(row.stderr),
+                    _number(row.accuracy),
+                    _number(row.accuracy_stderr),
                     _number(row.logme),
                     str(row.num_samples),
                     printable(row.feature),

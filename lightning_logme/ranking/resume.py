@@ -17,7 +17,6 @@ from torch import Tensor
 from lightning_logme.ranking.candidate import Candidate
 from lightning_logme.scores.accumulator import Accumulator
 from lightning_logme.scores.evidence import Evidence
-from lightning_logme.scores.jackknife import trailing
 
 # Relative tolerance for features in a later process: other devices, threads and libraries round differently.
 _TOLERANCE = 1e-3
@@ -31,11 +30,15 @@ class Score:
         logme: LogME of the samples so far.
         gain: the gain of these samples.
         replicates: for each block of the jackknife, the score without that block.
+        accuracy: the leave-one-out accuracy: see :class:`~lightning_logme.Accuracy`.
+        accuracy_replicates: for each of its blocks, the accuracy without that block.
     """
 
     logme: float
     gain: float
     replicates: list[float]
+    accuracy: float
+    accuracy_replicates: list[float]
 
 
 @dataclass
@@ -121,18 +124,6 @@ class Progress:
     @property
     def num_samples(self) -> int:
         return self.rounds[-1].num_samples if self.rounds else 0
-
-
-def standard_errors_behind(rounds: Mapping[str, Round], quantile: float) -> dict[tuple[str, str], float]:
-    """Return how many paired standard errors rows are behind the leader, by candidate and source.
-
-    Args:
-        rounds: results of each candidate on the same samples.
-        quantile: only rows that are behind by more than this number of standard errors are returned.
-    """
-    scores = {(name, source): score for name, one in rounds.items() for source, score in one.scores.items()}
-    values = {row: score.logme for row, score in scores.items()}
-    return trailing(values, {row: score.replicates for row, score in scores.items()}, quantile)
 
 
 class Store:

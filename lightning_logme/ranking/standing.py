@@ -3,41 +3,51 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from lightning_logme.features.extractor import HEAD
+from lightning_logme.ranking.comparison import Comparison
 from lightning_logme.ranking.race import Race
 from lightning_logme.ranking.result import Ended, Ranking, RankingRow, in_words, row_name
-from lightning_logme.ranking.resume import Progress, Round, Score, standard_errors_behind
+from lightning_logme.ranking.resume import Progress, Round, Score
+from lightning_logme.scores.accuracy import METRICS
 from lightning_logme.scores.curve import CurvePoint
 from lightning_logme.scores.jackknife import quantile_of_ties, standard_error
 
-_NO_ROUND = Round(0, 0, 0, {HEAD: Score(math.nan, math.nan, [])})
+_NO_ROUND = Round(0, 0, 0, {HEAD: Score(math.nan, math.nan, [], math.nan, [])})
 
 
 def standing(race: Race) -> Ranking:
     """Return the ranking: candidates still in the race by score, then dropped ones, then rows without a result."""
-    comparable = _comparable(race)
+    comparable, metric, rank_by = _comparable(race), METRICS[race.rules.scoring.task], race.rules.rank_by
+    comparison = Comparison.of(comparable, rank_by)
     last = {name: progress.rounds[-1] if progress.rounds else _NO_ROUND for name, progress in race.progress.items()}
     pairs = [(name, source) for name, one in last.items() for source in one.scores]
-    behind = standard_errors_behind(comparable, quantile_of_ties(len(pairs)))
+    behind = comparison.behind(quantile_of_ties(len(pairs)))
 
-    def sort_key(pair: tuple[str, str]) -> tuple[int, int, float]:
+    def sort_key(pair: tuple[str, str]) -> tuple[int, int, float, float]:
         name, source = pair
         one = comparable.get(name, last[name])
-        logme = one.scores[source].logme
-        if math.isnan(logme):
-            return 3, 0, 0.0
-        return 0 if name in comparable else 1 if name in race.dropped else 2, -one.num_samples, -logme
+        score = one.scores[source]
+        value = score.accuracy if rank_by == "accuracy" else score.logme
+        if math.isnan(value):
+            return 3, 0, 0.0, 0.0
+        group = 0 if name in comparable else 1 if name in race.dropped else 2
+        return group, -one.num_samples, -value, -score.logme
 
-    ranking = Ranking([], {}, {})
+    ranking = Ranking([], {}, {}, metric, rank_by)
     for name, source in sorted(pairs, key=sort_key):
-        progress, row = race.progress[name], row_name(name, source)
+        progress, title = race.progress[name], row_name(name, source)
         is_tied = sort_key((name, source))[0] == 0 and (name, source) not in behind
-        ranking.rows.append(_row(race, name, source, last[name].scores[source], is_tied))
+        row = _row(race, name, source, last[name].scores[source], is_tied)
+        if (name, source) in behind and not row.message:
+            remark = comparison.remark((name, source), metric)
+            row = replace(row, message=remark and f"surely behind{remark}")
+        ranking.rows.append(row)
         if source in progress.evidence:
-            ranking.evidence[row] = progress.evidence[source]
+            ranking.evidence[title] = progress.evidence[source]
         scores = ((one.num_samples, one.scores[source]) for one in progress.rounds)
-        ranking.curves[row] = [CurvePoint(number, score.logme, score.gain) for number, score in scores]
+        ranking.curves[title] = [CurvePoint(n, score.logme, score.gain, score.accuracy) for n, score in scores]
     return ranking
 
 
@@ -57,6 +67,8 @@ def _row(race: Race, name: str, source: str, score: Score, is_tied: bool) -> Ran
         logme=score.logme,
         gain=score.gain,
         stderr=standard_error(score.replicates),
+        accuracy=score.accuracy,
+        accuracy_stderr=standard_error(score.accuracy_replicates),
         tied_with_best=is_tied,
         feature=in_words(source, progress.heads),
         num_features=None if evidence is None else evidence.weight.shape[1],

@@ -12,6 +12,7 @@ import torch
 from lightning_logme.scores.accumulator import Accumulator
 from lightning_logme.scores.evidence import Evidence
 from lightning_logme.scores.moments import Moments
+from lightning_logme.scores.spectrum import Spectrum
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -25,21 +26,21 @@ ERROR_RATE = 0.05
 _DIRECTIONS = 256
 
 
-def jackknife(accumulator: Accumulator, fit_intercept: bool = False) -> tuple[Evidence, list[float]]:
-    """Return the evidence of all blocks together, and the score without each block.
+def jackknife(accumulator: Accumulator, fit_intercept: bool = False) -> tuple[Evidence, list[float], Spectrum | None]:
+    """Return the evidence of all blocks together, the score without each block, and the spectrum of all blocks.
 
     Args:
         accumulator: its segments are the blocks: disjoint random subsets of the samples, about equally large.
         fit_intercept: as in :meth:`~lightning_logme.Evidence.from_moments`.
 
     Returns:
-        The evidence, and B scores in the leading directions of feature space. The scores are NaN without evidence, or
-        if there is only one block. A class that occurs in a single block keeps its evidence from all blocks, so that
-        every score is a mean over the same classes.
+        The evidence, B scores in the leading directions of feature space, and the spectrum (None without evidence). The
+        scores are NaN without evidence, or if there is only one block. A class that occurs in a single block keeps its
+        evidence from all blocks, so that every score is a mean over the same classes.
     """
     evidence, spectrum = accumulator.decomposed(fit_intercept)
     if spectrum is None or len(accumulator.segments) < 2:
-        return evidence, [math.nan] * len(accumulator.segments)
+        return evidence, [math.nan] * len(accumulator.segments), spectrum
     many = accumulator.num_features > _DIRECTIONS
     blocks = accumulator.projected(spectrum.leading(_DIRECTIONS) if many else None)
     scores = []
@@ -50,7 +51,7 @@ def jackknife(accumulator: Accumulator, fit_intercept: bool = False) -> tuple[Ev
             rest = Evidence.from_moments(others, accumulator.task, fit_intercept)
             absent = rest.per_output.isnan() & ~evidence.per_output.isnan()
             scores.append(torch.where(absent, evidence.per_output, rest.per_output).nanmean())
-    return evidence, torch.stack(scores).tolist()
+    return evidence, torch.stack(scores).tolist(), spectrum
 
 
 def standard_error(scores: Sequence[float]) -> float:
@@ -65,13 +66,20 @@ def standard_error(scores: Sequence[float]) -> float:
     return math.sqrt((len(scores) - 1) / len(scores) * sum((score - mean) ** 2 for score in scores))
 
 
+def paired_error(first: Sequence[float], second: Sequence[float]) -> float:
+    """Return the standard error of the difference of two scores, given the replicates of both.
+
+    Both have the same samples in the same blocks, so the difficulty of a block cancels.
+    """
+    return standard_error([a - b for a, b in zip(first, second, strict=True)])
+
+
 def trailing(
     scores: Mapping[Name, float], replicates: Mapping[Name, Sequence[float]], quantile: float
 ) -> dict[Name, float]:
     """Return the rows that trail the leader by more than ``quantile`` paired standard errors, and by how many.
 
-    All rows have the same samples in the same blocks, so the difficulty of a block cancels in differences of scores.
-    ``replicates`` are the scores without each block.
+    ``replicates`` are the scores without each block: see :func:`paired_error`.
     """
     known = {name: score for name, score in scores.items() if not math.isnan(score)}
     if not known:
@@ -79,8 +87,7 @@ def trailing(
     leader = max(known, key=known.__getitem__)
     found = {}
     for name, score in known.items():
-        difference = [a - b for a, b in zip(replicates[leader], replicates[name], strict=True)]
-        error = standard_error(difference)
+        error = paired_error(replicates[leader], replicates[name])
         if scores[leader] - score > quantile * error:  # False if either is NaN
             found[name] = (scores[leader] - score) / error if error > 0 else math.inf
     return found

@@ -22,7 +22,7 @@ from lightning_logme.scores.scoring import Scoring
 from lightning_logme.tracking.validation import Pass, Result
 from lightning_logme.utilities.compat import LightningModule, Trainer, logged_step, rank_zero_info
 from lightning_logme.utilities.loggers import Board
-from lightning_logme.utilities.plots import confusion, gain_by_layer, gain_by_output, gain_by_samples
+from lightning_logme.utilities.plots import by_samples, confusion, gain_by_layer, gain_by_output
 
 Row = dict[str, Any]
 
@@ -136,8 +136,8 @@ class History:
                 in_bar = probe is None and not source  # the bar has no room for keys of layers and probes
                 self._log(trainer, module, values, in_bar, is_saving)
             if self._board is not None:
-                output = _OUTPUTS.get(current.scoring.task, "class")
-                self._draw(self._board, logged_step(trainer), prefix + ending, suffixes, of_loader, output, class_names)
+                scoring, step = current.scoring, logged_step(trainer)
+                self._draw(self._board, step, prefix + ending, suffixes, of_loader, scoring, class_names)
 
     def _store(self, trainer: Trainer, suffix: str, result: Result | None, scoring: Scoring) -> dict[str, float]:
         """Store one result (None becomes NaN), and return the values to log."""
@@ -185,12 +185,13 @@ class History:
         suffix: str,
         suffixes: Mapping[str, str],
         of_loader: Mapping[str, Result | None],
-        output: str,
+        scoring: Scoring,
         class_names: Sequence[str] | None,
     ) -> None:
         """Draw the results of one loader."""
         keys = {source: self.name + ending for source, ending in suffixes.items()}
         results = {source: result for source, result in of_loader.items() if result is not None}
+        output = _OUTPUTS.get(scoring.task, "class")
         for source, (evidence, accuracy, _) in results.items():
             key, gains = keys[source], (evidence.per_output - evidence.null)
             if not bool(gains.isfinite().any()):
@@ -207,9 +208,12 @@ class History:
             tag = f"{self.name}{suffix}/gain_by_layer"
             board.figure(tag, lambda: gain_by_layer(list(layers), self._gains(list(layers.values()))), step)
         curves = {source or "head": result.curve for source, result in results.items()}
-        points = {name: [(point.num_samples, point.gain) for point in curve] for name, curve in curves.items()}
-        if any(len(curve) > 1 for curve in points.values()):
-            board.figure(f"{self.name}{suffix}/gain_by_samples", lambda: gain_by_samples(points), step)
+        if not any(len(curve) > 1 for curve in curves.values()):
+            return
+        fields = {"gain": "gain"} | ({METRICS[scoring.task]: "accuracy"} if scoring.accuracy else {})
+        for what, field in fields.items():
+            points = {name: [(each.num_samples, getattr(each, field)) for each in one] for name, one in curves.items()}
+            board.figure(f"{self.name}{suffix}/{what}_by_samples", partial(by_samples, points, what=what), step)
 
     def arrange(self, trainer: Trainer) -> None:
         """Put the scores, the gains, the accuracies and the module's own metrics side by side in TensorBoard.
@@ -280,8 +284,8 @@ def read_evidence(path: str | PathLike[str]) -> dict[str, dict[str, Any]]:
 
     Returns:
         A dict for each key: ``logme``, ``gain``, ``num_samples`` and the accuracy, as in :func:`read_history`, and
-        lists with one number for each output: ``per_output``, ``null``, ``alpha``, ``beta``, ``effective_dim`` and ``saturated``, as in
-        :class:`~lightning_logme.Evidence`.
+        lists with one number for each output: ``per_output``, ``null``, ``alpha``, ``beta``, ``effective_dim`` and
+        ``saturated``, as in :class:`~lightning_logme.Evidence`.
 
     Raises:
         ValueError, OSError: as in :func:`read_history`.

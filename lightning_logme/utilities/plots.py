@@ -1,4 +1,4 @@
-"""Figures of gains, drawn with matplotlib but without pyplot.
+"""Figures of gains and accuracies, drawn with matplotlib but without pyplot.
 
 Each function takes plain numbers and returns a ``matplotlib.figure.Figure`` that belongs to no window. It raises
 ImportError if matplotlib is not installed. NaN is left out.
@@ -21,6 +21,12 @@ _WIDTH, _HEIGHT = 4.0, 3.0  # inches
 _MARGIN = 1.3  # inches beside the axis
 _DPI = 150
 _GAIN = "gain in nats per sample"
+_LABELS = {
+    "gain": _GAIN,
+    "accuracy": "leave-one-out accuracy",
+    "r2": "leave-one-out R²",
+    "f1": "leave-one-out macro F1",
+}
 _LINE, _CHARACTER = 0.16, 0.085  # inches that text of 10 points takes
 _DARK, _LIGHT, _ACCENT = "#4c72b0", "#b0b7c3", "#c44e52"
 _MAX_TICKS = 40  # names below an axis
@@ -116,14 +122,18 @@ def gain_by_layer(layers: Sequence[str], gains: Sequence[Sequence[float]], axes:
     return _figure(axes)
 
 
-def gain_by_samples(
-    curves: Mapping[str, Sequence[tuple[int, float]]], unfinished: Collection[str] = (), axes: Axes | None = None
+def by_samples(
+    curves: Mapping[str, Sequence[tuple[int, float]]],
+    unfinished: Collection[str] = (),
+    what: str = "gain",
+    axes: Axes | None = None,
 ) -> Figure:
-    """Draw the gain against the number of samples, one line per curve.
+    """Draw the gain, or another value, against the number of samples, one line per curve.
 
     Args:
-        curves: by name, pairs of a number of samples and the gain.
+        curves: by name, pairs of a number of samples and the value.
         unfinished: names of the curves that are dashed.
+        what: the value: "gain", "accuracy", "r2" or "f1".
         axes: where to draw; a new figure if None.
     """
     from matplotlib import colormaps
@@ -133,7 +143,7 @@ def gain_by_samples(
     labels = [_label(name) for name in curves]
     width = _WIDTH + _CHARACTER * max(map(len, labels), default=0)
     height = max(_HEIGHT, 1 + 1.4 * _LINE * min(len(curves), _MAX_ENTRIES))
-    axes = _prepared(axes, "gain by number of samples", samples, _GAIN, width, height)
+    axes = _prepared(axes, f"{what} by number of samples", samples, _LABELS[what], width, height)
     axes.set_xscale("log", base=2)
     numbers: list[int] = []
     for index, (name, points) in enumerate(curves.items()):
@@ -156,31 +166,33 @@ def gain_by_samples(
     return _figure(axes)
 
 
-def gain_by_candidate(
+def by_candidate(
     names: Sequence[str],
-    gains: Sequence[float],
+    values: Sequence[float],
     stderrs: Sequence[float],
     highlighted: Sequence[bool],
+    what: str = "gain",
     axes: Axes | None = None,
 ) -> Figure:
     """Draw one horizontal bar per candidate, the first at the top, with its standard error.
 
     Args:
         names: the names of the candidates.
-        gains: the gain of each candidate. A candidate whose gain is NaN is left out.
-        stderrs: the standard error of each gain. If it is NaN, the bar has no error bar.
+        values: the value of each candidate. A candidate whose value is NaN is left out.
+        stderrs: the standard error of each value. If it is NaN, the bar has no error bar.
         highlighted: whether each candidate is the best or tied with it. Such bars are dark.
+        what: the value: "gain", "accuracy", "r2" or "f1".
         axes: where to draw; a new figure if None.
     """
-    rows = [row for row in zip(names, gains, stderrs, highlighted, strict=True) if math.isfinite(row[1])]
+    rows = [row for row in zip(names, values, stderrs, highlighted, strict=True) if math.isfinite(row[1])]
     shown = [_shown(row[0], _LONG) for row in rows]
-    title = "gain by candidate (dark: best and ties)"
+    title = f"{what} by candidate (dark: best and ties)"
     width = _WIDTH + _CHARACTER * max(map(len, shown), default=0)
     height = max(_HEIGHT, 1.2 + 1.6 * _LINE * len(rows))
-    axes = _prepared(axes, title, f"{_GAIN},\n± 1 standard error", "", width, height)
+    axes = _prepared(axes, title, f"{_LABELS[what]},\n± 1 standard error", "", width, height)
     axes.barh(
         range(len(rows)),
-        [gain for _, gain, _, _ in rows],
+        [value for _, value, _, _ in rows],
         xerr=[stderr if math.isfinite(stderr) else math.nan for _, _, stderr, _ in rows],
         color=[_DARK if dark else _LIGHT for _, _, _, dark in rows],
         capsize=3,

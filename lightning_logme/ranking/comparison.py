@@ -1,0 +1,65 @@
+"""Compare rows on the same samples, with paired standard errors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lightning_logme.ranking.result import METRIC_NAMES, RankBy
+from lightning_logme.ranking.resume import Round, Score
+from lightning_logme.scores.jackknife import paired_error, trailing
+
+Row = tuple[str, str]  # candidate, source of features
+
+# A smaller difference in accuracy, R² or F1 hardly matters, however certain it is.
+_NEGLIGIBLE = 0.005
+# Standard errors. A smaller difference in accuracy may be chance.
+_CERTAIN = 2
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The rows of candidates that have seen the same samples.
+
+    Attributes:
+        scores: the score of each row.
+        rank_by: what is compared.
+    """
+
+    scores: Mapping[Row, Score]
+    rank_by: RankBy
+
+    @classmethod
+    def of(cls, rounds: Mapping[str, Round], rank_by: RankBy) -> Comparison:
+        """Compare the results of one round, given by candidate."""
+        rows = {(name, source): score for name, one in rounds.items() for source, score in one.scores.items()}
+        return cls({row: score for row, score in rows.items() if not math.isnan(score.logme)}, rank_by)
+
+    def value(self, row: Row) -> float:
+        """Return the value of a row that is compared."""
+        return self.scores[row].accuracy if self.rank_by == "accuracy" else self.scores[row].logme
+
+    def behind(self, quantile: float) -> dict[Row, float]:
+        """Return the rows that are behind the leader by more paired standard errors than this, and by how many."""
+        by_accuracy = self.rank_by == "accuracy"
+        replicates = {
+            row: score.accuracy_replicates if by_accuracy else score.replicates for row, score in self.scores.items()
+        }
+        return trailing({row: self.value(row) for row in self.scores}, replicates, quantile)
+
+    def remark(self, row: Row, metric: str) -> str:
+        """Return a remark on a row that is surely behind in LogME, but hardly or perhaps not in accuracy; else ""."""
+        if self.rank_by == "accuracy":
+            return ""
+        leader, score = self.scores[max(self.scores, key=self.value)], self.scores[row]
+        difference = leader.accuracy - score.accuracy
+        error = paired_error(leader.accuracy_replicates, score.accuracy_replicates)
+        if math.isnan(difference) or difference > max(_NEGLIGIBLE, _CERTAIN * error):
+            return ""
+        side = (
+            f"only {difference:.3f} ± {error:.3f} lower"
+            if difference > 0
+            else f"{-difference:.3f} ± {error:.3f} higher"
+        )
+        return f", but {METRIC_NAMES[metric]} is {side}"
