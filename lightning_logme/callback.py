@@ -289,9 +289,10 @@ class LogMECallback(AnyCallback):
             self.probes.rehearse(trainer, pl_module, self._extractor)
             return
         if current is not None:
+            results = current.results(trainer.strategy.root_device, alone=trainer.world_size == 1)
             seconds = time.perf_counter() - self._started
-            sources = self._extractor.names
-            self._history.record(trainer, pl_module, current, sources, seconds, class_names=self.class_names)
+            sources, names = self._extractor.names, self.class_names
+            self._history.record(trainer, pl_module, current, results, sources, seconds, class_names=names)
             if "width" not in self._reported:
                 self._compare_width(trainer, current.num_loaders)
         if self._has_probes:

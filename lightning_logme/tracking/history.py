@@ -19,7 +19,7 @@ from lightning_logme.scores.accuracy import METRICS, Accuracy
 from lightning_logme.scores.curve import CurvePoint
 from lightning_logme.scores.evidence import Evidence
 from lightning_logme.scores.scoring import Scoring
-from lightning_logme.tracking.validation import Pass, Result
+from lightning_logme.tracking.validation import Key, Pass, Result
 from lightning_logme.utilities.compat import LightningModule, Trainer, logged_step, rank_zero_info
 from lightning_logme.utilities.loggers import Board
 from lightning_logme.utilities.plots import by_samples, confusion, gain_by_layer, gain_by_output
@@ -102,6 +102,7 @@ class History:
         trainer: Trainer,
         module: LightningModule,
         current: Pass,
+        results: Mapping[Key, Result | None],
         sources: Sequence[str],
         seconds: float,
         *,
@@ -113,12 +114,12 @@ class History:
         """Log, store and draw the results of a pass, for each source and loader. All processes call this together.
 
         Args:
+            results: the results of the pass, the same in all processes.
             seconds: duration of the pass.
             probe: name of the probe; None for the validation set.
             head: the source that is logged under the key of the head; without a head, it is the last layer.
             is_saving: whether a checkpoint is being saved. Then ``module.log`` must not be called.
         """
-        results = current.results(trainer.strategy.root_device, alone=trainer.world_size == 1)
         prefix = "" if probe is None else f"/{probe}"
         if self._board is None and trainer.is_global_zero and trainer.loggers:
             self._board = Board(trainer.loggers, self._plots, info=rank_zero_info)

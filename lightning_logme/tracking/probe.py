@@ -16,7 +16,8 @@ from lightning_logme.features.isolation import same_generators, undisturbed
 from lightning_logme.features.labels import Labels, Target, TargetSpec, check_target, find_mask
 from lightning_logme.features.sampling import Portion, Samples
 from lightning_logme.scores.scoring import Scoring
-from lightning_logme.tracking.validation import Pass
+from lightning_logme.tracking.held_out import HeldOut
+from lightning_logme.tracking.validation import Key, Pass, Result
 from lightning_logme.utilities.checks import Task, check_options, check_task, positive_or_none
 from lightning_logme.utilities.compat import LightningModule, Trainer, prepared_batch
 from lightning_logme.utilities.distributed import reason_of, release
@@ -34,13 +35,16 @@ class Probe:
 
     Args:
         dataloader: a loader of batches with labels, which can be iterated over repeatedly.
+        test: another loader of the same task. The linear head of the samples of ``dataloader`` predicts the samples of
+            this loader, and ``logme_accuracy`` is the accuracy there: the linear-probe protocol of papers. Score and
+            gain, and the points of a ``curve``, stay those of ``dataloader``. None measures leave-one-out accuracy.
         task: "binary", "multiclass", "multilabel" or "regression".
         num_classes: K for "multiclass", or the number of labels for "multilabel". None counts the labels of a data set
             that exposes them (``targets``, ``labels``, the tensors of a TensorDataset; also through Subset).
         target: where the labels are in a batch: a key, an index, or a callable(batch) -> Tensor. None takes the second
             item of a tuple, or an entry such as "labels".
         forward: callable(module, batch) that runs the module. None calls module(inputs) or module(**batch).
-        limit_batches: how many batches to use; None uses all.
+        limit_batches: how many batches of each loader to use; None uses all.
         ignore_index: label of rows that are left out. Not used in regression.
 
     Raises:
@@ -59,6 +63,7 @@ class Probe:
         self,
         dataloader: DataLoader | Iterable[Any],
         *,
+        test: DataLoader | Iterable[Any] | None = None,
         task: Task = "multiclass",
         num_classes: int | None = None,
         target: TargetSpec = None,
@@ -74,6 +79,7 @@ class Probe:
         ignore_index = None if task == "regression" else ignore_index
         check_options(task, ignore_index, fit_intercept=False)
         self.dataloader = dataloader
+        self.test = test
         self.task: Task = task
         self.num_classes = positive_or_none("num_classes", num_classes)
         self.target = target
@@ -99,6 +105,19 @@ class PreparedProbe:
                 self._num_outputs = self._samples.num_outputs(probe.num_classes, probe.ignore_index)
         except Exception as error:
             raise ValueError(f"probes[{name!r}]: {reason_of(error)}") from error
+        self._test: Samples | None = None
+        if probe.test is not None:
+            try:
+                with same_generators():
+                    self._test = Samples(probe.test, probe.task, probe.target, seed=0, repeatable=False)
+                    self._checked(self._test.first)
+            except Exception as error:
+                raise ValueError(f"probes[{name!r}].test: {reason_of(error)}") from error
+
+    @property
+    def has_test(self) -> bool:
+        """Whether the probe has test samples."""
+        return self._test is not None
 
     def run(
         self,
@@ -107,22 +126,61 @@ class PreparedProbe:
         extractor: Extractor,
         scoring: Scoring,
         limit_batches: int | None = None,
+        is_test: bool = False,
     ) -> tuple[Pass, set[str | None]]:
         """Run the module on this process's share of the samples, and leave the module as it was.
 
         Args:
             scoring: settings of the callback. The probe has its own task, number of outputs and ``ignore_index``.
             limit_batches: how many batches to use, instead of the probe's own limit.
+            is_test: run on the test samples instead.
 
         Returns:
             The pass, with the errors that occurred in it, and the sources whose module was not called.
         """
-        probe, uncalled = self._probe, set()
-        scoring = replace(scoring, task=probe.task, num_outputs=self._num_outputs, ignore_index=probe.ignore_index)
-        current = Pass(scoring, trainer.global_rank, trainer.world_size)
+        current = Pass(self._own(scoring), trainer.global_rank, trainer.world_size)
+        samples = self._test if is_test and self._test is not None else self._samples
+        return current, self._run(current, samples, trainer, module, extractor, limit_batches)
+
+    def test(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        extractor: Extractor,
+        scoring: Scoring,
+        results: dict[Key, Result | None],
+        limit_batches: int | None = None,
+    ) -> dict[Key, Result | None]:
+        """Return results with the accuracy on the test samples. All processes call this together.
+
+        Args:
+            scoring, limit_batches: as in :meth:`run`.
+            results: the results of the training samples.
+        """
+        assert self._test is not None
+        held_out = HeldOut(results, self._own(scoring), trainer.strategy.root_device)
+        self._run(held_out, self._test, trainer, module, extractor, limit_batches)
+        return held_out.tested(f"probes[{self._name!r}].test", trainer.world_size == 1)
+
+    def _own(self, scoring: Scoring) -> Scoring:
+        """Return the settings of the callback with those of the probe in their place."""
+        probe = self._probe
+        return replace(scoring, task=probe.task, num_outputs=self._num_outputs, ignore_index=probe.ignore_index)
+
+    def _run(
+        self,
+        current: Pass | HeldOut,
+        samples: Samples,
+        trainer: Trainer,
+        module: LightningModule,
+        extractor: Extractor,
+        limit_batches: int | None,
+    ) -> set[str | None]:
+        """Run the module on this process's share of samples, and return the sources whose module was not called."""
+        uncalled: set[str | None] = set()
         try:
             with undisturbed(module, getattr(trainer, "datamodule", None)):
-                for portion in self._portions(trainer, limit_batches or probe.limit_batches):
+                for portion in self._portions(samples, trainer, limit_batches or self._probe.limit_batches):
                     current.batches[0] += 1
                     for source, error in self._add(current, portion, trainer, module, extractor).items():
                         current.errors.setdefault(source, reason_of(error))
@@ -134,31 +192,33 @@ class PreparedProbe:
         except Exception as error:
             current.errors[None] = reason_of(error)
             release(error)
-        return current, uncalled
+        return uncalled
 
     def _add(
-        self, current: Pass, portion: Portion, trainer: Trainer, module: LightningModule, extractor: Extractor
+        self, current: Pass | HeldOut, portion: Portion, trainer: Trainer, module: LightningModule, extractor: Extractor
     ) -> Errors:
         """Add the rows of a batch, and return the errors of sources that failed."""
-        scoring = current.scoring
-        target = Target.checked(portion.target, scoring.task, scoring.num_outputs, scoring.ignore_index)
+        target = self._checked(portion)
         batch = prepared_batch(copied(portion.batch), trainer, module)  # the module may write to it
         labels = Labels(target, find_mask(batch))
         precision = trainer.precision_plugin.forward_context()
         rows, errors = extractor.run(batch, labels, self._probe.forward or self._call, precision)
         return errors | current.add(rows, labels, range(portion.start, portion.start + len(portion.target)))
 
+    def _checked(self, portion: Portion) -> Target:
+        return Target.checked(portion.target, self._probe.task, self._num_outputs, self._probe.ignore_index)
+
     def _call(self, module: LightningModule, batch: Any) -> Any:
         return call(module, batch, self._probe.target)
 
-    def _portions(self, trainer: Trainer, limit_batches: int | None) -> Iterator[Portion]:
+    def _portions(self, samples: Samples, trainer: Trainer, limit_batches: int | None) -> Iterator[Portion]:
         """Yield this process's batches, with a progress bar if they take long."""
         rank, world_size = trainer.global_rank, trainer.world_size
         is_shown = rank == 0 and getattr(trainer.progress_bar_callback, "is_enabled", False)
         with tqdm(
             desc=f"probe {self._name}", delay=_BAR_DELAY, leave=False, disable=not is_shown, unit=" batches"
         ) as bar:
-            for index, portion in enumerate(self._samples.portions(0, None, rank, world_size)):
+            for index, portion in enumerate(samples.portions(0, None, rank, world_size)):
                 # Processes take batches in turn.
                 if limit_batches is not None and rank + index * world_size >= limit_batches:
                     return

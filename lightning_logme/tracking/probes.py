@@ -122,9 +122,15 @@ class Probes:
                 first, uncalled = prepared.run(trainer, module, extractor, Scoring(), limit_batches=trainer.world_size)
                 if HEAD in uncalled and extractor.is_head_guessed and extractor.layers:
                     guess = first.errors.pop(HEAD)
+                where = ""
+                if prepared.has_test and not first.errors and guess is None:
+                    first, uncalled = prepared.run(
+                        trainer, module, extractor, Scoring(), limit_batches=trainer.world_size, is_test=True
+                    )
+                    where = ".test"
                 if first.errors:
                     cause = next(iter(first.errors.values())).rstrip(".")
-                    text = f"probes[{name!r}]: its first batch cannot be scored: {cause}."
+                    text = f"probes[{name!r}]{where}: its first batch cannot be scored: {cause}."
                     if (None in first.errors or uncalled) and "Probe(forward=" not in cause:
                         text += (
                             " The module is called as module(inputs) or module(**batch); if that is not how it runs, "
@@ -165,11 +171,16 @@ class Probes:
         for name, prepared in self._prepared.items():
             started = time.perf_counter()
             current, _ = prepared.run(trainer, module, extractor, scoring, limit or None)
+            results = current.results(trainer.strategy.root_device, alone=trainer.world_size == 1)
+            if prepared.has_test and scoring.accuracy:
+                results = prepared.test(trainer, module, extractor, scoring, results, limit or None)
             seconds = time.perf_counter() - started
             for source, reason in current.errors.items():
                 key = f"{history.name}/{name}" + (f"/{source}" if source else "")
                 warnings.warn(f"{key} is NaN, after an error: {reason}", stacklevel=2)
-            history.record(trainer, module, current, scored, seconds, probe=name, head=head, is_saving=is_saving)
+            history.record(
+                trainer, module, current, results, scored, seconds, probe=name, head=head, is_saving=is_saving
+            )
 
 
 def _by_name(probes: Mapping[str, Any] | None) -> dict[str, Probe]:

@@ -1,0 +1,83 @@
+"""Test samples of a probe: the linear heads of its training samples predict them, batch by batch."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lightning_logme.features.extractor import Errors
+from lightning_logme.features.labels import Labels
+from lightning_logme.scores.accuracy import METRICS, Accuracy, accuracy_of, decide
+from lightning_logme.scores.evidence import Evidence
+from lightning_logme.scores.moments import moments_device
+from lightning_logme.scores.scoring import Scoring
+from lightning_logme.tracking.validation import Key, Result
+from lightning_logme.utilities.distributed import first_reason, gathered
+
+Decisions = tuple[Tensor, Tensor, Tensor]  # what the head predicts, the targets, and the indices of the rows
+
+
+class HeldOut:
+    """The predictions of linear heads on test samples. The features are not kept.
+
+    Args:
+        results: the results of the training samples, whose evidence has the heads.
+        scoring: the options.
+        device: the device of the features.
+
+    Attributes:
+        errors: why a source has no accuracy, by source; None stands for all sources.
+        batches: number of batches that this process has read, by loader: there is one.
+    """
+
+    def __init__(self, results: Mapping[Key, Result | None], scoring: Scoring, device: torch.device) -> None:
+        self.scoring = scoring
+        self.errors: dict[str | None, str] = {}
+        self.batches: Counter[int] = Counter()
+        self._results = results
+        self._device = moments_device(device)
+        self._heads: dict[str, Evidence] = {
+            source: result.evidence.to(self._device) for (source, _), result in results.items() if result is not None
+        }
+        self._decisions: defaultdict[str, list[Decisions]] = defaultdict(list)
+
+    def add(self, rows: Mapping[str, Tensor], labels: Labels, positions: range) -> Errors:
+        """Predict the rows of a batch, and return the errors of sources that failed. See :meth:`Pass.add`."""
+        errors: Errors = {}
+        target, index = labels.target, labels.target.index(positions)
+        for source in self._heads.keys() & rows.keys():
+            head, scoring = self._heads[source], self.scoring
+            try:
+                kept = target.rows(rows[source], head.weight.shape[1], scoring.normalize).to(self._device)
+                decisions = decide(head.predict(kept.features), head, scoring.task)
+                self._decisions[source].append((decisions.cpu(), kept.target.cpu(), index))
+            except Exception as error:
+                errors[source] = error
+        return errors
+
+    def tested(self, key: str, alone: bool) -> dict[Key, Result | None]:
+        """Return the results with the accuracy on the test samples of all processes, which call this together.
+
+        Args:
+            key: the logged key, for warnings.
+            alone: whether the run has only one process.
+        """
+        everyone = gathered(alone, (dict(self._decisions), self.errors))
+        results = dict(self._results)
+        for (source, loader), result in self._results.items():
+            if result is None:
+                continue
+            parts = [part for decisions, _ in everyone for part in decisions.get(source, [])]
+            reason = first_reason([errors.get(source, errors.get(None)) for _, errors in everyone])
+            accuracy = Accuracy(METRICS[self.scoring.task])
+            if reason is not None:
+                warnings.warn(f"{key}: the accuracy is NaN, after an error in the test samples: {reason}", stacklevel=2)
+            elif parts:
+                decided, target, index = map(torch.cat, zip(*parts, strict=True))
+                accuracy = accuracy_of(decided, target, index, result.evidence, self.scoring.task)
+            results[source, loader] = result._replace(accuracy=accuracy)
+        return results
