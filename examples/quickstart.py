@@ -1,9 +1,9 @@
 """Fine-tune a pretrained network, and the same network from random weights, and watch LogME tell them apart.
 
 EfficientNet-Lite0 learns real MNIST digits twice: from the weights of ImageNet, and from random weights.
-`LogMECallback` logs at every validation how well the features explain the labels. The first validation comes before any
-training, when both networks can only guess. The script prints a table and draws a picture. It takes two minutes on one
-core, and downloads nothing except packages:
+`LogMECallback` logs at every validation how well the features explain the labels, and the accuracy that a linear head
+on these features would have. The first validation comes before any training, when both networks can only guess. The
+script prints a table and draws a picture. It takes two minutes on one core, and downloads nothing except packages:
 
     pip install -e '.[examples]'
     python examples/quickstart.py
@@ -90,14 +90,15 @@ def fine_tune(network: nn.Module, train: DataLoader, val: DataLoader, epochs: in
 
 
 def print_table(results: dict[str, Rows]) -> None:
-    print(f"\n{'network':<16}{'epochs':>8}{'accuracy':>10}{'logme':>9}{'gain':>8}")
+    columns = ("val_accuracy", "logme", "logme_gain", "logme_accuracy")
+    print(f"\n{'network':<16}{'epochs':>8}" + "".join(f"{column:>16}" for column in columns))
     for name, rows in results.items():
         for epoch, row in enumerate(rows):
-            print(f"{name:<16}{epoch:>8}{row['val_accuracy']:>10.3f}{row['logme']:>9.3f}{row['logme_gain']:>8.3f}")
+            print(f"{name:<16}{epoch:>8}" + "".join(f"{row[column]:>16.3f}" for column in columns))
 
 
 def draw(results: dict[str, Rows], options: Namespace) -> None:
-    """Draw gain and accuracy of each network against the epochs of training."""
+    """Draw gain and accuracies of each network against the epochs of training."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     figure = make_figure(height=3.8)
@@ -108,6 +109,8 @@ def draw(results: dict[str, Rows], options: Namespace) -> None:
     ):
         for (name, rows), colour in zip(results.items(), ("#4c72b0", "#dd8452"), strict=True):
             axes.plot([row[key] for row in rows], marker="o", color=colour, label=name)
+            if axes is accuracy:
+                axes.plot([row["logme_accuracy"] for row in rows], marker="o", fillstyle="none", ls="--", color=colour)
         axes.axhline(floor, color="0.6", linewidth=1, linestyle=":")
         corner = {"ha": "right", "va": "bottom", "transform": axes.get_yaxis_transform()}
         axes.text(1, floor + 0.01, meaning, color="0.4", **corner)
@@ -117,6 +120,9 @@ def draw(results: dict[str, Rows], options: Namespace) -> None:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda epoch, _: f"{epoch:.0f}" if epoch else "before"))
         axes.set_ylim(bottom=0)
     accuracy.set_ylim(0, 1)
+    for style, label in (("-", "the network"), ("--", "linear head on its features")):
+        accuracy.plot([], [], style, color="0.4", label=label)
+    accuracy.legend(loc="lower right", bbox_to_anchor=(1, 0.13))
     gain.legend(loc="upper left")
     save_picture(figure, "quickstart", options)
 
