@@ -280,8 +280,8 @@ def read_evidence(path: str | PathLike[str]) -> dict[str, dict[str, Any]]:
 
     Returns:
         A dict for each key: ``logme``, ``gain``, ``num_samples`` and the accuracy, as in :func:`read_history`, and
-        lists with one number for each output: ``per_output``, ``null``, ``alpha``, ``beta``, ``effective_dim`` and ``saturated``, as in
-        :class:`~lightning_logme.Evidence`.
+        lists with one number for each output: ``per_output``, ``null``, ``alpha``, ``beta``, ``effective_dim`` and
+        ``saturated``, as in :class:`~lightning_logme.Evidence`.
 
     Raises:
         ValueError, OSError: as in :func:`read_history`.
