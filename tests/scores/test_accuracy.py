@@ -6,8 +6,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from oracles import one_hot, problem
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, r2_score
+from oracles import metric_of_predictions, one_hot, problem
+from sklearn.metrics import confusion_matrix
 from streamed import rows_of
 
 from lightning_logme.functional import evidence, leave_one_out
@@ -42,15 +42,6 @@ def measured(features, target, num_outputs, task="multiclass", fit_intercept=Fal
     return measure(accumulator.sample(), found, spectrum, task)
 
 
-def by_scikit_learn(predictions, target, task):
-    predictions, target = np.asarray(predictions), np.asarray(target)
-    if task == "regression":
-        return r2_score(target, predictions)
-    if task == "multilabel":
-        return f1_score(target, predictions > 0.5, average="macro", zero_division=0)
-    return accuracy_score(target, predictions.argmax(1))
-
-
 @pytest.mark.parametrize("fit_intercept", [False, True])
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize(("n", "d"), SHAPES)
@@ -59,7 +50,7 @@ def test_value_is_the_metric_of_leave_one_out_predictions(n, d, task, fit_interc
     found = measured(features, target, num_outputs, task, fit_intercept)
     predictions = leave_one_out(features, target, task, fit_intercept=fit_intercept)
     assert found.metric == {"multilabel": "f1", "regression": "r2"}.get(task, "accuracy")
-    assert found.value == pytest.approx(by_scikit_learn(predictions, target, task), rel=1e-6)
+    assert found.value == pytest.approx(metric_of_predictions(predictions, target, task), rel=1e-6)
     assert found.num_samples == n
     assert len(found.replicates) == 32
     assert math.isfinite(found.stderr)
@@ -75,7 +66,7 @@ def test_large_sets_are_measured_on_a_random_subset(task):
     found = measured(features, target, num_outputs, task, batch=600)
     chosen = mixed(index_of(torch.arange(5000))).argsort()[:2048]
     predictions = leave_one_out(features, target, task)[chosen]
-    assert found.value == pytest.approx(by_scikit_learn(predictions, target[chosen], task), rel=1e-6)
+    assert found.value == pytest.approx(metric_of_predictions(predictions, target[chosen], task), rel=1e-6)
     assert found.num_samples == 2048
 
 
@@ -146,7 +137,8 @@ class TestRSquared:
         features, target, _ = data("regression", 90, 12)
         target = target * scale + mean
         found = measured(features, target, 2, "regression", fit_intercept)
-        expected = r2_score(target, leave_one_out(features, target, "regression", fit_intercept=fit_intercept))
+        predictions = leave_one_out(features, target, "regression", fit_intercept=fit_intercept)
+        expected = metric_of_predictions(predictions, target, "regression")
         assert found.value == pytest.approx(expected, rel=1e-4)  # A large mean costs digits of the ridge.
 
     @pytest.mark.parametrize("constant", [0.0, 0.1, 1e6])
@@ -181,7 +173,7 @@ class TestAbsentOutputs:
     def test_label_that_all_samples_have_counts(self):
         features, target, _ = data("multilabel", 90, 12)
         always = torch.cat([target[:, :1], torch.ones(90, 1, dtype=torch.long)], 1)
-        expected = f1_score(always, leave_one_out(features, always, "multilabel") > 0.5, average="macro")
+        expected = metric_of_predictions(leave_one_out(features, always, "multilabel"), always, "multilabel")
         assert measured(features, always, 2, "multilabel").value == pytest.approx(expected)
 
     @pytest.mark.parametrize(("n", "d"), SHAPES)
@@ -189,7 +181,7 @@ class TestAbsentOutputs:
         features, target, _ = data("multiclass", n, d)
         target[5] = 4
         found = measured(features, target, 5)
-        assert found.value == pytest.approx(by_scikit_learn(leave_one_out(features, target), target, "multiclass"))
+        assert found.value == pytest.approx(metric_of_predictions(leave_one_out(features, target), target))
         assert found.confusion[4].sum() == 1
         assert found.confusion[4, 4] == 0
 

@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-from oracles import problem
-from sklearn.metrics import accuracy_score
+from oracles import metric_of_predictions, problem
 from streamed import rows_of
 
 from lightning_logme.functional import evidence, leave_one_out
@@ -49,7 +48,7 @@ def test_points_are_the_scores_of_prefixes_and_their_accuracies_on_all_samples(n
             # Ignored samples are predicted by the head of the others.
             unseen = labels.where(torch.arange(n) < first, -1)
             predictions = leave_one_out(features, unseen, ignore_index=-1, **options)
-            assert point.accuracy == pytest.approx(accuracy_score(labels, predictions.argmax(1)))
+            assert point.accuracy == pytest.approx(metric_of_predictions(predictions, labels))
 
 
 def test_without_a_random_subset_accuracies_are_nan():

@@ -1,5 +1,6 @@
 """The random subset does not depend on the order, batches or segments of the samples."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -7,6 +8,7 @@ from oracles import problem
 from streamed import rows_of
 
 from lightning_logme.scores.accumulator import Accumulator
+from lightning_logme.scores.moments import Rows
 from lightning_logme.scores.subset import IndexedRows, Subset, index_of, mixed, position_of
 
 
@@ -65,6 +67,29 @@ def test_subset_keeps_no_batch_alive():
         accumulator.add(rows_of(rows, target))
     assert accumulator.subset.buffer.features.untyped_storage().nbytes() == 10 * 8 * 4
     assert accumulator.nbytes < 2 * (8 * 8 + 2 * 3 * 8) * 8
+
+
+def test_rows_are_chosen_without_waiting_for_the_device():
+    """On "meta", reading a value is an error."""
+    subset, index = Subset(20), torch.arange(400)
+    for at in index.split(40):
+        rows = Rows(torch.empty(40, 8, device="meta"), torch.empty(40, dtype=torch.long, device="meta"))
+        subset.add(IndexedRows(rows, at))
+    found = subset.by_hash()
+    assert torch.equal(found.index, chosen(400, 20))
+    assert (found.rows.features.shape, found.rows.features.device.type) == ((20, 8), "meta")
+
+
+@pytest.mark.parametrize("precise", [torch.float32, torch.float64])
+def test_later_rows_may_be_more_precise(precise):
+    subset, features = Subset(30), torch.randn(40, 3, dtype=torch.float64)
+    for at, dtype in ((slice(0, 20), torch.bfloat16), (slice(20, 40), precise)):
+        subset.add(IndexedRows(Rows(features[at].to(dtype), torch.arange(40)[at]), torch.arange(40)[at]))
+    found = subset.by_hash()
+    expected = torch.cat([features[:20].bfloat16().to(precise), features[20:].to(precise)])
+    assert torch.equal(found.index, chosen(40, 30))
+    assert torch.equal(found.rows.features, expected[found.index])
+    assert torch.equal(found.rows.target, found.index)
 
 
 def test_empty_subset_keeps_nothing():
