@@ -175,7 +175,7 @@ class LogME(Metric):
         it first if you need both.
         """
         if self._computed is None or self._accuracy is None:
-            with self.sync_context(self.dist_sync_fn, None, self._to_sync, self._should_unsync):
+            with self.sync_context(self.dist_sync_fn, should_sync=self.sync_on_compute):
                 accumulator = self._accumulator()
                 self._evidence, spectrum = accumulator.decomposed(self.fit_intercept)
                 self._accuracy = measure(accumulator.sample(), self._evidence, spectrum, self.task)

@@ -29,7 +29,7 @@ def test_score_and_history_are_those_of_the_input_of_the_head(tmp_path):
     expected = evidence(*penultimate(module, "model.2", vectors()))
     assert float(run.callback_metrics["logme"]) == pytest.approx(float(expected.score), rel=1e-6)
     assert float(run.callback_metrics["logme_gain"]) == pytest.approx(float(expected.gain), rel=1e-6)
-    (row,) = callback.history
+    (row,), accuracy = callback.history, callback.accuracies["logme"]
     assert row == {
         "epoch": 0,
         "global_step": 0,
@@ -39,7 +39,10 @@ def test_score_and_history_are_those_of_the_input_of_the_head(tmp_path):
         "gain": pytest.approx(float(expected.gain), rel=1e-6),
         "num_samples": 96,
         "stage": "validate",
+        "accuracy": pytest.approx(accuracy.value),
+        "accuracy_stderr": pytest.approx(accuracy.stderr),
     }
+    assert 0 < accuracy.stderr < 0.1
     assert {name: type(value) for name, value in row.items()} == {
         "epoch": int,
         "global_step": int,
@@ -48,6 +51,8 @@ def test_score_and_history_are_those_of_the_input_of_the_head(tmp_path):
         "gain": float,
         "num_samples": int,
         "stage": str,
+        "accuracy": float,
+        "accuracy_stderr": float,
     }
     torch.testing.assert_close(callback.evidence["logme"].weight, expected.weight, rtol=1e-4, atol=1e-5)
 
@@ -154,7 +159,7 @@ def test_layers_are_scored_without_a_head(tmp_path):
     callback = LogMECallback(layers=["model"], num_classes=CLASSES)
     run = trainer(tmp_path, callback)
     run.validate(module, loader(images()), verbose=False)
-    assert set(run.callback_metrics) == {"logme/model", "logme_gain/model"}
+    assert set(run.callback_metrics) == {"logme/model", "logme_gain/model", "logme_accuracy/model"}
 
 
 @pytest.mark.parametrize(
@@ -284,7 +289,7 @@ def test_combined_loaders_are_scored_as_one(tmp_path):
     run = trainer(tmp_path, callback)
     run.validate(Together(), loaders, verbose=False)
     assert callback.history[0]["num_samples"] == 192
-    assert set(run.callback_metrics) == {"logme", "logme_gain"}
+    assert set(run.callback_metrics) == {"logme", "logme_gain", "logme_accuracy"}
 
 
 def test_sanity_check_is_not_logged_but_finds_mistakes(tmp_path):
@@ -785,11 +790,15 @@ def test_module_can_be_exported_to_torchscript_during_a_run(tmp_path, method):
         ("logme", False),
         ("mine", True),
         ("mine_gain", True),
+        ("mine_accuracy", True),
+        ("mine_r2/news", True),
+        ("mine_f1/dataloader_idx_1", True),
         ("mine/model.0", True),
         ("mine_gain/dataloader_idx_1", True),
         ("mine/news", True),
         ("minerals", False),
         ("mine_gains", False),
+        ("mine_accuracy_of_others", False),
         ("val_loss", False),
     ],
 )

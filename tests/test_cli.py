@@ -55,7 +55,14 @@ def test_callback_takes_options_from_a_configuration(tmp_path):
 def test_null_in_a_configuration_means_no_value(tmp_path):
     optional = ("layers", "features", "num_classes", "target", "ignore_index", "class_names", "probes")
     trainer = fit(tmp_path, **dict.fromkeys(optional))
-    assert {key for key in trainer.callback_metrics if key.startswith("logme")} == {"logme", "logme_gain"}
+    keys = {key for key in trainer.callback_metrics if key.startswith("logme")}
+    assert keys == {"logme", "logme_gain", "logme_accuracy"}
+
+
+@pytest.mark.parametrize("accuracy", [False, True])
+def test_accuracy_can_be_turned_off_in_a_configuration(tmp_path, accuracy):
+    trainer = fit(tmp_path, accuracy=accuracy)
+    assert ("logme_accuracy" in trainer.callback_metrics) == accuracy
 
 
 def test_number_on_the_command_line_is_an_index_of_the_batch(tmp_path):

@@ -4,15 +4,17 @@ import copy
 import math
 import pickle
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
-from oracles import problem
+from oracles import metric_of_predictions, problem
 from torchmetrics import MetricCollection, MetricTracker
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_logme import LogME
-from lightning_logme.functional import evidence, logme
+from lightning_logme.functional import evidence, leave_one_out, logme
+from lightning_logme.scores.subset import index_of, mixed
 
 FEATURES, TARGET = map(torch.as_tensor, problem(200, 8, 4, noise=2.0))
 FEATURES = FEATURES.float()
@@ -356,6 +358,190 @@ class TestFewerRowsThanFeatures:
         assert float(score) == pytest.approx(float(logme(features, target)), rel=1e-12)
 
 
+def accuracy_of(features, target, **options):
+    return metric_of_predictions(leave_one_out(features, target, **options), target)
+
+
+ACCURACY = accuracy_of(FEATURES, TARGET)
+ACCURACY_TASKS = [
+    ("binary", TARGET % 2, {}, "accuracy"),
+    ("multiclass", TARGET, {"num_classes": 4, "fit_intercept": True}, "accuracy"),
+    ("multiclass", TARGET, {"num_classes": 4, "normalize": True}, "accuracy"),
+    ("multilabel", torch.stack([TARGET == 1, TARGET > 1], 1).long(), {"num_labels": 2}, "f1"),
+    ("regression", FEATURES[:, 0].sin(), {}, "r2"),
+    ("regression", FEATURES[:, :2].sin(), {"num_outputs": 2}, "r2"),
+]
+
+
+class TestAccuracy:
+    @pytest.mark.parametrize(("task", "target", "options", "metric"), ACCURACY_TASKS)
+    def test_is_the_metric_of_leave_one_out_predictions(self, task, target, options, metric):
+        measured = LogME(task, 8, **options)
+        for features, labels in zip(FEATURES.split(33), target.split(33), strict=True):
+            measured.update(features, labels)
+        found = measured.accuracy()
+        options = {key: value for key, value in options.items() if key in ("fit_intercept", "normalize")}
+        predictions = leave_one_out(FEATURES, target, task, **options)
+        target = target[:, None] if target.ndim == 1 and task == "regression" else target
+        assert found.metric == metric
+        assert found.value == pytest.approx(metric_of_predictions(predictions, target, task), rel=1e-6)
+        assert found.num_samples == 200
+        assert found.stderr > 0
+
+    @pytest.mark.parametrize("number", [1, 2, 299, 300, 400])
+    def test_around_as_many_samples_as_features(self, number):
+        metric = LogME("multiclass", 300, num_classes=4)
+        features, target = torch.randn(number, 300), torch.arange(number) % 4
+        for rows, labels in zip(features.split(40), target.split(40), strict=True):
+            metric.update(rows, labels)
+        with nullcontext() if number > 1 else pytest.warns(UserWarning, match="only one class is present"):
+            found = metric.accuracy()
+        if number > 1:
+            assert found.value == pytest.approx(accuracy_of(features, target))
+        else:
+            assert math.isnan(found.value)
+
+    def test_of_many_samples_is_measured_on_a_random_subset(self):
+        features, target = map(torch.as_tensor, problem(5000, 8, 4, noise=3.0))
+        metric = LogME("multiclass", 8, num_classes=4)
+        for rows, labels in zip(features.split(300), target.split(300), strict=True):
+            metric.update(rows, labels)
+        chosen = mixed(index_of(torch.arange(5000))).argsort()[:2048]
+        expected = metric_of_predictions(leave_one_out(features, target)[chosen], target[chosen])
+        assert metric.accuracy().value == pytest.approx(expected)
+        assert sum(map(len, metric.subset_features)) == metric.accuracy().num_samples == 2048
+
+    def test_ignored_samples_and_unlabelled_tokens_do_not_count(self):
+        tokens, labels = FEATURES.unflatten(0, (40, 5)), TARGET.clone().unflatten(0, (40, 5))
+        labels[torch.rand(40, 5) < 0.3] = -100
+        metric = LogME("multiclass", 8, num_classes=4, ignore_index=-100)
+        for rows, some in zip(tokens.split(9), labels.split(9), strict=True):
+            metric.update(rows, some)
+        kept = labels.flatten() >= 0
+        assert metric.accuracy().value == pytest.approx(accuracy_of(FEATURES[kept], TARGET[kept]))
+        assert metric.accuracy().num_samples == int(kept.sum())
+
+    @pytest.mark.parametrize("first", ["compute", "accuracy"])
+    def test_is_cached_until_the_next_update(self, first):
+        metric = filled()
+        getattr(metric, first)()
+        found, computed = metric.accuracy(), metric.evidence()
+        assert metric.accuracy() is found
+        assert metric.evidence() is computed
+        assert float(metric.compute()) == pytest.approx(EXPECTED, rel=1e-12)
+        metric.update(FEATURES[:50], TARGET[:50].flip(0))
+        assert metric.accuracy().num_samples == metric.evidence().num_samples == 250
+        metric.reset()
+        metric.update(FEATURES[:60], TARGET[:60])
+        assert metric.accuracy().value == pytest.approx(accuracy_of(FEATURES[:60], TARGET[:60]))
+
+    def test_without_a_cache_is_the_same(self):
+        assert filled(compute_with_cache=False).accuracy().value == pytest.approx(ACCURACY)
+
+    def test_after_forward_is_that_of_all_batches(self):
+        metric = LogME("multiclass", 8, num_classes=4)
+        for features, target in zip(FEATURES.chunk(4), TARGET.chunk(4), strict=True):
+            metric(features, target)
+        assert metric.accuracy().value == pytest.approx(ACCURACY)
+        assert metric.accuracy().num_samples == 200
+
+    @pytest.mark.parametrize(
+        "copied",
+        [
+            lambda m: m.clone(),
+            copy.deepcopy,
+            lambda m: pickle.loads(pickle.dumps(m)),
+            lambda m: m.half().to("cpu", torch.bfloat16),
+            lambda m: torch.nn.ModuleList([m]).double()[0],
+        ],
+    )
+    def test_survives_copies_and_casts(self, copied):
+        metric = LogME("multiclass", 8, num_classes=4)
+        for features, target in zip(FEATURES.split(5), TARGET.split(5), strict=True):
+            metric.update(features, target)
+            metric = copied(metric)
+        assert metric.accuracy().value == pytest.approx(ACCURACY)
+        assert metric.subset_features[0].dtype == torch.float32
+        assert metric.subset_index[0].dtype == torch.int64
+
+    @pytest.mark.parametrize("number", [3, 120, 200])
+    def test_states_can_be_saved_and_loaded(self, number):
+        saved, other = persistent(), persistent()
+        saved.update(FEATURES[:number], TARGET[:number])
+        other.update(FEATURES[:50], TARGET[:50])
+        other.load_state_dict(saved.state_dict())
+        other.update(FEATURES[number:], TARGET[number:])
+        assert other.accuracy().value == pytest.approx(ACCURACY)
+        assert other.accuracy().num_samples == 200
+
+    @pytest.mark.parametrize("as_dict", [False, True])
+    @pytest.mark.parametrize("parts", [(3, 197), (120, 80), (197, 3)])
+    def test_of_merged_states_is_that_of_all_samples(self, parts, as_dict):
+        metrics = [LogME("multiclass", 8, num_classes=4) for _ in parts]
+        for metric, features, target in zip(metrics, FEATURES.split(parts), TARGET.split(parts), strict=True):
+            metric.update(features, target)
+        metrics[0].accuracy()
+        metrics[0].merge_state(metrics[1].metric_state if as_dict else metrics[1])
+        assert metrics[0].accuracy().value == pytest.approx(ACCURACY)
+        assert metrics[0].accuracy().num_samples == 200
+        metrics[0].update(FEATURES, TARGET)
+        assert metrics[0].accuracy().num_samples == 400
+
+    def test_of_large_merged_states_is_measured_on_samples_of_both(self):
+        features, target = map(torch.as_tensor, problem(6000, 8, 4, noise=3.0))
+        metrics = [LogME("multiclass", 8, num_classes=4) for _ in range(2)]
+        for metric, rows, labels in zip(metrics, features.split(3000), target.split(3000), strict=True):
+            metric.update(rows, labels)
+        own = metrics[0].subset_features[0].clone()
+        metrics[0].merge_state(metrics[1])
+        found, kept = metrics[0].accuracy(), metrics[0].subset_features[0]
+        assert found.num_samples == 2048
+        share = (kept[:, None] == own[None]).all(2).any(1).double().mean()
+        assert 0.4 < float(share) < 0.6
+        assert found.value == pytest.approx(accuracy_of(features, target), abs=4 * found.stderr)
+
+    def test_members_of_a_collection_share_rows(self):
+        collection = MetricCollection(
+            {
+                name: LogME("multiclass", 8, num_classes=4, fit_intercept=name == "centred")
+                for name in ("plain", "centred")
+            }
+        )
+        for features, target in zip(FEATURES.chunk(4), TARGET.chunk(4), strict=True):
+            collection.update(features, target)
+        collection.compute()
+        assert len(collection.compute_groups) == 1
+        for name, metric in collection.items():
+            expected = accuracy_of(FEATURES, TARGET, fit_intercept=name == "centred")
+            assert metric.accuracy().value == pytest.approx(expected)
+        collection.update(FEATURES[:50], TARGET[:50])
+        assert [metric.accuracy().num_samples for _, metric in collection.items()] == [250, 250]
+
+    def test_updates_in_inference_mode_and_in_training_can_be_mixed(self):
+        metric = LogME("multiclass", 8, num_classes=4)
+        for at in torch.arange(200).split(40):
+            with torch.inference_mode(int(at[0]) in (0, 120)):
+                metric.update(FEATURES[at], TARGET[at])
+        with torch.inference_mode():
+            assert metric.accuracy().value == pytest.approx(ACCURACY)
+        metric.update(FEATURES, TARGET)
+        assert metric.accuracy().num_samples == 400
+
+    def test_nan_in_the_features_is_nan_with_one_warning(self):
+        metric, broken = LogME("multiclass", 8, num_classes=4), FEATURES.clone()
+        broken[7, 3] = math.nan
+        metric.update(broken, TARGET)
+        with pytest.warns(UserWarning, match="features contain NaN or Inf") as caught:
+            assert math.isnan(metric.accuracy().value)
+            assert math.isnan(metric.accuracy().stderr)
+            assert math.isnan(metric.compute())
+        assert len(caught) == 1
+
+    def test_without_updates_is_nan_with_a_warning(self):
+        with pytest.warns(UserWarning, match="no samples"):
+            assert math.isnan(LogME("regression", 8).accuracy().value)
+
+
 def test_states_of_version_0_1_can_be_loaded():
     full = filled()
     full.persistent(True)
@@ -365,8 +551,10 @@ def test_states_of_version_0_1_can_be_loaded():
     metric.persistent(True)
     metric.update(FEATURES[:3], TARGET[:3])
     metric.load_state_dict(state)
+    assert math.isnan(metric.accuracy().value)  # Version 0.1 kept no rows.
     metric.update(FEATURES[:50], TARGET[:50])
     assert metric.evidence().num_samples == 250
+    assert metric.accuracy().num_samples == 50
     other = filled()
     other.merge_state(state)
     assert other.evidence().num_samples == 400

@@ -18,7 +18,7 @@ LAYERS = {"utilities": 0, "scores": 1, "features": 2, "tracking": 3, "ranking": 
 ABOVE = 4
 FILES = sorted(ROOT.rglob("*.py"))
 ENTRIES_BESIDE = {"__init__.py", "__main__.py", "py.typed", "__pycache__"}
-MOST_ENTRIES, MOST_LINES, EXCEPTIONS = 12, 370, {"features/heads.py": 450}
+MOST_ENTRIES, MOST_LINES, EXCEPTIONS = 12, 370, {"features/heads.py": 450, "callback.py": 390}
 
 
 def name_of(path: Path) -> str:
@@ -100,7 +100,8 @@ def test_every_folder_is_a_layer():
 @pytest.mark.parametrize("name", [name for name in TREES if name.startswith(f"{NAME}.scores")])
 def test_scores_need_only_torch(name):
     packages = {other.partition(".")[0] for other in imports(TREES[name])}
-    assert packages - set(sys.stdlib_module_names) <= {NAME, "torch"}
+    metrics = {"torchmetrics"} if name == f"{NAME}.scores.accuracy" else set()
+    assert packages - set(sys.stdlib_module_names) <= {NAME, "torch"} | metrics
 
 
 @pytest.mark.slow

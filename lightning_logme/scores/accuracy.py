@@ -144,7 +144,7 @@ def _value(decisions: Tensor, target: Tensor, present: Tensor, task: Task) -> fl
         decisions, target = decisions[:, present], target[:, present].long()
         return float(multilabel_f1_score(decisions, target, decisions.shape[1], average="macro", validate_args=False))
     centre, spread = target.double().mean(0), target.double().std(0, correction=0)
-    present = present & (spread > 0)
+    present = present & (target != target[:1]).any(0) & (spread > 0)  # rounding gives a constant a spread
     if not bool(present.any()):
         return math.nan
     # R² does not depend on shift and scale. torchmetrics takes sums of squares below 1e-4 for zero.

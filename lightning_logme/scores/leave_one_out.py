@@ -35,7 +35,7 @@ def predict_without_each(rows: Rows, spectrum: Spectrum, ratio: Tensor) -> Tenso
 
 def _of_some(rows: Rows, spectrum: Spectrum, ratio: Tensor) -> Tensor:
     features, target = rows.features.double(), rows.dense_target(len(ratio))
-    eigenvalues, x, t = spectrum.eigenvalues, spectrum.coordinates, ratio.nan_to_num(nan=torch.inf)[:, None]
+    eigenvalues, x, t = spectrum.eigenvalues, spectrum.coordinates, ratio.nan_to_num(torch.inf, torch.inf)[:, None]
     mean, rest = torch.zeros_like(target[:1]), 1.0
     if spectrum.centre is not None:
         features, mean, rest = features - spectrum.centre[0], spectrum.centre[1], 1 - 1 / (spectrum.dof + 1)
@@ -47,9 +47,9 @@ def _of_some(rows: Rows, spectrum: Spectrum, ratio: Tensor) -> Tensor:
     y = target - mean
     residual, remaining = y - z @ (x * used).T, rest - z.square() @ used.T
     # With as many directions as degrees of freedom, a small t leaves only rounding errors in these two.
-    interpolates = (remaining < _SMALL) | (len(eigenvalues) == spectrum.dof)
+    interpolates = ((remaining < _SMALL) | (len(eigenvalues) == spectrum.dof)) & t.isfinite().T
     if bool(interpolates.any()):
-        unused = torch.where(t.isinf(), 1.0, (eigenvalues[-1:] + t) / (eigenvalues + t))
+        unused = (eigenvalues[-1:] + t) / (eigenvalues + t)
         residual = torch.where(interpolates, z @ (x * unused).T, residual)
         remaining = torch.where(interpolates, z.square() @ unused.T, remaining)
     return target - residual / remaining

@@ -31,6 +31,7 @@ _LINE, _CHARACTER = 0.16, 0.085  # inches that text of 10 points takes
 _DARK, _LIGHT, _ACCENT = "#4c72b0", "#b0b7c3", "#c44e52"
 _MAX_TICKS = 40  # names below an axis
 _MAX_LINES = 50
+_MOST_NUMBERS = 10  # classes of a confusion matrix with numbers
 _MAX_ENTRIES = 40  # entries of a legend
 _SHORT, _LONG = 24, 36  # the most characters of a name
 
@@ -83,6 +84,8 @@ def confusion(
 ) -> Figure:
     """Draw the share of each class's samples that is predicted as each class, as a map of squares.
 
+    With at most 10 classes, the squares hold percentages.
+
     Args:
         counts: the number of samples by class (row) and predicted class (column).
         accuracy: shown in the title.
@@ -92,14 +95,31 @@ def confusion(
     """
     names = list(map(str, range(len(counts)))) if names is None else names
     shares = [[count / max(sum(row), 1) for count in row] for row in counts]
-    side = max(_HEIGHT, _MARGIN + 1.1 * _LINE * len(counts))
+    has_numbers = len(counts) <= _MOST_NUMBERS
+    side = max(_HEIGHT - _MARGIN, (1.8 if has_numbers else 1.1) * _LINE * len(counts))
     longest = _CHARACTER * min(max(map(len, names), default=0), _SHORT)
+    beside = longest + (0.9 if has_numbers else 1.2 * _MARGIN)
+    size = max(_WIDTH, max(_HEIGHT, side) + beside), side + _size_for(names)[1] - _HEIGHT + _MARGIN
     title = f"leave-one-out accuracy {accuracy:.3f} ± {stderr:.3f}"
-    axes = _prepared(axes, title, "predicted class", "class", side + longest, _size_for(names)[1] - _HEIGHT + side)
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    _figure(axes).colorbar(image, ax=axes, label="share of the class")
+    axes = _prepared(axes, title, "predicted class", "class", *size)
+    # The square root makes rare errors visible.
+    image = axes.imshow(
+        [[math.sqrt(share) for share in row] for row in shares], cmap="Blues", vmin=0, vmax=1, aspect="auto"
+    )
     _name_ticks(axes, names)
     axes.set_yticks(range(len(names)), [_shown(name, _SHORT) for name in names], parse_math=False)
+    axes.tick_params(length=0)
+    if has_numbers:
+        style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 9}
+        for row, of_row in enumerate(shares):
+            for column, share in enumerate(of_row):
+                if share > 0.005:
+                    axes.text(column, row, f"{100 * share:.0f}", color="white" if share > 0.3 else "black", **style)
+        axes.set_xlabel("predicted class (% of the class)")
+    else:
+        ticks = (0, 0.01, 0.1, 0.3, 0.6, 1)
+        bar = _figure(axes).colorbar(image, cax=axes.inset_axes((1.02, 0, 0.03, 1)), label="share of the class")
+        bar.set_ticks([math.sqrt(tick) for tick in ticks], labels=list(map(str, ticks)))
     return _figure(axes)
 
 

@@ -8,6 +8,8 @@ from oracles import problem
 
 from lightning_logme import LogME, LogMECallback, rank_backbones
 from lightning_logme.functional import evidence
+from lightning_logme.scores.accumulator import Accumulator
+from lightning_logme.scores.moments import Rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -25,7 +27,24 @@ def test_function_and_metric_equal_the_cpu(n, d, fit_intercept):
         for other in (result, metric.evidence()):
             assert getattr(other, name).is_cuda
             torch.testing.assert_close(getattr(other, name).cpu(), getattr(expected, name), rtol=1e-8, atol=1e-8)
+    on_cpu = LogME("multiclass", d, num_classes=5, fit_intercept=fit_intercept)
+    on_cpu.update(features, labels)
+    assert metric.accuracy().value == pytest.approx(on_cpu.accuracy().value, rel=1e-6)
+    assert metric.accuracy().confusion.tolist() == on_cpu.accuracy().confusion.tolist()
     assert metric.cpu().gram.device.type == "cpu"
+
+
+def test_rows_are_summed_and_chosen_without_waiting_for_the_device():
+    accumulator, features = Accumulator("multiclass", 8, 3, "cuda", 20), torch.randn(40, 8, device="cuda")
+    labels = torch.arange(40, device="cuda") % 3
+    accumulator.add(Rows(features, labels))  # The first call of a kernel may wait.
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(10):
+            accumulator.add(Rows(features, labels))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(accumulator.sample()) == 20
 
 
 def test_bad_labels_raise_an_error_and_no_device_side_assert():

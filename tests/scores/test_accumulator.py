@@ -13,6 +13,7 @@ from streamed import assert_same_moments, rows_of
 
 from lightning_logme.functional import evidence, logme
 from lightning_logme.scores.accumulator import Accumulator
+from lightning_logme.scores.curve import curve_of
 from lightning_logme.scores.jackknife import jackknife
 from lightning_logme.scores.moments import Moments, Rows
 from lightning_logme.scores.reduction import reduced
@@ -65,7 +66,7 @@ class TestEvidence:
         features, labels = data(n, d)
         accumulator = filled(features, labels)
         first = accumulator.evidence()
-        accumulator.curve()
+        curve_of(accumulator)
         jackknife(accumulator)
         accumulator.sample()
         assert torch.equal(accumulator.evidence().score, first.score)
@@ -84,11 +85,11 @@ class TestEvidence:
         accumulator = Accumulator("multiclass", 5, 3)
         accumulator.add(Rows(torch.empty(0, 5), torch.empty(0, dtype=torch.long)), 4)
         assert (accumulator.num_samples, accumulator.nbytes, accumulator.moments()) == (0, 0, {})
-        assert accumulator.curve() == []
+        assert curve_of(accumulator) == []
         with pytest.warns(UserWarning, match="no samples"):
             assert math.isnan(accumulator.evidence().score)
-        rows, index = accumulator.sample()
-        assert (rows.features.shape, len(index)) == ((0, 5), 0)
+        sample = accumulator.sample()
+        assert (sample.rows.features.shape, len(sample)) == ((0, 5), 0)
         with pytest.warns(UserWarning, match="no samples"):
             assert jackknife(accumulator)[1] == []
 
@@ -101,7 +102,7 @@ class TestEvidence:
             assert {held.rows.features.dtype for held in accumulator.held} == {dtype}
         expected = logme(features.double(), labels)
         assert float(accumulator.evidence().score) == pytest.approx(float(expected), rel=1e-9)
-        assert accumulator.sample()[0].features.dtype == dtype
+        assert accumulator.sample().rows.features.dtype == dtype
 
     @pytest.mark.parametrize(("task", "columns"), [("multilabel", 2), ("regression", 1), ("regression", 3)])
     def test_targets_of_several_columns_equal_the_function(self, task, columns):
@@ -170,7 +171,7 @@ class TestFolding:
         before = features.clone(), labels.clone()
         accumulator = filled(features, labels, segment=torch.arange(n) % 2)
         accumulator.evidence(True)
-        accumulator.curve()
+        curve_of(accumulator)
         jackknife(accumulator)
         accumulator.moments()
         assert torch.equal(features, before[0])
@@ -203,35 +204,9 @@ class TestFolding:
             part.add(rows_of(features[at], labels[at]), segment[at], at)
             merged.merge_(part)
         assert merged.num_samples == sum(counts)
-        assert torch.equal(merged.sample()[1], whole.sample()[1])
+        assert torch.equal(merged.sample().index, whole.sample().index)
         assert float(merged.evidence().score) == pytest.approx(float(whole.evidence().score), rel=1e-9)
         assert jackknife(merged)[1] == pytest.approx(jackknife(whole)[1], rel=1e-8)
-
-
-class TestCurve:
-    @pytest.mark.parametrize(("n", "d"), [(90, 10), (90, 200), (90, 60)])
-    @pytest.mark.parametrize("intercept", [False, True])
-    def test_points_are_the_scores_of_prefixes(self, n, d, intercept):
-        features, labels = data(n, d)
-        segment = torch.bucketize(torch.arange(n), torch.tensor([31, 63]))
-        accumulator = filled(features, labels, 20, segment)
-        for whole in (None, accumulator.evidence(intercept)):
-            points = accumulator.curve(intercept, whole)
-            assert [point.num_samples for point in points] == [32, 64, 90]
-            for point in points:
-                result = evidence(features[: point[0]], labels[: point[0]], fit_intercept=intercept)
-                assert point.logme == pytest.approx(float(result.score), rel=1e-7)
-                assert point.gain == pytest.approx(float(result.gain), rel=1e-7)
-
-    def test_only_the_last_point_warns(self):
-        features = torch.randn(40, 4)
-        segment = torch.arange(40) // 20
-        points = filled(features, torch.arange(40) // 20, segment=segment).curve()
-        assert math.isnan(points[0].logme)
-        assert math.isfinite(points[1].logme)
-        with pytest.warns(UserWarning, match="only one class is present in 40 samples") as caught:
-            filled(features, torch.zeros(40, dtype=torch.long), segment=segment).curve()
-        assert len(caught) == 1
 
 
 class TestDevice:

@@ -103,6 +103,14 @@ def test_many_classes(num_classes):
         assert float(predictions[0, some[column]]) == pytest.approx(expected, abs=1e-9)
 
 
+@pytest.mark.parametrize(("n", "d"), SHAPES)
+def test_prediction_without_gain_is_exactly_zero(n, d):
+    """Otherwise, rounding errors would choose the class."""
+    features, labels = map(torch.as_tensor, problem(n, d, 3))
+    rows, ratio = rows_of(features, labels), torch.full((3,), math.inf, dtype=torch.float64)
+    assert int(predict_without_each(rows, spectrum_of("rows", rows, 3, False), ratio).count_nonzero()) == 0
+
+
 def test_multilabel_and_regression_predict_each_column():
     features, labels = map(torch.as_tensor, problem(50, 6, 3))
     for task, target in (("multilabel", torch.as_tensor(one_hot(labels, 3))), ("regression", features[:, :2] ** 2)):

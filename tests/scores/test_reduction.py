@@ -10,6 +10,7 @@ from streamed import rows_of
 from lightning_logme import LogME
 from lightning_logme.functional import evidence
 from lightning_logme.scores.accumulator import Accumulator
+from lightning_logme.scores.curve import curve_of
 from lightning_logme.scores.jackknife import jackknife
 from lightning_logme.scores.reduction import reduced
 from lightning_logme.utilities.distributed import Failure, together
@@ -26,13 +27,13 @@ def accumulated(n, d, at, size=64, k=4, seed=0):
 
 
 def contents(accumulator):
-    rows, index = accumulator.sample()
+    sample = accumulator.sample()
     return {
         "num_samples": accumulator.num_samples,
         "score": accumulator.evidence().score,
-        "curve": [point[0] for point in accumulator.curve()],
+        "curve": [point.num_samples for point in curve_of(accumulator)],
         "jackknife": jackknife(accumulator)[1],
-        "sample": (index, rows.features, rows.target),
+        "sample": (sample.index, sample.rows.features, sample.rows.target),
     }
 
 

@@ -1,5 +1,6 @@
 """The random subset does not depend on the order, batches or segments of the samples."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -7,12 +8,14 @@ from oracles import problem
 from streamed import rows_of
 
 from lightning_logme.scores.accumulator import Accumulator
-from lightning_logme.scores.subset import Subset, mixed
+from lightning_logme.scores.moments import Rows
+from lightning_logme.scores.subset import IndexedRows, Subset, index_of, mixed, position_of
 
 
-def chosen(n, size):
+def chosen(n, size, index_of=torch.clone):
     """Return the indices that the subset of n samples must have, in its order."""
-    return mixed(torch.arange(n)).argsort()[:size]
+    index = index_of(torch.arange(n))
+    return index[mixed(index).argsort()[:size]]
 
 
 @settings(max_examples=60, deadline=None)
@@ -30,10 +33,11 @@ def test_subset_does_not_depend_on_batches_or_order(n, batch, segments, size, se
     for at in order.split(batch):
         accumulator.add(rows_of(features[at], at.double(), "regression"), at % segments, at)
     for _ in range(2):
-        rows, index = accumulator.sample()
-        assert torch.equal(index, chosen(n, size))
-        assert torch.equal(rows.features[:, 0].long(), index)
-        assert torch.equal(rows.target[:, 0].long(), index)
+        sample = accumulator.sample()
+        assert torch.equal(sample.index, chosen(n, size))
+        assert torch.equal(sample.rows.features[:, 0].long(), sample.index)
+        assert torch.equal(sample.rows.target[:, 0].long(), sample.index)
+        assert torch.equal(sample.segments, sample.index % segments)
         accumulator.moments()
 
 
@@ -42,9 +46,10 @@ def test_samples_without_indices_are_numbered_in_turn():
     accumulator = Accumulator("multiclass", 6, 3, sample_size=20)
     for rows, target in zip(features.split(7), labels.split(7), strict=True):
         accumulator.add(rows_of(rows, target))
-    rows, index = accumulator.sample()
-    assert torch.equal(index, chosen(300, 20))
-    assert torch.equal(rows.features, features[index])
+    sample = accumulator.sample()
+    assert torch.equal(sample.index, index_of(position_of(sample.index)))
+    assert torch.equal(sample.index, chosen(300, 20, index_of))
+    assert torch.equal(sample.rows.features, features[position_of(sample.index)])
 
 
 def test_hash_chooses_uniformly():
@@ -64,7 +69,30 @@ def test_subset_keeps_no_batch_alive():
     assert accumulator.nbytes < 2 * (8 * 8 + 2 * 3 * 8) * 8
 
 
+def test_rows_are_chosen_without_waiting_for_the_device():
+    """On "meta", reading a value is an error."""
+    subset, index = Subset(20), torch.arange(400)
+    for at in index.split(40):
+        rows = Rows(torch.empty(40, 8, device="meta"), torch.empty(40, dtype=torch.long, device="meta"))
+        subset.add(IndexedRows(rows, at))
+    found = subset.by_hash()
+    assert torch.equal(found.index, chosen(400, 20))
+    assert (found.rows.features.shape, found.rows.features.device.type) == ((20, 8), "meta")
+
+
+@pytest.mark.parametrize("precise", [torch.float32, torch.float64])
+def test_later_rows_may_be_more_precise(precise):
+    subset, features = Subset(30), torch.randn(40, 3, dtype=torch.float64)
+    for at, dtype in ((slice(0, 20), torch.bfloat16), (slice(20, 40), precise)):
+        subset.add(IndexedRows(Rows(features[at].to(dtype), torch.arange(40)[at]), torch.arange(40)[at]))
+    found = subset.by_hash()
+    expected = torch.cat([features[:20].bfloat16().to(precise), features[20:].to(precise)])
+    assert torch.equal(found.index, chosen(40, 30))
+    assert torch.equal(found.rows.features, expected[found.index])
+    assert torch.equal(found.rows.target, found.index)
+
+
 def test_empty_subset_keeps_nothing():
     subset = Subset(0)
-    subset.add(rows_of(torch.randn(5, 3), torch.arange(5)), torch.arange(5))
-    assert (subset.contents(), len(subset.index)) == ([], 0)
+    subset.add(IndexedRows(rows_of(torch.randn(5, 3), torch.arange(5)), torch.arange(5)))
+    assert (subset.contents(), len(subset.index)) == (None, 0)

@@ -100,6 +100,8 @@ def test_validating_a_checkpoint_adds_a_row_and_loses_none(run, tmp_path):
         "stage": "validate",
         "logme": pytest.approx(before[1]["logme"], rel=1e-6),
         "gain": pytest.approx(before[1]["gain"], rel=1e-6),
+        "accuracy": before[1]["accuracy"],
+        "accuracy_stderr": before[1]["accuracy_stderr"],
     }
 
 

@@ -277,6 +277,8 @@ def test_tensorboard(tmp_path):
         gain_key = key.replace("logme", "logme_gain", 1)
         assert [event.value for event in seen.Scalars(key)] == pytest.approx([row["logme"] for row in rows])
         assert [event.value for event in seen.Scalars(gain_key)] == pytest.approx([row["gain"] for row in rows])
+        accuracies = seen.Scalars(key.replace("logme", "logme_accuracy", 1))
+        assert [event.value for event in accuracies] == pytest.approx([row["accuracy"] for row in rows])
         steps = [event.step for event in seen.Scalars("val_loss")]
         assert [event.step for event in seen.Scalars(key)] == steps
         for tag, number in (
@@ -291,6 +293,8 @@ def test_tensorboard(tmp_path):
         spectrum = callback.evidence[key].spectrum.log10()
         assert seen.Histograms(f"{key}/log10_spectrum")[-1].histogram_value.max == pytest.approx(float(spectrum.max()))
         assert [event.step for event in seen.Images(f"{key}/gain_by_output")] == steps
+    assert [event.step for event in seen.Images("logme/confusion")] == steps
+    assert "logme/model.0/confusion" not in seen.Tags()["images"]
 
 
 def charts(seen):
@@ -324,8 +328,8 @@ def test_layout_puts_scores_and_own_metrics_side_by_side(tmp_path, endings):
     run = trainer(tmp_path, callback, logger=TensorBoardLogger(tmp_path, "", ""), log_every_n_steps=1)
     run.fit(Metrics(), loader(), [loader() for _ in endings])
     shown = charts(events(tmp_path))
-    assert list(shown)[:2] == ["logme", "logme_gain"]
-    for key in ("logme", "logme_gain"):
+    assert list(shown)[:3] == ["logme", "logme_gain", "logme_accuracy"]
+    for key in ("logme", "logme_gain", "logme_accuracy"):
         sources = [f"{key}{source}{ending}" for source in ("", "/model.0") for ending in endings]
         assert shown.pop(key) == sorted([*sources, f"{key}/news", f"{key}/news/model.0"])
     validation = ("val_loss", "val_acc", "val_acc (top+1)", "logmetric")
@@ -341,6 +345,7 @@ def test_layout_without_validation(tmp_path):
     run.fit(Metrics(), loader())
     shown = charts(events(tmp_path))
     assert shown["logme_gain"] == ["logme_gain/news"]
+    assert shown["logme_accuracy"] == ["logme_accuracy/news"]
     assert {name for name in shown if "loss" in name} == {"train_loss_step", "train_loss_epoch"}
 
 
@@ -383,13 +388,13 @@ def test_a_failing_plot_ends_the_plots_and_not_the_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("loaders", "endings"), [(1, [""]), (2, ["/dataloader_idx_0", "/dataloader_idx_1"])])
-def test_progress_bar_shows_score_and_gain_of_each_validation_loader(tmp_path, capfd, loaders, endings):
+def test_progress_bar_shows_score_gain_and_accuracy_of_each_validation_loader(tmp_path, capfd, loaders, endings):
     """The values of layers and probes are logged, but not in the progress bar, which they would crowd."""
     callback = LogMECallback(layers=["model.0"], probes={"news": loader()})
     run = trainer(tmp_path, callback, enable_progress_bar=True, max_epochs=1)
     run.fit(Classifier(), loader(), [loader() for _ in range(loaders)])
     keys = {key for key in run.progress_bar_metrics if key.startswith("logme")}
-    assert keys == {f"{key}{ending}" for ending in endings for key in ("logme", "logme_gain")}
+    assert keys == {f"{key}{ending}" for ending in endings for key in ("logme", "logme_gain", "logme_accuracy")}
     assert {"logme/news", f"logme_gain/model.0{endings[0]}"} <= set(run.callback_metrics)
     assert "logme_gain" in capfd.readouterr().out
 

@@ -1,6 +1,7 @@
-"""Figures of gains show the right values, in text that can be read."""
+"""Figures of gains and errors show the right values, in text that can be read."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -73,6 +74,7 @@ def text_sizes(figure):
         lambda: plots.gain_by_output([0.1] * 10, 0.1, 500, list("0123456789"), "class"),
         lambda: plots.gain_by_layer([f"layer{index}" for index in range(1, 5)], [[0.1] * 4, [0.2] * 4]),
         lambda: plots.gain_by_samples({"head": [(2**i, 0.1 * i) for i in range(5, 14)]}),
+        lambda: plots.confusion([[1] * 4] * 4, 0.1, 0.1, list("abcd")),
     ],
 )
 def test_text_can_be_read_on_a_card_of_tensorboard(figure):
@@ -214,6 +216,7 @@ def test_figures_draw_into_given_axes_and_return_the_figure_at_the_top():
     top = Figure()
     axes = top.subfigures(1, 2)[0].subfigures(2, 1)[0].subplots()
     assert plots.gain_by_output([0.1], 0.1, 5, axes=axes) is top
+    assert plots.confusion([[1]], 1.0, 0.0, axes=axes) is top
     assert plots.gain_by_layer(["a"], [[0.1]], axes=axes) is top
     assert plots.gain_by_samples({"a": [(64, 0.1)]}, axes=axes) is top
     assert plots.gain_by_candidate(["a"], [0.1], [0.1], [True], axes=axes) is top
@@ -246,6 +249,7 @@ def test_figures_of_nothing_have_axes_with_labels(figure):
     ("figure", "labels"),
     [
         (lambda names: plots.gain_by_output([0.1] * 6, 0.1, 5, names), lambda axes: axes.get_xticklabels()),
+        (lambda names: plots.confusion([[1] * 6] * 6, 0.1, 0.1, names), lambda axes: axes.get_yticklabels()),
         (lambda names: plots.gain_by_layer(names, [[0.1] * 6]), lambda axes: axes.get_xticklabels()),
         (
             lambda names: plots.gain_by_samples({name: [(64, 0.1)] for name in names}),
@@ -270,6 +274,36 @@ def test_names_are_shown_as_written_in_one_line_and_shortened(figure, labels):
 def test_shortened_names_keep_both_ends():
     labels = tick_labels(only_axes(plots.gain_by_layer([f"{i}.{'x' * 50}.norm{i}" for i in range(2)], [[1, 2]])).xaxis)
     assert labels == ["0.xxxxxxxxx…xxxxxx.norm0", "1.xxxxxxxxx…xxxxxx.norm1"]
+
+
+CONFUSION = [[6, 1, 1], [0, 4, 0], [0, 0, 0]]
+
+
+def test_confusion_has_a_row_per_class_with_percentages():
+    axes = only_axes(plots.confusion(CONFUSION, 0.8333, 0.05, ["cat", "dog", "cow"]))
+    assert axes.get_title() == "leave-one-out accuracy 0.833 ± 0.050"
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted class (% of the class)", "class")
+    assert tick_labels(axes.xaxis) == tick_labels(axes.yaxis) == ["cat", "dog", "cow"]
+    (image,) = axes.images
+    assert np.square(image.get_array()).tolist() == pytest.approx(np.array([[0.75, 0.125, 0.125], [0, 1, 0], [0] * 3]))
+    written = {(text.get_position(), text.get_text(), text.get_color()) for text in axes.texts}
+    black = {((1, 0), "12", "black"), ((2, 0), "12", "black")}
+    assert written == {((0, 0), "75", "white"), ((1, 1), "100", "white")} | black
+
+
+@pytest.mark.parametrize("number", [1, 10, 11, 30])
+@pytest.mark.parametrize("named", [False, True])
+def test_confusion_of_many_classes_has_colours_instead_of_percentages(number, named):
+    names = [f"a class of a long name, {index}" for index in range(number)] if named else None
+    figure = plots.confusion(np.eye(number, dtype=int).tolist(), 1.0, 0.0, names)
+    assert inside(figure)
+    axes = figure.axes[0]
+    assert len(axes.texts) == (number if number <= 10 else 0)
+    bars = [bar.get_ylabel() for bar in axes.child_axes]
+    assert bars == ["share of the class"] * (number > 10)
+    assert len(tick_labels(axes.yaxis)) == number
+    extents = [label.get_window_extent() for label in axes.get_yticklabels()]
+    assert all(above.y0 >= below.y1 - 1 for above, below in pairwise(extents))
 
 
 @pytest.mark.parametrize("number", [2, 9, 12, 40])
