@@ -100,7 +100,7 @@ def confusion(
     longest = _CHARACTER * min(max(map(len, names), default=0), _SHORT)
     beside = longest + (0.9 if has_numbers else 1.2 * _MARGIN)
     size = max(_WIDTH, max(_HEIGHT, side) + beside), side + _size_for(names)[1] - _HEIGHT + _MARGIN
-    title = f"leave-one-out accuracy {accuracy:.3f} ± {stderr:.3f}"
+    title = f"accuracy {accuracy:.3f} ± {stderr:.3f}"
     axes = _prepared(axes, title, "predicted class", "class", *size)
     # The square root makes rare errors visible.
     image = axes.imshow(
