@@ -19,7 +19,8 @@ from lightning_logme.scores.accuracy import Accuracy
 from lightning_logme.scores.curve import CurvePoint
 from lightning_logme.scores.evidence import Evidence
 from lightning_logme.scores.scoring import Scoring
-from lightning_logme.tracking.history import History, Row, is_key
+from lightning_logme.tracking.history import History, Row
+from lightning_logme.tracking.keys import warn_of_minimised
 from lightning_logme.tracking.probe import Probe
 from lightning_logme.tracking.probes import Every, Probes
 from lightning_logme.tracking.strategy import is_sharded, why_not_scored
@@ -85,8 +86,7 @@ class LogMECallback(AnyCallback):
         class_names: names of the outputs, for the figure.
         plots: send histograms, figures and a layout to loggers that can show them, at every validation. "auto" leaves
             out figures if drawing them takes more than 5 % of the validation.
-        accuracy: measure the leave-one-out accuracy of the linear head as well, on all samples or on a random subset of
-            2048.
+        accuracy: measure the leave-one-out accuracy of the linear head as well, on at most 2048 random samples.
         curve: record the score of the first 32, 64, 128, … samples and of all samples (see ``curves``). With more than
             16 classes the curve starts at two samples per class. Samples of the validation set keep the order of its
             loader, so shuffle a sorted set once. Samples of a probe are in a random order.
@@ -232,7 +232,7 @@ class LogMECallback(AnyCallback):
             rank_zero_warn(f"{self.name} will not be scored: {self._obstacle}.")
             return
         if stage == "fit":
-            self._check_monitors(trainer)
+            warn_of_minimised(trainer, self.name)
         self.probes.prepare(trainer, self, self.name)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -326,17 +326,6 @@ class LogMECallback(AnyCallback):
         self._detach()
 
     # Helpers of the hooks
-
-    def _check_monitors(self, trainer: Any) -> None:
-        """Warn about monitors with Lightning's default mode "min", which would keep the worst features."""
-        for callback in trainer.callbacks:
-            key = getattr(callback, "monitor", None)
-            if is_key(key, self.name) and getattr(callback, "mode", None) == "min":
-                name = type(callback).__name__
-                rank_zero_warn(
-                    f"monitor: {name} treats the lowest {key!r} as the best, but higher is better; write "
-                    f"{name}(monitor={key!r}, mode='max')."
-                )
 
     def _attach(self, pl_module: LightningModule) -> None:
         """Attach hooks to the modules that are scored, for the whole run."""

@@ -18,7 +18,7 @@ LAYERS = {"utilities": 0, "scores": 1, "features": 2, "tracking": 3, "ranking": 
 ABOVE = 4
 FILES = sorted(ROOT.rglob("*.py"))
 ENTRIES_BESIDE = {"__init__.py", "__main__.py", "py.typed", "__pycache__"}
-MOST_ENTRIES, MOST_LINES, EXCEPTIONS = 12, 370, {"features/heads.py": 450, "callback.py": 390}
+MOST_ENTRIES, MOST_LINES, EXCEPTIONS = 12, 370, {"features/heads.py": 450}
 
 
 def name_of(path: Path) -> str:

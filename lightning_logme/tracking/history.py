@@ -19,6 +19,7 @@ from lightning_logme.scores.accuracy import METRICS, Accuracy
 from lightning_logme.scores.curve import CurvePoint
 from lightning_logme.scores.evidence import Evidence
 from lightning_logme.scores.scoring import Scoring
+from lightning_logme.tracking.keys import is_key, prefixes
 from lightning_logme.tracking.validation import Key, Pass, Result
 from lightning_logme.utilities.compat import LightningModule, Trainer, logged_step, rank_zero_info
 from lightning_logme.utilities.loggers import Board
@@ -30,23 +31,6 @@ _SHARDED_METADATA = "meta.pt"  # this file of a sharded checkpoint holds everyth
 _PER_OUTPUT = ("per_output", "null", "alpha", "beta", "effective_dim", "saturated")
 _OUTPUTS = {"multilabel": "label", "regression": "target"}  # "class" in the other tasks
 _NO_RESULT: dict[str, Any] = {"logme": math.nan, "gain": math.nan, "num_samples": 0}
-
-
-def is_key(key: Any, name: str, probe: str | None = None) -> bool:
-    """Return whether a callback logs a score, a gain or an accuracy under a key.
-
-    Args:
-        key: the key, such as the one that a monitor watches.
-        name: prefix of all keys of the callback.
-        probe: name of a probe; then only its keys count.
-    """
-    end = "" if probe is None else f"/{probe}"
-    return any(key == start + end or str(key).startswith(f"{start}{end}/") for start in _prefixes(name))
-
-
-def _prefixes(name: str) -> list[str]:
-    """Return the prefixes of all logged keys of a callback."""
-    return [name, *(f"{name}_{what}" for what in ("gain", *dict.fromkeys(METRICS.values())))]
 
 
 class History:
@@ -226,9 +210,7 @@ class History:
         if self._board is not None:
             others = [key.split("/dataloader_idx_")[0] for key in logged if not is_key(key, self.name)]
             patterns = {key: rf"{re.escape(key)}(/dataloader_idx_\d+)?$" for key in others}
-            own = [
-                key for key in _prefixes(self.name) if any(re.match(f"{re.escape(key)}(/|$)", one) for one in logged)
-            ]
+            own = [key for key in prefixes(self.name) if any(re.match(f"{re.escape(key)}(/|$)", one) for one in logged)]
             patterns = {key: f"{re.escape(key)}(/|$)" for key in own} | patterns
             charts = {key: ["Multiline", [pattern]] for key, pattern in patterns.items()}
             self._board.layout({self.name: charts})

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from lightning_logme.features.extractor import HEAD, LAYER_MEAN, Extractor
 from lightning_logme.scores.scoring import Scoring
-from lightning_logme.tracking.history import History, is_key
+from lightning_logme.tracking.history import History
+from lightning_logme.tracking.keys import is_key
 from lightning_logme.tracking.probe import PreparedProbe, Probe
 from lightning_logme.tracking.strategy import is_sharded
 from lightning_logme.utilities.compat import Callback, LightningModule, Trainer, is_one_of, rank_zero_warn

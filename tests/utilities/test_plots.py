@@ -281,7 +281,7 @@ CONFUSION = [[6, 1, 1], [0, 4, 0], [0, 0, 0]]
 
 def test_confusion_has_a_row_per_class_with_percentages():
     axes = only_axes(plots.confusion(CONFUSION, 0.8333, 0.05, ["cat", "dog", "cow"]))
-    assert axes.get_title() == "leave-one-out accuracy 0.833 ± 0.050"
+    assert axes.get_title() == "accuracy 0.833 ± 0.050"
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted class (% of the class)", "class")
     assert tick_labels(axes.xaxis) == tick_labels(axes.yaxis) == ["cat", "dog", "cow"]
     (image,) = axes.images
