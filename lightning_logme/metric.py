@@ -126,6 +126,7 @@ class LogME(Metric):
         self.normalize = normalize
         self._evidence: Evidence | None = None
         self._accuracy: Accuracy | None = None
+        self._is_measuring = False  # the processes exchange rows only for the accuracy
         # A sum is a scalar 0 until rows are added, because torchmetrics copies every state and its
         # default, and a D × D matrix is large.
         zero = torch.zeros((), dtype=torch.float64)
@@ -175,10 +176,14 @@ class LogME(Metric):
         it first if you need both.
         """
         if self._computed is None or self._accuracy is None:
-            with self.sync_context(self.dist_sync_fn, should_sync=self.sync_on_compute):
-                accumulator = self._accumulator()
-                self._evidence, spectrum = accumulator.decomposed(self.fit_intercept)
-                self._accuracy = measure(accumulator.sample(), self._evidence, spectrum, self.task)
+            self._is_measuring = True
+            try:
+                with self.sync_context(self.dist_sync_fn, should_sync=self.sync_on_compute):
+                    accumulator = self._accumulator()
+                    self._evidence, spectrum = accumulator.decomposed(self.fit_intercept)
+                    self._accuracy = measure(accumulator.sample(), self._evidence, spectrum, self.task)
+            finally:
+                self._is_measuring = False
             self._computed = self._evidence.score  # type: ignore[assignment]  # torchmetrics annotates None
         return self._accuracy
 
@@ -207,7 +212,7 @@ class LogME(Metric):
         group, accumulator = process_group or self.process_group, self._accumulator()
         for name, value in vars(self._sums(accumulator)).items():
             setattr(self, name, functools.reduce(torch.add, dist_sync_fn(value, group=group)))
-        if _world_size() > 1:
+        if self._is_measuring and _world_size() > 1:
             everyone = gathered_subset(accumulator.chosen(), SAMPLE_SIZE, group)
             accumulator.subset = Subset(SAMPLE_SIZE)
             accumulator.choose(everyone)
