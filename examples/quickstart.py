@@ -27,6 +27,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_logme import LogMECallback, read_history
 
+COLOURS = {"pretrained": "#4c72b0", "random weights": "#dd8452"}
+
 Rows = list[dict[str, float]]
 
 
@@ -99,16 +101,18 @@ def print_table(results: dict[str, Rows]) -> None:
 
 def draw(results: dict[str, Rows], options: Namespace) -> None:
     """Draw gain and accuracies of each network against the epochs of training."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    figure = make_figure(height=3.8)
+    figure = make_figure(height=4.2)
     gain, accuracy = figure.subplots(1, 2)
     for axes, key, title, floor, meaning in (
         (gain, "logme_gain", "LogME gain, nats per sample", 0.0, "useless features"),
         (accuracy, "val_accuracy", "Validation accuracy", 0.1, "guessing"),
     ):
-        for (name, rows), colour in zip(results.items(), ("#4c72b0", "#dd8452"), strict=True):
-            axes.plot([row[key] for row in rows], marker="o", color=colour, label=name)
+        for (name, rows), colour in zip(results.items(), COLOURS.values(), strict=True):
+            axes.plot([row[key] for row in rows], marker="o", color=colour)
             if axes is accuracy:
                 axes.plot([row["logme_accuracy"] for row in rows], marker="o", fillstyle="none", ls="--", color=colour)
         axes.axhline(floor, color="0.6", linewidth=1, linestyle=":")
@@ -120,10 +124,11 @@ def draw(results: dict[str, Rows], options: Namespace) -> None:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda epoch, _: f"{epoch:.0f}" if epoch else "before"))
         axes.set_ylim(bottom=0)
     accuracy.set_ylim(0, 1)
-    for style, label in (("-", "the network"), ("--", "linear head on its features")):
-        accuracy.plot([], [], style, color="0.4", label=label)
-    accuracy.legend(loc="lower right", bbox_to_anchor=(1, 0.13))
-    gain.legend(loc="upper left")
+    networks = [Patch(color=colour, label=name) for name, colour in COLOURS.items()]
+    lines = {"the network": "-", "a linear head on its features": "--"}
+    heads = [Line2D([], [], color="0.4", linestyle=style, label=name) for name, style in lines.items()]
+    figure.legend(handles=networks, loc="outside lower left", ncols=2)
+    figure.legend(handles=heads, loc="outside lower right", ncols=2)
     save_picture(figure, "quickstart", options)
 
 
