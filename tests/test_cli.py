@@ -163,6 +163,17 @@ def test_rank_prints_the_table_and_writes_files(config, tmp_path, capsys):
     assert out.splitlines()[-1] == f"written to {tmp_path / 'out'}"
 
 
+@pytest.mark.parametrize("arguments", [[], ["--rank_by", "accuracy"]])
+def test_rank_by_is_an_option(config, tmp_path, arguments):
+    options = {"output": str(tmp_path), "race": False} | ({} if arguments else {"rank_by": "accuracy"})
+    assert main(["rank", config(**options), *arguments]) == 0
+    with open(tmp_path / "ranking.csv", newline="") as file:
+        accuracies = {row["name"]: float(row["accuracy"]) for row in csv.DictReader(file)}
+    candidates = {"good": Columns(0, 8), "bad": Columns(16, 24)}
+    loader, quiet = target_loader(), {"num_classes": CLASSES, "accelerator": "cpu", "progress": False}
+    assert accuracies == rank_backbones(candidates, loader, race=False, rank_by="accuracy", **quiet).scores
+
+
 def test_options_on_the_command_line_override_the_configuration(config, tmp_path, capsys):
     linear = {"by": "torch.nn.Linear", "arguments": {"in_features": 24, "out_features": 3}}
     candidates = configuration()["candidates"] | {
@@ -227,6 +238,7 @@ def test_module_can_be_run(config):
         ({}, ["--layers", "low"], 2, "Expected a <class 'collections.abc.Sequence'>"),
         ({}, ["--layer_mean", "true"], 1, "ValueError: layer_mean is the mean of layers: name them"),
         ({"task": "ranking"}, [], 2, "task"),
+        ({"rank_by": "gain"}, [], 2, "rank_by"),
         ({"candidates": {"a": {"class_path": "nowhere.Net"}}}, [], 2, "No module named 'nowhere'"),
         ({"data": {"class_path": "test_cli.Date"}}, [], 2, "has no attribute 'Date'"),
         ({"num_classes": 2}, [], 1, "ValueError: target holds labels from 0 to 3"),

@@ -54,12 +54,12 @@ class Comparison:
             return ""
         leader, score = self.scores[max(self.scores, key=self.value)], self.scores[row]
         difference = leader.accuracy - score.accuracy
-        error = paired_error(leader.accuracy_replicates, score.accuracy_replicates)
-        if math.isnan(difference) or difference > max(_NEGLIGIBLE, _CERTAIN * error):
+        if math.isnan(difference):
             return ""
-        side = (
-            f"only {difference:.3f} ± {error:.3f} lower"
-            if difference > 0
-            else f"{-difference:.3f} ± {error:.3f} higher"
-        )
+        error = paired_error(leader.accuracy_replicates, score.accuracy_replicates)
+        if difference > max(_NEGLIGIBLE, _CERTAIN * error):
+            return ""
+        side = f"only {difference:.3f} ± {error:.3f} lower"
+        if difference < 0:
+            side = f"{-difference:.3f} ± {error:.3f} higher"
         return f", but {METRIC_NAMES[metric]} is {side}"

@@ -149,11 +149,11 @@ class Ranking:
         return self.evidence[name].head(dtype)
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write the rows to a CSV file, with a header."""
+        """Write the rows to a CSV file. Its header names the metric: ``accuracy``, ``r2`` or ``f1``."""
         with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(RankingRow)])
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in self.rows)
+            writer = csv.writer(file)
+            writer.writerow(field.name.replace("accuracy", self.metric) for field in fields(RankingRow))
+            writer.writerows(asdict(row).values() for row in self.rows)
 
     def to_markdown(self) -> str:
         """Return the table of ``print(ranking)`` in Markdown."""

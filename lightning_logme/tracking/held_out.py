@@ -41,7 +41,9 @@ class HeldOut:
         self._results = results
         self._device = moments_device(device)
         self._heads: dict[str, Evidence] = {
-            source: result.evidence.to(self._device) for (source, _), result in results.items() if result is not None
+            source: result.evidence.to(self._device)
+            for (source, _), result in results.items()
+            if result is not None and not result.evidence.score.isnan()
         }
         self._decisions: defaultdict[str, list[Decisions]] = defaultdict(list)
 
@@ -63,21 +65,25 @@ class HeldOut:
         """Return the results with the accuracy on the test samples of all processes, which call this together.
 
         Args:
-            key: the logged key, for warnings.
+            key: the name of the test samples, for warnings.
             alone: whether the run has only one process.
         """
         everyone = gathered(alone, (dict(self._decisions), self.errors))
-        results = dict(self._results)
+        results, reasons = dict(self._results), []
         for (source, loader), result in self._results.items():
             if result is None:
                 continue
+            accuracy = Accuracy(METRICS[self.scoring.task])
             parts = [part for decisions, _ in everyone for part in decisions.get(source, [])]
             reason = first_reason([errors.get(source, errors.get(None)) for _, errors in everyone])
-            accuracy = Accuracy(METRICS[self.scoring.task])
             if reason is not None:
-                warnings.warn(f"{key}: the accuracy is NaN, after an error in the test samples: {reason}", stacklevel=2)
+                reasons.append(f"after an error: {reason}")
             elif parts:
                 decided, target, index = map(torch.cat, zip(*parts, strict=True))
                 accuracy = accuracy_of(decided, target, index, result.evidence, self.scoring.task)
+            elif source in self._heads:
+                reasons.append("because the loader gave no batch.")
             results[source, loader] = result._replace(accuracy=accuracy)
+        for reason in dict.fromkeys(reasons):
+            warnings.warn(f"{key}: the accuracy is NaN, {reason}", stacklevel=2)
         return results

@@ -16,7 +16,7 @@ from torch import nn
 
 from lightning_logme import LogMECallback, rank_backbones, score_checkpoints
 from lightning_logme.cli import main
-from lightning_logme.functional import logme
+from lightning_logme.functional import leave_one_out, logme
 
 QUIET = {"accelerator": "cpu", "progress": False}
 
@@ -82,6 +82,18 @@ def test_a_broken_file_becomes_a_failed_row(run, tmp_path):
     assert "size mismatch" in failed["wider.ckpt"]
     assert "Weights only load failed" in failed["unsafe.ckpt"]
     assert "FileNotFoundError" in failed["missing.ckpt"]
+    assert len(ranking.scores) == 3
+
+
+def test_checkpoints_can_be_ranked_by_accuracy(run):
+    ranking = score_checkpoints(Classifier(), run, loader(target()), rank_by="accuracy", race=False, **QUIET)
+    for path, accuracy in ranking.scores.items():
+        module = Classifier()
+        module.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+        features, labels = penultimate(module, "model.2", target())
+        predictions = leave_one_out(features, labels)
+        assert accuracy == pytest.approx(float((predictions.argmax(1) == labels).double().mean()), abs=1e-6)
+    assert list(ranking.scores.values()) == sorted(ranking.scores.values(), reverse=True)
     assert len(ranking.scores) == 3
 
 

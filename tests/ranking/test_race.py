@@ -32,8 +32,9 @@ class FailsInOneProcess(Columns):
 
 
 def summary(ranking):
+    names = ("name", "logme", "stderr", "accuracy", "accuracy_stderr", "num_samples", "ended", "message")
     return {
-        "rows": [[row.name, row.logme, row.stderr, row.num_samples, row.ended, row.message] for row in ranking.rows],
+        "rows": [[getattr(row, name) for name in names] for row in ranking.rows],
         "curves": ranking.curves,
         "weight": {name: evidence.weight.tolist() for name, evidence in ranking.evidence.items()},
     }
@@ -48,6 +49,7 @@ def cases(folder):
     few_layers = {"good": ["high", "low"], "bad": ["low", "high"]}
     return {
         "map-style": (good, data, {}),
+        "by accuracy, of a subset": (good, DataLoader(target_set(2500), 100), {"rank_by": "accuracy"}),
         "stream": (good, DataLoader(Stream(target_set(700)), 30), {}),
         "fewer batches than processes": ({"good": good["good"]}, DataLoader(target_set(40), 64), {}),
         "failure in one": ({**good, "fails": FailsInOneProcess(0, 8)}, data, {}),
@@ -96,6 +98,7 @@ def one_and_two(tmp_path_factory):
     "case",
     [
         "map-style",
+        "by accuracy, of a subset",
         "stream",
         "fewer batches than processes",
         "layers",
@@ -112,8 +115,8 @@ def test_two_processes_rank_as_one_does(one_and_two, case):
         mine, expected = two[rank][case], one[case]
         assert [row[0] for row in mine["rows"]] == [row[0] for row in expected["rows"]]
         for row, expected_row in zip(mine["rows"], expected["rows"], strict=True):
-            assert row[1:4] == pytest.approx(expected_row[1:4], rel=1e-9)
-            assert row[4:] == expected_row[4:]
+            assert row[1:6] == pytest.approx(expected_row[1:6], rel=1e-9)
+            assert row[6:] == expected_row[6:]
         assert mine["curves"].keys() == expected["curves"].keys() == mine["weight"].keys()
         for name, curve in expected["curves"].items():
             for point, expected_point in zip(mine["curves"][name], curve, strict=True):
@@ -134,13 +137,12 @@ def test_a_failure_in_one_process_is_a_failed_row_in_all(one_and_two):
     assert two[0]["failure in one"]["rows"] == two[1]["failure in one"]["rows"]
     *others, fails = two[0]["failure in one"]["rows"]
     assert fails[0] == "fails"
-    assert fails[4] == "failed"
-    assert fails[5] == "OutOfMemoryError: CUDA out of memory (process 1)"
+    assert fails[6:] == ["failed", "OutOfMemoryError: CUDA out of memory (process 1)"]
     assert {"good", "also"} <= {row[0] for row in others}
-    assert others[0][4] == "finished"
+    assert others[0][6] == "finished"
     good, *rows = two[0]["failure of a layer in one"]["rows"]
-    assert rows[-1][4:] == ["failed", "output of 'low': OutOfMemoryError: CUDA out of memory (process 1)"]
-    assert good[4] == "finished"
+    assert rows[-1][6:] == ["failed", "output of 'low': OutOfMemoryError: CUDA out of memory (process 1)"]
+    assert good[6] == "finished"
     assert two[1]["failure of a layer in one"]["rows"] == [good, *rows]
 
 

@@ -9,12 +9,17 @@ import pytest
 import torch
 from backbones import CLASSES, QUIET, WIDTH, Columns, good_to_bad, rank, target_loader, target_set
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from oracles import digits_features
+from sklearn.metrics import accuracy_score, f1_score, r2_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_logme import rank_backbones
-from lightning_logme.functional import evidence, logme
+from lightning_logme.features.sampling import Samples
+from lightning_logme.functional import evidence, leave_one_out, logme
+from lightning_logme.scores.accuracy import Accuracy, measure
+from lightning_logme.scores.subset import SAMPLE_SIZE, index_of, mixed
 
 
 class TestResult:
@@ -142,6 +147,157 @@ class TestResult:
         assert several.scores["good"] == pytest.approx(float(logme(x[:, :8], labels, "multilabel")), abs=1e-6)
 
 
+def metric_of(predictions, target, task):
+    """Return scikit-learn's value of the task's metric."""
+    if task == "regression":
+        return r2_score(target, predictions)
+    if task == "multilabel":
+        return f1_score(target, predictions > 0.5, average="macro")
+    return accuracy_score(target, predictions.argmax(1))
+
+
+def tasks():
+    """Return labels of the target set for each task."""
+    x, y = target_set().tensors
+    several = torch.stack([y % 2, y // 2, (y == 0).long()], 1)
+    ratings = x[:, :2] + 0.3 * torch.randn(len(x), 2)
+    return {"multiclass": y, "binary": y % 2, "multilabel": several, "regression": ratings}
+
+
+def sure_or_right(n=2000):
+    """Return two candidates, and a bad one, with the data set.
+
+    The features of one are the labels, of which one in nine is wrong: it has the higher LogME. Those of the other are
+    noisy, and rarely wrong: it has the higher accuracy.
+    """
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(n) % CLASSES
+    wrong = torch.rand(n, generator=generator) < 1 / 9
+    ones = nn.functional.one_hot(torch.stack([(labels + wrong) % CLASSES, labels], 1), CLASSES).flatten(1)
+    noise = torch.tensor([0.01, 0.3]).repeat_interleave(CLASSES)
+    x = torch.cat([ones + noise * torch.randn(n, 8, generator=generator), torch.randn(n, 4, generator=generator)], 1)
+    candidates = {"bad": Columns(8, 12), "right": Columns(4, 8), "sure": Columns(0, 4)}
+    return candidates, DataLoader(TensorDataset(x, labels), 100)
+
+
+class TestAccuracy:
+    @pytest.mark.parametrize("fit_intercept", [False, True])
+    @pytest.mark.parametrize("task", ["multiclass", "binary", "multilabel", "regression"])
+    def test_accuracy_is_that_of_leave_one_out_predictions(self, task, fit_intercept):
+        x, target = target_set().tensors[0], tasks()[task]
+        options = {"num_classes": None, "race": False, "fit_intercept": fit_intercept}
+        ranking = rank(loader=DataLoader(TensorDataset(x, target), 64), task=task, **options)
+        for row in ranking.rows:
+            features = good_to_bad()[row.name](x).detach()
+            predictions = leave_one_out(features, target, task, fit_intercept=fit_intercept)
+            assert row.accuracy == pytest.approx(metric_of(predictions, target, task), abs=1e-6), row.name
+            assert row.accuracy == ranking.curves[row.name][-1].accuracy
+            assert 0 < row.accuracy_stderr < 0.1
+
+    def test_accuracy_of_many_samples_is_that_of_a_random_subset(self):
+        data = target_set(3000)
+        loader = DataLoader(data, 500)
+        ranking = rank(loader=loader, race=False)
+        order = torch.cat([portion.batch[0] for portion in Samples(loader, "multiclass", None, 0).portions(0, None)])
+        chosen = mixed(index_of(torch.arange(3000))).argsort()[:SAMPLE_SIZE]
+        place = {tuple(row): index for index, row in enumerate(data.tensors[0].tolist())}
+        at = torch.tensor([place[tuple(row)] for row in order.tolist()])[chosen]
+        for row in ranking.rows:
+            predictions = leave_one_out(good_to_bad()[row.name](data.tensors[0]).detach(), data.tensors[1])
+            right = (predictions.argmax(1) == data.tensors[1]).double()
+            assert row.accuracy == pytest.approx(float(right[at].mean()), abs=1e-9)
+            assert row.accuracy == pytest.approx(float(right.mean()), abs=4 * row.accuracy_stderr)
+            expected = math.sqrt(row.accuracy * (1 - row.accuracy) / SAMPLE_SIZE)
+            assert row.accuracy_stderr == pytest.approx(expected, rel=0.4)
+
+    @pytest.mark.parametrize(
+        ("task", "word", "column"),
+        [("multiclass", "accuracy", "accuracy"), ("multilabel", "F1", "f1"), ("regression", "R²", "r2")],
+    )
+    def test_tables_name_the_metric(self, tmp_path, task, word, column):
+        loader = DataLoader(TensorDataset(target_set().tensors[0], tasks()[task]), 64)
+        ranking = rank(loader=loader, task=task, num_classes=None, rank_by="accuracy", race=False)
+        first = ranking.rows[0]
+        header, line, *_ = (re.split("  +", line.strip()) for line in str(ranking).splitlines())
+        assert line[1 + header.index(word)] == f"{first.accuracy:.4f}"  # the column of positions has no header
+        header, _, line, *_ = (line.split(" | ") for line in ranking.to_markdown().splitlines())
+        assert line[header.index(word)] == f"{first.accuracy:.4f}"
+        ranking.to_csv(tmp_path / "ranking.csv")
+        with open(tmp_path / "ranking.csv", newline="") as file:
+            row = next(csv.DictReader(file))
+        assert float(row[column]) == first.accuracy
+        assert float(row[f"{column}_stderr"]) == first.accuracy_stderr
+        assert ranking.plot().axes[0].get_xlabel().startswith(f"leave-one-out {'macro ' * (word == 'F1')}{word}")
+
+    @pytest.mark.parametrize("race", [True, False])
+    def test_rank_by_decides_who_wins(self, race):
+        candidates, loader = sure_or_right()
+        by_logme, by_accuracy = (rank(candidates, loader, rank_by=what, race=race) for what in ("logme", "accuracy"))
+        assert (by_logme.best, by_logme.tied) == ("sure", ["sure"])
+        assert (by_accuracy.best, by_accuracy.tied) == ("right", ["right"])
+        for ranking, others in ((by_logme, {"right", "bad"}), (by_accuracy, {"sure", "bad"})):
+            assert {row.name for row in ranking.rows if row.ended == "dropped"} == (others if race else set())
+        assert by_logme.scores == {row.name: row.logme for row in by_logme.rows}
+        assert by_accuracy.scores == {row.name: row.accuracy for row in by_accuracy.rows}
+        assert list(by_accuracy.scores) == ["right", "sure", "bad"]
+        assert "accuracy is 0.0" in next(row.message for row in by_logme.rows if row.name == "right")
+        assert not any("accuracy" in row.message for row in by_accuracy.rows)
+
+    def test_figures_show_what_ranks(self):
+        candidates, loader = sure_or_right()
+        ranking = rank(candidates, loader, rank_by="accuracy")
+        axes = ranking.plot().axes[0]
+        assert axes.get_xlabel().startswith("leave-one-out accuracy")
+        assert [bar.get_width() for bar in axes.patches] == [row.accuracy for row in ranking.rows]
+        axes = ranking.plot_curves().axes[0]
+        assert axes.get_ylabel() == "leave-one-out accuracy"
+        assert list(axes.lines[0].get_ydata()) == [point.accuracy for point in ranking.curves["right"]]
+
+    @pytest.mark.parametrize("rank_by", ["logme", "accuracy"])
+    def test_a_candidate_without_accuracy_does_not_affect_another(self, rank_by, monkeypatch):
+        def fails(chosen, evidence, *args):
+            return Accuracy("accuracy") if evidence.weight.shape[1] == 9 else measure(chosen, evidence, *args)
+
+        monkeypatch.setattr("lightning_logme.ranking.collect.measure", fails)
+        candidates = {"unknown": Columns(0, 9), **good_to_bad(), "also": Columns(0, 8)}
+        ranking = rank(candidates, target_loader(2000), rank_by=rank_by)
+        rows = {row.name: row for row in ranking.rows}
+        assert rows["unknown"].ended == "finished"
+        assert math.isnan(rows["unknown"].accuracy)
+        assert math.isnan(rows["unknown"].accuracy_stderr)
+        assert rows["bad"].ended == "dropped"
+        assert "unknown" in str(ranking)
+        assert ranking.page() is not None
+        if rank_by == "accuracy":
+            assert ranking.rows[-1].name == "unknown"
+            assert ranking.tied == ["good", "also"]
+            assert "unknown" not in ranking.scores
+
+    def test_constant_features_have_the_accuracy_of_a_guess(self):
+        class Constant(nn.Module):
+            def forward(self, x):
+                return torch.ones(len(x), 3)
+
+        y = (torch.arange(600) % 5 == 0).long()  # one in five
+        loader = DataLoader(TensorDataset(torch.randn(600, WIDTH), y), 50)
+        ranking = rank({"constant": Constant(), "noise": nn.Identity()}, loader, num_classes=2, race=False)
+        row = next(row for row in ranking.rows if row.name == "constant")
+        assert row.accuracy == pytest.approx(0.8, abs=1e-6)
+        assert row.accuracy_stderr == pytest.approx(math.sqrt(0.8 * 0.2 / 600), rel=0.4)
+
+    def test_the_table_of_digits_shows_that_a_sure_difference_is_small(self):
+        narrow, wide = digits_features(256), digits_features(384)
+        x = torch.as_tensor(np.concatenate([narrow[0], wide[0]], 1))
+        loader = DataLoader(TensorDataset(x, torch.as_tensor(wide[1])), 200)
+        ranking = rank({"narrow": Columns(0, 256), "wide": Columns(256, 640)}, loader, num_classes=10, race=False)
+        first, second = ranking.rows
+        assert (first.name, second.name, ranking.tied) == ("wide", "narrow", ["wide"])
+        assert first.logme - second.logme > 5 * first.stderr
+        assert abs(first.accuracy - second.accuracy) < 0.01
+        remark = r"surely behind in LogME, but accuracy is (only )?0\.00\d ± 0\.00\d (lower|higher)"
+        assert re.fullmatch(remark, second.message)
+
+
 class TestFailures:
     """The failure of a candidate does not affect another."""
 
@@ -267,6 +423,8 @@ class TestBadInput:
             ({"transforms": {"god": None}}, "transforms names 'god'"),
             ({"pooling": "max"}, "pooling must be"),
             ({"race": "false"}, "race must be True or False, got 'false'"),
+            ({"rank_by": "gain"}, "rank_by must be 'logme' or 'accuracy', got 'gain'"),
+            ({"rank_by": None}, "rank_by must be 'logme' or 'accuracy', got None"),
             ({"normalize": 1}, "normalize must be True or False, got 1"),
             ({"fit_intercept": "no"}, "fit_intercept must be True or False, got 'no'"),
             ({"progress": None}, "progress must be True or False, got None"),
@@ -339,7 +497,9 @@ class TestLoggers:
         for name, tag in (("good", "good"), ("bad", "bad"), ("with space", "with_space")):
             curve = ranking.curves[name]
             assert [event.step for event in seen.Scalars(f"gain/{tag}")] == [point.num_samples for point in curve]
-            assert [event.value for event in seen.Scalars(f"logme/{tag}")] == pytest.approx([p.logme for p in curve])
+            for what in ("logme", "accuracy"):
+                values = [event.value for event in seen.Scalars(f"{what}/{tag}")]
+                assert values == pytest.approx([getattr(point, what) for point in curve])
         assert seen.Tags()["images"] == ["ranking"]
         assert seen.Images("ranking")[0].width > 1000
         table = seen.Tensors("ranking/text_summary")[0].tensor_proto.string_val[0].decode()

@@ -37,7 +37,8 @@ def starts_anew(name, cause):
 
 
 def summary(ranking):
-    return [(row.name, row.logme, row.stderr, row.num_samples, row.ended, row.message) for row in ranking.rows]
+    names = ("name", "logme", "stderr", "accuracy", "accuracy_stderr", "num_samples", "ended", "message")
+    return [tuple(getattr(row, name) for name in names) for row in ranking.rows]
 
 
 def test_a_finished_ranking_is_not_computed_again(candidates, tmp_path):
@@ -305,6 +306,29 @@ def test_a_damaged_file_is_detected(candidates, tmp_path):
         path.write_bytes(path.read_bytes()[:1000])
     with starts_anew("good", r"good.*\.pt cannot be read"):
         assert summary(rank(candidates, tmp_path)) == summary(first)
+
+
+def test_a_file_without_accuracy_is_not_used(candidates, tmp_path):
+    """As in the folder of an earlier version."""
+    first = rank(candidates, tmp_path)
+    for path in tmp_path.glob("good*.pt"):
+        saved = torch.load(path, weights_only=True)
+        for score in [score for one in saved["progress"]["rounds"] for score in one["scores"].values()]:
+            del score["accuracy"], score["accuracy_replicates"]
+        torch.save(saved, path)
+    Counted.seen = 0
+    with starts_anew("good", r"good.*\.pt cannot be read .*accuracy"):
+        assert summary(rank(candidates, tmp_path)) == summary(first)
+    assert Counted.seen == 1500 + 3 * 16
+
+
+def test_results_can_be_ranked_by_another_value_without_new_features(candidates, tmp_path):
+    rank(candidates, tmp_path, race=False)
+    Counted.seen = 0
+    again = rank(candidates, tmp_path, race=False, rank_by="accuracy")
+    assert Counted.seen == 3 * 16
+    options = {**QUIET, "race": False, "rank_by": "accuracy"}
+    assert summary(again) == summary(rank_backbones(candidates, target_loader(1500), **options))
 
 
 def test_candidates_can_be_added(candidates, tmp_path):

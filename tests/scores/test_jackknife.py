@@ -35,7 +35,7 @@ def in_blocks(features, labels, classes=3, batch=None):
 
 def jackknifed(features, labels, classes, fit_intercept=False):
     """Return the evidence, and the scores without each block."""
-    evidence, scores = jackknife(in_blocks(features, labels, classes), fit_intercept)
+    evidence, scores, _ = jackknife(in_blocks(features, labels, classes), fit_intercept)
     return evidence, torch.tensor(scores, dtype=torch.float64)
 
 
@@ -60,7 +60,7 @@ def test_error_rate_is_shared_among_pairs_and_rounds():
 def test_scores_with_a_block_left_out_are_those_of_the_other_rows(n, d, fit_intercept, batch):
     """At most 256 directions are used: the scores are exact unless both N and D are larger."""
     features, labels = tensors(n, d, 3, noise=2.0)
-    whole, scores = jackknife(in_blocks(features, labels, batch=batch), fit_intercept)
+    whole, scores, _ = jackknife(in_blocks(features, labels, batch=batch), fit_intercept)
     expected = logme(features, labels, fit_intercept=fit_intercept)
     assert float(whole.score) == pytest.approx(float(expected), rel=1e-8)
     rest = [torch.arange(n) % BLOCKS != k for k in range(BLOCKS)]

@@ -133,7 +133,9 @@ in_eval_mode = pytest.mark.filterwarnings("ignore:Found 1 module.s. in eval mode
 @in_eval_mode
 def test_probes_do_not_change_the_run(tmp_path):
     data = TensorDataset(torch.randn(40, 3, 12, 12), torch.arange(40) % 3)
-    without, with_probes = run_of(tmp_path, {}), run_of(tmp_path, {"news": loader(data, 16, shuffle=True)})
+    test = loader(data, 16, shuffle=True)
+    probes = {"news": loader(data, 16, shuffle=True), "tested": Probe(loader(data, 16), test=test)}
+    without, with_probes = run_of(tmp_path, {}), run_of(tmp_path, probes)
     assert len(without) == len(with_probes) > 10
     for before, after in zip(without, with_probes, strict=True):
         torch.testing.assert_close(after, before, rtol=0, atol=0)

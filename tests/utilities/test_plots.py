@@ -73,7 +73,7 @@ def text_sizes(figure):
     [
         lambda: plots.gain_by_output([0.1] * 10, 0.1, 500, list("0123456789"), "class"),
         lambda: plots.gain_by_layer([f"layer{index}" for index in range(1, 5)], [[0.1] * 4, [0.2] * 4]),
-        lambda: plots.gain_by_samples({"head": [(2**i, 0.1 * i) for i in range(5, 14)]}),
+        lambda: plots.by_samples({"head": [(2**i, 0.1 * i) for i in range(5, 14)]}),
         lambda: plots.confusion([[1] * 4] * 4, 0.1, 0.1, list("abcd")),
     ],
 )
@@ -129,9 +129,9 @@ def test_gain_by_layer_names_at_most_40_layers():
     assert axes.get_xticks().tolist() == list(range(0, 100, 3))
 
 
-def test_gain_by_samples_has_a_line_and_a_legend_entry_per_curve():
+def test_by_samples_has_a_line_and_a_legend_entry_per_curve():
     curves = {"small": [(64, 0.1), (128, 0.2), (4096, 0.3)], "large": [(64, 0.2), (128, math.nan), (256, 0.4)]}
-    axes = only_axes(plots.gain_by_samples(curves, unfinished={"large"}))
+    axes = only_axes(plots.by_samples(curves, unfinished={"large"}))
     assert axes.get_title() == "gain by number of samples"
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("samples (dashed: not finished)", UNIT)
     assert axes.get_xscale() == "log"
@@ -143,26 +143,26 @@ def test_gain_by_samples_has_a_line_and_a_legend_entry_per_curve():
     legend = axes.get_legend()
     assert [text.get_text() for text in legend.get_texts()] == ["small", "large"]
     assert legend.get_window_extent().x0 > axes.get_window_extent().x1
-    assert only_axes(plots.gain_by_samples(curves)).get_xlabel() == "samples"
+    assert only_axes(plots.by_samples(curves)).get_xlabel() == "samples"
 
 
-def test_gain_by_samples_labels_a_narrow_range_with_plain_numbers():
-    axes = only_axes(plots.gain_by_samples({"head": [(100, 0.1), (150, 0.2), (200, 0.3)]}))
+def test_by_samples_labels_a_narrow_range_with_plain_numbers():
+    axes = only_axes(plots.by_samples({"head": [(100, 0.1), (150, 0.2), (200, 0.3)]}))
     low, high = axes.get_xlim()
     assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [100, 125, 150, 175, 200]
     assert {"100", "200"} <= set(tick_labels(axes.xaxis))
 
 
-def test_gain_by_samples_lists_at_most_40_curves():
-    axes = only_axes(plots.gain_by_samples({f"model {index}": [(64, 0.1), (128, 0.2)] for index in range(50)}))
+def test_by_samples_lists_at_most_40_curves():
+    axes = only_axes(plots.by_samples({f"model {index}": [(64, 0.1), (128, 0.2)] for index in range(50)}))
     assert len(axes.lines) == 50
     assert len(axes.get_legend().get_texts()) == 40
     assert axes.get_legend().get_title().get_text() == "first 40 of 50"
 
 
-def test_gain_by_candidate_has_the_first_at_the_top_and_ties_dark():
+def test_by_candidate_has_the_first_at_the_top_and_ties_dark():
     axes = only_axes(
-        plots.gain_by_candidate(
+        plots.by_candidate(
             ["first", "second", "failed", "third"],
             [0.4, 0.39, math.nan, 0.1],
             [0.02, math.nan, math.nan, 0.01],
@@ -183,12 +183,30 @@ def test_gain_by_candidate_has_the_first_at_the_top_and_ties_dark():
     assert [length for length in lengths if length == length] == pytest.approx([0.04, 0.02])
 
 
+@pytest.mark.parametrize(
+    ("what", "label"),
+    [
+        ("gain", UNIT),
+        ("accuracy", "leave-one-out accuracy"),
+        ("r2", "leave-one-out R²"),
+        ("f1", "leave-one-out macro F1"),
+    ],
+)
+def test_axes_of_candidates_and_curves_name_the_value(what, label):
+    bars = only_axes(plots.by_candidate(["a"], [0.5], [0.1], [True], what))
+    lines = only_axes(plots.by_samples({"a": [(64, 0.5)]}, what=what))
+    assert bars.get_xlabel() == f"{label},\n± 1 standard error"
+    assert lines.get_ylabel() == label
+    assert bars.get_title().startswith(what)
+    assert lines.get_title().startswith(what)
+
+
 def test_page_holds_two_figures_and_the_table():
     table = "rank  name\n1     $a_1$\x1b"
     figure = rendered(
         plots.page(
-            lambda axes: plots.gain_by_candidate(["a"], [0.1], [0.01], [True], axes),
-            lambda axes: plots.gain_by_samples({"a": [(64, 0.1), (128, 0.2)]}, (), axes),
+            lambda axes: plots.by_candidate(["a"], [0.1], [0.01], [True], axes=axes),
+            lambda axes: plots.by_samples({"a": [(64, 0.1), (128, 0.2)]}, axes=axes),
             table,
         )
     )
@@ -205,8 +223,8 @@ def test_page_holds_two_figures_and_the_table():
 def test_page_shows_all_of_its_table(lines):
     names = [f"candidate {index} " + "x" * 20 for index in range(lines)]
     figure = plots.page(
-        lambda axes: plots.gain_by_candidate(names, [0.1] * lines, [0.01] * lines, [True] * lines, axes),
-        lambda axes: plots.gain_by_samples({name: [(64, 0.1)] for name in names}, (), axes),
+        lambda axes: plots.by_candidate(names, [0.1] * lines, [0.01] * lines, [True] * lines, axes=axes),
+        lambda axes: plots.by_samples({name: [(64, 0.1)] for name in names}, axes=axes),
         "\n".join(name * 5 for name in names),
     )
     assert inside(figure)
@@ -218,8 +236,8 @@ def test_figures_draw_into_given_axes_and_return_the_figure_at_the_top():
     assert plots.gain_by_output([0.1], 0.1, 5, axes=axes) is top
     assert plots.confusion([[1]], 1.0, 0.0, axes=axes) is top
     assert plots.gain_by_layer(["a"], [[0.1]], axes=axes) is top
-    assert plots.gain_by_samples({"a": [(64, 0.1)]}, axes=axes) is top
-    assert plots.gain_by_candidate(["a"], [0.1], [0.1], [True], axes=axes) is top
+    assert plots.by_samples({"a": [(64, 0.1)]}, axes=axes) is top
+    assert plots.by_candidate(["a"], [0.1], [0.1], [True], axes=axes) is top
 
 
 @pytest.mark.parametrize(
@@ -231,12 +249,12 @@ def test_figures_draw_into_given_axes_and_return_the_figure_at_the_top():
         lambda: plots.gain_by_output([0.0, 0.0], 0.0, 10),
         lambda: plots.gain_by_layer([], []),
         lambda: plots.gain_by_layer(["a"], []),
-        lambda: plots.gain_by_samples({}),
-        lambda: plots.gain_by_samples({"a": []}),
-        lambda: plots.gain_by_samples({"a": [(0, 0.1), (64, math.nan)]}),
-        lambda: plots.gain_by_samples({"a": [(64, 0.1)]}),
-        lambda: plots.gain_by_candidate([], [], [], []),
-        lambda: plots.gain_by_candidate(["a"], [math.nan], [math.nan], [False]),
+        lambda: plots.by_samples({}),
+        lambda: plots.by_samples({"a": []}),
+        lambda: plots.by_samples({"a": [(0, 0.1), (64, math.nan)]}),
+        lambda: plots.by_samples({"a": [(64, 0.1)]}),
+        lambda: plots.by_candidate([], [], [], []),
+        lambda: plots.by_candidate(["a"], [math.nan], [math.nan], [False]),
     ],
 )
 def test_figures_of_nothing_have_axes_with_labels(figure):
@@ -252,11 +270,11 @@ def test_figures_of_nothing_have_axes_with_labels(figure):
         (lambda names: plots.confusion([[1] * 6] * 6, 0.1, 0.1, names), lambda axes: axes.get_yticklabels()),
         (lambda names: plots.gain_by_layer(names, [[0.1] * 6]), lambda axes: axes.get_xticklabels()),
         (
-            lambda names: plots.gain_by_samples({name: [(64, 0.1)] for name in names}),
+            lambda names: plots.by_samples({name: [(64, 0.1)] for name in names}),
             lambda axes: axes.get_legend().get_texts(),
         ),
         (
-            lambda names: plots.gain_by_candidate(names, [0.1] * 6, [0.1] * 6, [True] * 6),
+            lambda names: plots.by_candidate(names, [0.1] * 6, [0.1] * 6, [True] * 6),
             lambda axes: axes.get_yticklabels(),
         ),
     ],
