@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from lightning_logme.ranking.checkpoints import score_checkpoints
     from lightning_logme.ranking.rank import rank_backbones
     from lightning_logme.ranking.result import Ranking, RankingRow
+    from lightning_logme.scores.accuracy import Accuracy
     from lightning_logme.scores.curve import CurvePoint
     from lightning_logme.scores.evidence import Evidence
     from lightning_logme.tracking.history import read_evidence, read_history
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 # Imported on first use (PEP 562), because lightning_logme.functional needs neither Lightning nor torchmetrics.
 _MODULES = {
+    "Accuracy": "scores.accuracy",
     "CurvePoint": "scores.curve",
     "Evidence": "scores.evidence",
     "LogME": "metric",
@@ -32,6 +34,7 @@ _MODULES = {
 }
 
 __all__ = [
+    "Accuracy",
     "CurvePoint",
     "Evidence",
     "LogME",

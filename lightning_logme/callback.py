@@ -57,7 +57,8 @@ class LogMECallback(AnyCallback):
 
     During a validation, each scored head or layer with D features needs a D × D matrix of float64 on the device, so L
     layers need L × D² × 8 bytes. Several loaders each need that much, and so does each point of a ``curve``. While
-    there are fewer than D samples, the features themselves are kept instead.
+    there are fewer than D samples, the features themselves are kept instead. For ``accuracy``, the features of at most
+    2048 samples are kept beside the matrix.
 
     Checkpoints contain the history: see :func:`lightning_logme.read_history`.
 

@@ -34,7 +34,8 @@ class LogME(Metric):
     See :func:`lightning_logme.functional.logme` for the formula and the reference. The states are float64 sums over
     samples, mainly :math:`F^T F` and :math:`F^T Y`. Memory is therefore O(D² + DK) for any number of samples, and
     batches and processes combine exactly, by addition. While there are fewer than D samples, the sums are 0, and the
-    samples themselves are held, which takes less memory and time.
+    samples themselves are held, which takes less memory and time. For :meth:`accuracy`, the features of at most 2048
+    samples are kept beside the sums.
 
     ``forward`` and ``update`` accept
 
@@ -174,6 +175,16 @@ class LogME(Metric):
 
         It is measured on all samples, or on a random subset of 2048. It includes the work of :meth:`compute`, so call
         it first if you need both.
+
+        Example:
+            >>> import torch
+            >>> from lightning_logme import LogME
+            >>> metric = LogME("regression", num_features=2)
+            >>> features = torch.tensor([[0.0, 1], [1, 1], [2, 1], [3, 1], [4, 1]])
+            >>> metric.update(features, torch.tensor([1.0, 3, 5, 7, 9]))
+            >>> accuracy = metric.accuracy()
+            >>> accuracy.metric, round(accuracy.value, 3)
+            ('r2', 1.0)
         """
         if self._computed is None or self._accuracy is None:
             self._is_measuring = True

@@ -518,7 +518,7 @@ class TestErrors:
         assert steps == [[(False, [])] * 2] * 10
 
     def test_error_in_the_evidence_is_named(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(Accumulator, "evidence", lambda *args: {}["on purpose"])
+        monkeypatch.setattr(Accumulator, "decomposed", lambda *args: {}["on purpose"])
         callback = LogMECallback()
         with pytest.warns(UserWarning, match="after an error: KeyError: 'on purpose'"):
             trainer(tmp_path, callback).validate(Classifier(), loader(), verbose=False)

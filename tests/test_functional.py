@@ -199,7 +199,7 @@ def test_import_needs_neither_lightning_nor_torchmetrics():
 def test_public_names_are_listed_before_they_are_imported():
     assert set(lightning_logme.__all__) <= set(dir(lightning_logme))
     assert all(getattr(lightning_logme, name).__name__ == name for name in lightning_logme.__all__)
-    assert len(lightning_logme.__all__) == 12
+    assert len(lightning_logme.__all__) == 13
     assert lightning_logme.CurvePoint(1, 2.0, 3.0).gain == 3.0
     with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
         _ = lightning_logme.Nothing

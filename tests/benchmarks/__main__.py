@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from tests.benchmarks import (
+    accuracy,
     digits,
     gpu,
     heads,
@@ -35,6 +36,7 @@ BENCHMARKS = {
     "digits": digits.report,
     "race": race.report,
     "leave_one_out": leave_one_out.report,
+    "accuracy": accuracy.report,
     "probes": probes.report,
     "gpu": gpu.report,
     "heads": heads.report,

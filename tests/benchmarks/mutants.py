@@ -38,6 +38,8 @@ SCOPE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "scores/accumulator": ((), tuple(f"scores/test_{name}.py" for name in ("accumulator", "subset", "jackknife"))),
     "scores/subset": ((), ("scores/test_subset.py", "scores/test_accumulator.py")),
     "scores/curve": ((), ("scores/test_curve.py", "integration/test_curves.py")),
+    "scores/leave_one_out": ((), ("scores/test_leave_one_out.py",)),
+    "scores/accuracy": ((), ("scores/test_accuracy.py", "scores/test_curve.py")),
     "metric": ((), ("test_metric.py", "test_functional.py")),
     "features/padding": ((), ("features/test_padding.py",)),
     "tracking/validation": (

@@ -5,13 +5,14 @@ that the callback shows. The second is EfficientNet-Lite0 with ImageNet weights 
 at its own 224 × 224 (256 images), and at 64 × 64 (512 images), which takes a twelfth of the computation for the same
 features. Images are a pattern of their class plus noise, in memory.
 
-Runs without and with the callback take turns, and their order changes every round. Both are measured with a
-TensorBoardLogger (plots are on by default) and with ``logger=False``. The time is that of the whole
+Runs without the callback, with it, and with ``accuracy=False`` take turns, and their order changes every round. All are
+measured with a TensorBoardLogger (plots are on by default) and with ``logger=False``. The time is that of the whole
 ``Trainer.validate``. The overhead is the median difference of the rounds, divided by the median time without the
 callback. The first run with plots imports matplotlib and is not counted.
 
 The parts are the time of the callback in its hooks, in milliseconds per run: in the batches (labels, pooling, update),
-at the end (evidence, logging), and in pictures (figures and histograms, rendered and passed to TensorBoard).
+at the end (evidence, logging), and in pictures (figures and histograms, rendered and passed to TensorBoard). What
+accuracy adds is the median difference of the sums of these parts, with and without accuracy.
 """
 
 from __future__ import annotations
@@ -63,11 +64,12 @@ class Subject:
 
 @dataclass
 class Runs:
-    """Seconds of the runs without and with the callback, and of its parts."""
+    """Seconds of the runs without and with the callback, and of its parts, also with ``accuracy=False``."""
 
     without: list[float] = field(default_factory=list)
     with_callback: list[float] = field(default_factory=list)
     parts: list[dict[str, float]] = field(default_factory=list)
+    parts_without_accuracy: list[dict[str, float]] = field(default_factory=list)
 
     def overhead(self) -> float:
         """Return the overhead in per cent."""
@@ -77,6 +79,11 @@ class Runs:
     def part(self, name: str) -> float:
         """Return the median seconds of a part."""
         return median(parts.get(name, 0.0) for parts in self.parts)
+
+    def accuracy(self) -> float:
+        """Return the median seconds that accuracy adds."""
+        pairs = zip(self.parts, self.parts_without_accuracy, strict=True)
+        return median(sum(some.values()) - sum(none.values()) for some, none in pairs)
 
 
 class Classifier(LightningModule):
@@ -108,7 +115,8 @@ def report(repeats: int, quick: bool) -> None:
                 print(_spread(subject, plots, runs), flush=True)
     print()
     header = ("network", "logger", "without, s", "with, s", "overhead (aim)", "in hooks, sum", "batches, ms", "end, ms")
-    print_table("Trainer.validate: medians", (*header, "pictures, ms", "pictures, %"), rows)
+    accuracy = ("accuracy, ms", "accuracy, %")
+    print_table("Trainer.validate: medians", (*header, "pictures, ms", "pictures, %", *accuracy), rows)
 
 
 def subjects(quick: bool) -> Iterator[Subject]:
@@ -151,23 +159,27 @@ def image_loader(number: int, size: int, batch_size: int) -> DataLoader[Any]:
 
 
 def measure(subject: Subject, plots: bool, repeats: int, folder: str) -> Runs:
-    _validate(subject, plots, folder, with_callback=False)
-    _validate(subject, plots, folder, with_callback=True)
+    _validate(subject, plots, folder, [])
+    _validate(subject, plots, folder, [LogMECallback()])
     runs = Runs()
     for index in range(repeats):
-        for with_callback in (index % 2 == 0, index % 2 == 1):
-            seconds, parts = _validate(subject, plots, folder, with_callback)
-            if with_callback:
+        for way in ((0, 1, 2), (1, 2, 0), (2, 0, 1))[index % 3]:
+            callbacks = [LogMECallback(accuracy=way == 1)] if way else []
+            seconds, parts = _validate(subject, plots, folder, callbacks)
+            if way == 0:
+                runs.without.append(seconds)
+            elif way == 1:
                 runs.with_callback.append(seconds)
                 runs.parts.append(parts)
             else:
-                runs.without.append(seconds)
+                runs.parts_without_accuracy.append(parts)
     return runs
 
 
-def _validate(subject: Subject, plots: bool, folder: str, with_callback: bool) -> tuple[float, dict[str, float]]:
-    """Return the seconds of one ``Trainer.validate``, and of the parts of the callback."""
-    callbacks = [LogMECallback()] if with_callback else []
+def _validate(
+    subject: Subject, plots: bool, folder: str, callbacks: list[LogMECallback]
+) -> tuple[float, dict[str, float]]:
+    """Return the seconds of one ``Trainer.validate``, and of the parts of the callbacks."""
     trainer = Trainer(
         accelerator="cpu",
         callbacks=list(callbacks),
@@ -179,7 +191,7 @@ def _validate(subject: Subject, plots: bool, folder: str, with_callback: bool) -
     parts: dict[str, float] = {}
     with _clocks(callbacks, parts):
         seconds, _ = timed(lambda: trainer.validate(subject.model, subject.loader, verbose=False))
-    if with_callback:
+    if callbacks:
         parts["end"] -= parts.get("pictures", 0.0)
     return seconds, parts
 
@@ -218,6 +230,8 @@ def _row(subject: Subject, plots: bool, runs: Runs) -> tuple[str, ...]:
         f"{100 * sum(parts.values()) / without:.1f} %",
         *(f"{1e3 * seconds:.1f}" for seconds in parts.values()),
         f"{100 * parts['pictures'] / without:.2f} %",
+        f"{1e3 * runs.accuracy():.1f}",
+        f"{100 * runs.accuracy() / without:.2f} %",
     )
 
 

@@ -143,6 +143,26 @@ def test_features_that_are_not_finite_are_nan_and_the_run_goes_on(tmp_path, valu
     assert math.isnan(read_history(tmp_path / "epoch=1.ckpt")[-1]["accuracy"])
 
 
+def test_source_that_fails_has_nan_and_keeps_its_last_accuracy(tmp_path):
+    class Fails(Classifier):
+        def forward(self, x):
+            if self.current_epoch == 1 and len(x) == 17:  # only batches of the probe
+                raise RuntimeError("on purpose")
+            return super().forward(x)
+
+    ratings = TensorDataset(torch.randn(34, 16), torch.randn(34))
+    callback = LogMECallback(probes={"mood": Probe(loader(ratings, 17), task="regression")})
+    run = trainer(tmp_path, callback, max_epochs=2)
+    with pytest.warns(UserWarning, match="on purpose"):
+        run.fit(Fails(), loader(), loader())
+    first, second = (row for row in callback.history if row["key"] == "logme/mood")
+    assert math.isnan(second["r2"])
+    assert math.isnan(second["r2_stderr"])
+    assert math.isnan(run.callback_metrics["logme_r2/mood"])
+    assert math.isfinite(run.callback_metrics["logme_accuracy"])
+    assert callback.accuracies["logme/mood"].value == first["r2"]
+
+
 @pytest.mark.parametrize(("number", "classes"), [(1, 2), (2, 2), (3, 4), (40, 1)])
 def test_few_samples_and_classes_end_no_run(tmp_path, recwarn, number, classes):
     x, y = vectors(number).tensors

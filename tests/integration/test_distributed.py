@@ -18,6 +18,7 @@ from witness import CallsHeadTwice, Quiet, Witness, check_equals_one_process
 from lightning_logme import Evidence, LogME, LogMECallback, Probe
 from lightning_logme.features.sampling import Samples
 from lightning_logme.functional import evidence, logme
+from lightning_logme.scores.accumulator import Accumulator
 from lightning_logme.scores.moments import Moments, Rows
 
 
@@ -213,15 +214,15 @@ class OutOfMemoryInProcess1(LogMECallback):
     """Process 1 runs out of memory after the reduction of the sums, while the evidence is computed."""
 
     def on_validation_epoch_end(self, trainer, pl_module):
-        whole = Evidence.from_moments
+        whole = Accumulator.decomposed
 
-        def fails(moments, *args):
+        def fails(accumulator, *args):
             if trainer.global_rank == 1:
                 raise MemoryError("on purpose")
-            return whole(moments, *args)
+            return whole(accumulator, *args)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Evidence, "from_moments", fails)
+            patch.setattr(Accumulator, "decomposed", fails)
             super().on_validation_epoch_end(trainer, pl_module)
 
 
