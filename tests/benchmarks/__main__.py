@@ -18,6 +18,7 @@ from tests.benchmarks import (
     memory,
     mutants,
     noise,
+    online_probe,
     probes,
     race,
     ranking,
@@ -42,9 +43,11 @@ BENCHMARKS = {
     "heads": heads.report,
     "ranking": ranking.report,
     "quality": ranking_quality.report,
+    "online_probe": online_probe.report,
     "mutants": mutants.report,
 }
-_IF_ASKED_FOR = ("heads", "race", "ranking", "quality", "mutants")  # These take long, or need more packages.
+# These take long, or need more packages.
+_IF_ASKED_FOR = ("heads", "race", "ranking", "quality", "online_probe", "mutants")
 
 
 def main() -> None:
