@@ -118,6 +118,7 @@ def test_functions_name_their_options():
     allowed = {
         f"{NAME}.metric.__init__",  # options of torchmetrics.Metric
         f"{NAME}.features.isolation._drop",  # does nothing
+        f"{NAME}.ranking.model.forward",  # inputs of any encoder
         f"{NAME}.utilities.checks.check_flags",  # flags by name
         f"{NAME}.utilities.plots._line",  # options of matplotlib
     }

@@ -84,7 +84,7 @@ class Pooler:
         if by_token and tensor.ndim == 2 and len(tensor) == number * tokens[0]:
             tensor = tensor.unflatten(0, (number, tokens[0]))  # The head got the tokens of all samples in one matrix.
         if not (by_token and tensor.ndim == 3 and tensor.shape[:2] == labels.target.shape):
-            tensor = self._pooled(tensor, labels.mask, calls)
+            tensor = self.pooled(tensor, labels.mask, calls)
         if len(tensor) != number:
             raise ValueError(
                 f"{self.name} gave {len(tensor)} features for {number} labels, shapes {shape} and "
@@ -94,7 +94,8 @@ class Pooler:
         self.settled = True
         return tensor
 
-    def _pooled(self, tensor: Tensor, mask: Tensor | None, calls: Calls) -> Tensor:
+    def pooled(self, tensor: Tensor, mask: Tensor | None, calls: Calls = ((), ())) -> Tensor:
+        """Return the features pooled to (N, D). Without ``calls``, the axis of the channels must be known."""
         axis = None
         if tensor.ndim > 2 and not callable(self.pooling) and _given_axis(self.pooling) is None:
             axis = self._axis(tensor, calls)

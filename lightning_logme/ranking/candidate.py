@@ -12,14 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_logme.features.calling import Forward, call, copied
+from lightning_logme.features.extractor import HEAD
 from lightning_logme.features.heads import find_head, get_module
 from lightning_logme.features.hooks import first_tensor
 from lightning_logme.features.isolation import seed_generators
 from lightning_logme.features.labels import Labels, Target, TargetSpec, find_mask
 from lightning_logme.features.output_layer import OutputLayer
+from lightning_logme.features.pooling import Pooler
 from lightning_logme.features.selection import Selection, attach
 from lightning_logme.ranking.result import in_words
-from lightning_logme.utilities.compat import Fabric
+from lightning_logme.utilities.compat import Fabric, uncompiled
 from lightning_logme.utilities.distributed import reason_of
 
 Transform = Callable[[Any], Any]
@@ -49,6 +51,16 @@ class Candidate:
         """Whether a factory builds the module again each time it is needed."""
         return not isinstance(self.source, nn.Module)
 
+    def build(self, seed: int) -> nn.Module:
+        """Return a new module from the factory, or a copy of the module."""
+        if isinstance(self.source, nn.Module):
+            return uncompiled_copy(self.source)
+        seed_generators(seed)
+        built = self.source()
+        if not isinstance(built, nn.Module):
+            raise TypeError(f"the factory must return a torch.nn.Module, got {type(built).__name__}.")
+        return built
+
     @contextmanager
     def on_device(self, fabric: Fabric, seed: int, heads: Sequence[str] | None) -> Iterator[Backbone]:
         """Yield the network, ready to run. Afterwards, restore a module that the user passed in.
@@ -58,10 +70,7 @@ class Candidate:
             heads: names of the modules whose input is the feature; None if they are unknown.
         """
         if not isinstance(self.source, nn.Module):
-            seed_generators(seed)
-            built = self.source()
-            if not isinstance(built, nn.Module):
-                raise TypeError(f"the factory must return a torch.nn.Module, got {type(built).__name__}.")
+            built = self.build(seed)
             with Backbone(self, fabric.to_device(_converted(built, fabric)), heads) as backbone:
                 yield backbone
             return
@@ -107,6 +116,11 @@ class Backbone:
 
     def __exit__(self, *_: object) -> None:
         self._extractor.remove()
+
+    @property
+    def pooler(self) -> Pooler:
+        """The pooling of the head's input, or of the output."""
+        return self._extractor.sources[HEAD].poolers[0]
 
     @torch.no_grad()  # not inference mode: a module may keep a tensor, and training cannot use inference tensors
     def rows(self, batch: Any, target: Target, fabric: Fabric) -> dict[str, Tensor]:
@@ -192,3 +206,15 @@ def errors_naming(source: str) -> Iterator[None]:
         if not source or repr(source) in str(error):
             raise
         raise ValueError(f"{in_words(source)}: {reason_of(error)}") from error
+
+
+def uncompiled_copy(module: nn.Module) -> nn.Module:
+    """Return an uncompiled copy: compiled code would keep the weights of the original."""
+    copied = uncompiled(module, copy.deepcopy)
+    for name, submodule in copied.named_modules():
+        if getattr(vars(submodule).get("forward"), "__closure__", None):
+            raise ValueError(
+                f"{name or 'the module'} has a forward function set on the instance, so a copy would use the "
+                "original's weights; pass a module without it, and give forward=callable(model, batch)."
+            )
+    return copied

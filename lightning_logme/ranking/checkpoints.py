@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -16,11 +15,11 @@ from lightning_logme.features.calling import Forward
 from lightning_logme.features.labels import TargetSpec
 from lightning_logme.features.pooling import Pooling
 from lightning_logme.features.selection import AUTO, Head
-from lightning_logme.ranking.candidate import Transform
+from lightning_logme.ranking.candidate import Transform, uncompiled_copy
 from lightning_logme.ranking.rank import rank_backbones
 from lightning_logme.ranking.result import RankBy, Ranking
 from lightning_logme.utilities.checks import Task
-from lightning_logme.utilities.compat import Logger, plain_name, uncompiled
+from lightning_logme.utilities.compat import Logger, plain_name
 
 PathLike = str | os.PathLike[str]
 
@@ -150,7 +149,7 @@ def _loaded(module: nn.Module, path: str) -> nn.Module:
         RuntimeError: the weights do not fit the module.
     """
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    loaded: Any = _copy(module)
+    loaded: Any = uncompiled_copy(module)
     if isinstance(checkpoint, dict) and "state_dict" in checkpoint:
         if hasattr(loaded, "configure_model"):  # as load_from_checkpoint does
             loaded.configure_model()
@@ -163,15 +162,3 @@ def _loaded(module: nn.Module, path: str) -> nn.Module:
     weights = {own.get(plain_name(name), name): value for name, value in checkpoint.items()}
     loaded.load_state_dict(weights, strict=getattr(loaded, "strict_loading", True))
     return loaded
-
-
-def _copy(module: nn.Module) -> nn.Module:
-    """Return an uncompiled copy: compiled code would keep the weights of the original."""
-    copied = uncompiled(module, copy.deepcopy)
-    for name, submodule in copied.named_modules():
-        if getattr(vars(submodule).get("forward"), "__closure__", None):
-            raise ValueError(
-                f"{name or 'the module'} has a forward function set on the instance, so a copy would use the "
-                "original's weights; pass a module without it, and give forward=callable(model, batch)."
-            )
-    return copied

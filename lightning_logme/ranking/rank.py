@@ -8,6 +8,7 @@ import pickle
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any, get_args
 
@@ -21,6 +22,7 @@ from lightning_logme.features.sampling import Samples
 from lightning_logme.features.selection import AUTO, Head, Selection
 from lightning_logme.ranking.candidate import Candidate, Transform
 from lightning_logme.ranking.collect import Rules
+from lightning_logme.ranking.model import with_head
 from lightning_logme.ranking.race import Race
 from lightning_logme.ranking.report import Report
 from lightning_logme.ranking.result import RankBy, Ranking
@@ -202,7 +204,14 @@ def rank_backbones(
     fabric = Fabric(accelerator=accelerator, devices=devices, strategy=strategy, precision=precision)
     scoring = Scoring(task, num_outputs, ignore_index, fit_intercept, normalize)
     rules = Rules(scoring, rank_by, race and len(entries) > 1, seed)
-    return pickle.loads(fabric.launch(partial(_run, entries, samples, rules, resume_from, list(loggers), progress)))
+    result = fabric.launch(partial(_run, entries, samples, rules, resume_from, list(loggers), progress))
+    ranking, heads_found = pickle.loads(result)
+    builders = {
+        entry.name: partial(with_head, entry, found, samples.first, rules, fabric)
+        for entry in entries
+        if (found := heads_found[entry.name]) is not None
+    }
+    return replace(ranking, _builders=builders)
 
 
 def _run(
@@ -214,7 +223,10 @@ def _run(
     progress: bool,
     fabric: Fabric,
 ) -> bytes:
-    """Run the ranking in one process. The result is pickled, because this process may be a child that ends."""
+    """Run the ranking in one process, and return it with the heads that were found, by candidate.
+
+    Both are pickled, because this process may be a child that ends.
+    """
     store = None
     if resume_from is not None:
         # ``race`` is left out, because a candidate's results are the same with and without a race.
@@ -233,7 +245,7 @@ def _run(
     ranking = standing(race)
     with suppress(KeyboardInterrupt):  # Ctrl-C while drawing must not lose the ranking
         report.finish(ranking)
-    return pickle.dumps(ranking)
+    return pickle.dumps((ranking, {name: progress.heads for name, progress in race.progress.items()}))
 
 
 def _pairs(candidates: Any) -> list[tuple[str, Source]]:

@@ -6,9 +6,9 @@ import csv
 import math
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -112,6 +112,13 @@ class Ranking:
     curves: dict[str, list[CurvePoint]]
     metric: str = "accuracy"
     rank_by: RankBy = "logme"
+    # For each candidate, a function that puts a linear layer on it. It holds the candidate, so it is not pickled.
+    _builders: Mapping[str, Callable[[torch.nn.Linear], torch.nn.Module]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_builders": {}}
 
     @property
     def best(self) -> str:
@@ -132,21 +139,53 @@ class Ranking:
         values = {row.name: row.accuracy if self.rank_by == "accuracy" else row.logme for row in self.rows}
         return {name: value for name, value in values.items() if not math.isnan(value)}
 
-    def head(self, name: str | None = None, dtype: torch.dtype | None = None) -> torch.nn.Linear:
+    def head(
+        self, name: str | None = None, dtype: torch.dtype | None = None, *, calibrated: bool = False
+    ) -> torch.nn.Linear:
         """Return the posterior mean as a linear layer on the features of a row; see :meth:`Evidence.head`.
 
         Args:
             name: name of the row; None takes the best.
             dtype: dtype of the parameters; None takes torch's default.
+            calibrated: whether the outputs are calibrated logits. Not for regression.
 
         Raises:
             KeyError: no row of that name has evidence.
-            ValueError: the score of the row is NaN.
+            ValueError: the score of the row is NaN, or it has no temperature although ``calibrated``.
         """
         name = self.best if name is None else name
         if name not in self.evidence:
             raise KeyError(f"no evidence for {name!r}, only for {', '.join(map(repr, self.evidence)) or 'no row'}")
-        return self.evidence[name].head(dtype)
+        return self.evidence[name].head(dtype, calibrated=calibrated)
+
+    def model(self, name: str | None = None) -> torch.nn.Module:
+        """Return a candidate with the scored head in place of its own, ready to be trained.
+
+        In classification, the head is calibrated (see :meth:`Evidence.head`). The result takes the same inputs as the
+        candidate, after its entry of ``transforms``. If the input of a head was scored, the head is replaced. If the
+        output was scored, it is pooled as in the ranking, and the head follows. The first batch of the ranking is run
+        to check that the outputs are those of the head on the scored features. The ranking keeps the candidates and
+        this batch in memory for it.
+
+        Args:
+            name: name of the candidate; None takes the best row.
+
+        Returns:
+            A copy of the module, or a new one from the factory, with the same seed. The candidate stays as it was.
+
+        Raises:
+            KeyError: no row of that name has evidence.
+            ValueError: the head cannot be part of the candidate: the row is one of an inner layer, several heads were
+                scored together, or the module uses its head in a different way. The message says what to do.
+        """
+        name = self.best if name is None else name
+        evidence = self.evidence.get(name)
+        linear = self.head(name, torch.float64, calibrated=evidence is not None and evidence.temperature is not None)
+        if not self._builders:
+            raise ValueError("model: a ranking that was copied or loaded holds no candidates; use ranking.head(name).")
+        if name not in self._builders:
+            raise ValueError(f"model: {name!r} is scored inside the network; use ranking.head(name) to build on it.")
+        return self._builders[name](linear)
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write the rows to a CSV file. Its header names the metric: ``accuracy``, ``r2`` or ``f1``."""

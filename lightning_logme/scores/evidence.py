@@ -50,6 +50,8 @@ class Evidence:
         spectrum: (R,) non-zero eigenvalues of the Gram matrix (centred if there is an intercept), descending.
         decomposition: the spectrum with its eigenvectors, which :meth:`leave_one_out` needs. None in the evidence of
             callbacks, rankings and metrics, because it is as large as the Gram matrix (or as the features, if n < D).
+        temperature: the outputs of the head, divided by it, are calibrated logits: see
+            :func:`~lightning_logme.scores.calibration.fit_temperature`. None in regression.
     """
 
     score: Tensor
@@ -65,6 +67,7 @@ class Evidence:
     bias: Tensor | None
     spectrum: Tensor
     decomposition: Spectrum | None = None
+    temperature: float | None = None
 
     @classmethod
     def of(cls, rows: Rows, num_outputs: int, task: Task, fit_intercept: bool = False) -> Evidence:
@@ -131,20 +134,23 @@ class Evidence:
         outputs = features.detach().double() @ self.weight.T
         return outputs if self.bias is None else outputs + self.bias
 
-    def head(self, dtype: torch.dtype | None = None) -> torch.nn.Linear:
+    def head(self, dtype: torch.dtype | None = None, *, calibrated: bool = False) -> torch.nn.Linear:
         """Return the posterior mean as a linear layer, a warm start for a classifier.
 
-        Its outputs estimate the targets (0/1 per class), not logits. The largest output is the predicted class.
+        Its outputs estimate the targets (0/1 per class). The largest output is the predicted class.
 
         Args:
             dtype: the dtype of the parameters; None takes torch's default.
+            calibrated: subtract ½ from the outputs, and divide them by the temperature. They are then calibrated
+                logits: of a softmax over the classes, or of a sigmoid for each label of "multilabel". Classes that do
+                not occur do not count in the calibration.
 
         Returns:
-            A ``torch.nn.Linear`` with D inputs and K outputs, with a bias if the intercept was fitted, on the device
-            of the evidence.
+            A ``torch.nn.Linear`` with D inputs and K outputs, on the device of the evidence. It has a bias if the
+            intercept was fitted, or if it is calibrated.
 
         Raises:
-            ValueError: the score is NaN, so there is no posterior.
+            ValueError: the score is NaN, so there is no posterior; or ``calibrated`` without a temperature.
 
         Example:
             >>> import torch
@@ -161,13 +167,22 @@ class Evidence:
                 "the evidence is NaN, so there is no posterior to make a linear layer from; the warning that came with "
                 "the evidence names the cause."
             )
-        outputs, inputs = self.weight.shape
-        dtype = dtype or torch.get_default_dtype()
-        linear = torch.nn.Linear(inputs, outputs, bias=self.bias is not None, device=self.weight.device, dtype=dtype)
+        weight, bias = self.weight, self.bias
+        if calibrated:
+            if self.temperature is None:
+                raise ValueError(
+                    "calibrated: this evidence has no temperature, because it is of a regression or was made without "
+                    "its samples; use head(), or lightning_logme.functional.evidence(features, target) for classes."
+                )
+            bias = (weight.new_zeros(len(weight)) if bias is None else bias) - 0.5
+            weight, bias = weight / self.temperature, bias / self.temperature
+        outputs, inputs = weight.shape
+        options = {"bias": bias is not None, "device": weight.device, "dtype": dtype or torch.get_default_dtype()}
+        linear: torch.nn.Linear = torch.nn.utils.skip_init(torch.nn.Linear, inputs, outputs, **options)
         with torch.no_grad():
-            linear.weight.copy_(self.weight)
-            if self.bias is not None:
-                linear.bias.copy_(self.bias)
+            linear.weight.copy_(weight)
+            if bias is not None:
+                linear.bias.copy_(bias)
         return linear
 
     def to(self, device: torch.device | str) -> Evidence:

@@ -28,11 +28,11 @@ def moved(value: Tensor, device: torch.device) -> Tensor:
 
 
 def unit_vectors(features: Tensor) -> Tensor:
-    """Return feature vectors (n, D) scaled to length 1, in float32 or float64. Zeros stay zeros."""
+    """Return feature vectors (…, D) scaled to length 1, in float32 or float64. Zeros stay zeros."""
     features = features if features.dtype == torch.float64 else features.float()
     # Divide by the largest number first, so that no square overflows.
-    for order in (math.inf, 2) if features.shape[1] else ():
-        length = torch.linalg.vector_norm(features, order, dim=1, keepdim=True)
+    for order in (math.inf, 2) if features.shape[-1] else ():
+        length = torch.linalg.vector_norm(features, order, dim=-1, keepdim=True)
         features = features / torch.where(length == 0, 1.0, length)
     return features
 
