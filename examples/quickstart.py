@@ -111,7 +111,7 @@ def draw(results: dict[str, Rows], options: Namespace) -> None:
         (gain, "logme_gain", "LogME gain, nats per sample", 0.0, "useless features"),
         (accuracy, "val_accuracy", "Validation accuracy", 0.1, "guessing"),
     ):
-        for (name, rows), colour in zip(results.items(), COLOURS.values(), strict=True):
+        for rows, colour in zip(results.values(), COLOURS.values(), strict=True):
             axes.plot([row[key] for row in rows], marker="o", color=colour)
             if axes is accuracy:
                 axes.plot([row["logme_accuracy"] for row in rows], marker="o", fillstyle="none", ls="--", color=colour)

@@ -4,7 +4,7 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -191,8 +191,9 @@ class LogME(Metric):
             try:
                 with self.sync_context(self.dist_sync_fn, should_sync=self.sync_on_compute):
                     accumulator = self._accumulator()
-                    self._evidence, spectrum = accumulator.decomposed(self.fit_intercept)
-                    self._accuracy = measure(accumulator.sample(), self._evidence, spectrum, self.task)
+                    evidence, spectrum = accumulator.decomposed(self.fit_intercept)
+                    self._accuracy = measure(accumulator.sample(), evidence, spectrum, self.task)
+                    self._evidence = replace(evidence, temperature=self._accuracy.temperature)
             finally:
                 self._is_measuring = False
             self._computed = self._evidence.score  # type: ignore[assignment]  # torchmetrics annotates None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -125,7 +125,7 @@ def score(
             accumulator.to("cpu")
             gain = float(evidence.gain)
             found = Score(float(evidence.score), gain, replicates, accuracy.value, accuracy.replicates)
-            yield source, found, evidence.to("cpu")
+            yield source, found, replace(evidence.to("cpu"), temperature=accuracy.temperature)
 
 
 def is_constant(accumulator: Accumulator) -> bool:

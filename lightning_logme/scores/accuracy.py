@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torchmetrics.functional.classification import (
 )
 from torchmetrics.functional.regression import r2_score
 
+from lightning_logme.scores.calibration import fit_temperature
 from lightning_logme.scores.evidence import Evidence
 from lightning_logme.scores.jackknife import standard_error
 from lightning_logme.scores.leave_one_out import predict_without_each
@@ -48,6 +49,8 @@ class Accuracy:
             have the same blocks.
         confusion: (K, K) int64 on the CPU, the number of samples by label (row) and predicted class (column); None in
             other tasks, and with more than 30 classes.
+        temperature: the temperature that calibrates the head: see :meth:`lightning_logme.Evidence.head`. None in
+            regression, and for test samples.
 
     Example:
         >>> import torch
@@ -69,6 +72,7 @@ class Accuracy:
     num_samples: int = 0
     replicates: list[float] = field(default_factory=list)
     confusion: Tensor | None = None
+    temperature: float | None = None
 
     @property
     def stderr(self) -> float:
@@ -84,7 +88,7 @@ class Accuracy:
 def measure(
     chosen: IndexedRows, evidence: Evidence, spectrum: Spectrum | None, task: Task, last: int | None = None
 ) -> Accuracy:
-    """Return the accuracy of the head on chosen samples.
+    """Return the accuracy of the head on chosen samples, and its temperature if all of them are in the fit.
 
     Args:
         chosen: samples. Some or all of them may be in the fit.
@@ -102,7 +106,12 @@ def measure(
         predictions = evidence.predict(rows.features)
         fitted = moved((chosen.segments <= last).nonzero()[:, 0], predictions.device)
         predictions[fitted] = predict_without_each(rows[fitted], spectrum, ratio)
-    return accuracy_of(decide(predictions, evidence, task), rows.target, chosen.index, evidence, task)
+    accuracy = accuracy_of(decide(predictions, evidence, task), rows.target, chosen.index, evidence, task)
+    if last is not None or task == "regression":
+        return accuracy
+    return replace(
+        accuracy, temperature=fit_temperature(predictions, rows.target, task, evidence.per_output.isfinite())
+    )
 
 
 def decide(predictions: Tensor, evidence: Evidence, task: Task) -> Tensor:

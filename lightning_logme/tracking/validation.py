@@ -160,7 +160,8 @@ class Pass:
         evidence, spectrum = accumulator.decomposed(scoring.fit_intercept)
         accuracy = measure(accumulator.sample(), evidence, spectrum, scoring.task) if scoring.accuracy else None
         curve = curve_of(accumulator, scoring.fit_intercept, (evidence, accuracy)) if scoring.curve else []
-        return Result(evidence.to("cpu"), accuracy, curve)
+        temperature = None if accuracy is None else accuracy.temperature
+        return Result(replace(evidence.to("cpu"), temperature=temperature), accuracy, curve)
 
 
 class Stage(Enum):
