@@ -11,15 +11,12 @@ from torch import Tensor
 
 from lightning_logme.features.labels import Target
 from lightning_logme.features.outputs import decide_num_outputs
-from lightning_logme.scores.calibration import fit_temperature
 from lightning_logme.scores.evidence import Evidence
 from lightning_logme.scores.moments import Rows, moments_device, unit_vectors
-from lightning_logme.scores.subset import mixed
+from lightning_logme.scores.subset import SAMPLE_SIZE, mixed
 from lightning_logme.utilities.checks import EXCLUSIVE, Task, check_flags, check_options, check_task
 
 __all__ = ["evidence", "leave_one_out", "logme"]
-
-_CALIBRATION_SIZE = 1024  # samples for the temperature; with more, it would take more than a tenth of the time
 
 
 def logme(
@@ -89,8 +86,8 @@ def evidence(
 ) -> Evidence:
     """Return all results behind :func:`logme`: the evidence of each output, the gain and the posterior.
 
-    The arguments and errors are those of :func:`logme`. The temperature comes from the leave-one-out predictions of
-    all samples, or of a fixed random subset of 1024 if there are more.
+    The arguments and errors are those of :func:`logme`. The result keeps up to 2048 samples, a fixed random subset, to
+    compute a temperature from if ``head(calibrated=True)`` is called.
 
     Example:
         >>> import torch
@@ -106,10 +103,7 @@ def evidence(
     found = Evidence.of(rows, num_outputs, task, fit_intercept)
     if task == "regression":
         return found
-    rows = rows[mixed(torch.arange(len(rows))).argsort()[:_CALIBRATION_SIZE]]
-    predictions = found.leave_one_out(rows.features, rows.target)
-    temperature = fit_temperature(predictions, rows.target, task, ~found.per_output.isnan())
-    return replace(found, temperature=temperature)
+    return replace(found, sample=rows[mixed(torch.arange(len(rows))).argsort()[:SAMPLE_SIZE]])
 
 
 def leave_one_out(
