@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_logme.features.labels import Target
 from lightning_logme.features.outputs import decide_num_outputs
-from lightning_logme.scores.calibration import CALIBRATION_SIZE, fit_temperature
+from lightning_logme.scores.calibration import CALIBRATION_SIZE
 from lightning_logme.scores.evidence import Evidence
 from lightning_logme.scores.moments import Rows, moments_device, unit_vectors
 from lightning_logme.scores.subset import mixed
@@ -87,8 +87,8 @@ def evidence(
 ) -> Evidence:
     """Return all results behind :func:`logme`: the evidence of each output, the gain and the posterior.
 
-    The arguments and errors are those of :func:`logme`. The temperature comes from the leave-one-out predictions of
-    all samples, or of a fixed random subset of 1024 if there are more.
+    The arguments and errors are those of :func:`logme`. The result keeps up to 1024 samples, a fixed random subset, to
+    compute a temperature from if ``head(calibrated=True)`` is called.
 
     Example:
         >>> import torch
@@ -104,9 +104,7 @@ def evidence(
     found = Evidence.of(rows, num_outputs, task, fit_intercept)
     if task == "regression":
         return found
-    rows = rows[mixed(torch.arange(len(rows))).argsort()[:CALIBRATION_SIZE]]
-    predictions = found.leave_one_out(rows.features, rows.target)
-    return replace(found, temperature=fit_temperature(predictions, rows.target, task, found.per_output.isfinite()))
+    return replace(found, sample=rows[mixed(torch.arange(len(rows))).argsort()[:CALIBRATION_SIZE]])
 
 
 def leave_one_out(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_logme.scores.calibration import fit_temperature
 from lightning_logme.scores.leave_one_out import predict_without_each
 from lightning_logme.scores.maximum import Maximum, maximise
 from lightning_logme.scores.moments import Moments, Rows
@@ -51,7 +52,8 @@ class Evidence:
         decomposition: the spectrum with its eigenvectors, which :meth:`leave_one_out` needs. None in the evidence of
             callbacks, rankings and metrics, because it is as large as the Gram matrix (or as the features, if n < D).
         temperature: the outputs of the head, divided by it, are calibrated logits: see
-            :func:`~lightning_logme.scores.calibration.fit_temperature`. None in regression.
+            :func:`~lightning_logme.scores.calibration.fit_temperature`. None in regression, or if it is not known yet.
+        sample: some of the samples, from which :meth:`head` computes a temperature that is not known yet, or None.
     """
 
     score: Tensor
@@ -68,6 +70,7 @@ class Evidence:
     spectrum: Tensor
     decomposition: Spectrum | None = None
     temperature: float | None = None
+    sample: Rows | None = None
 
     @classmethod
     def of(cls, rows: Rows, num_outputs: int, task: Task, fit_intercept: bool = False) -> Evidence:
@@ -169,13 +172,9 @@ class Evidence:
             )
         weight, bias = self.weight, self.bias
         if calibrated:
-            if self.temperature is None:
-                raise ValueError(
-                    "calibrated: this evidence has no temperature, because it is of a regression or was made without "
-                    "its samples; use head(), or lightning_logme.functional.evidence(features, target) for classes."
-                )
+            temperature = self._known_temperature()
             bias = (weight.new_zeros(len(weight)) if bias is None else bias) - 0.5
-            weight, bias = weight / self.temperature, bias / self.temperature
+            weight, bias = weight / temperature, bias / temperature
         outputs, inputs = weight.shape
         options = {"bias": bias is not None, "device": weight.device, "dtype": dtype or torch.get_default_dtype()}
         linear: torch.nn.Linear = torch.nn.utils.skip_init(torch.nn.Linear, inputs, outputs, **options)
@@ -185,10 +184,23 @@ class Evidence:
                 linear.bias.copy_(bias)
         return linear
 
+    def _known_temperature(self) -> float:
+        """Return the temperature. If it is not known yet, compute it from the leave-one-out predictions of a sample."""
+        if self.temperature is not None:
+            return self.temperature
+        if self.sample is None:
+            raise ValueError(
+                "calibrated: this evidence has no temperature, because it is of a regression or was made without its "
+                "samples; use head(), or lightning_logme.functional.evidence(features, target) for classes."
+            )
+        task: Task = "multiclass" if self.sample.target.ndim == 1 else "multilabel"
+        predictions = self.leave_one_out(self.sample.features, self.sample.target)
+        return fit_temperature(predictions, self.sample.target, task, ~self.per_output.isnan())
+
     def to(self, device: torch.device | str) -> Evidence:
         """Return the same evidence on another device."""
         moved: dict[str, Any] = {
-            name: value.to(device) for name, value in vars(self).items() if isinstance(value, (Tensor, Spectrum))
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, (Tensor, Spectrum, Rows))
         }
         return replace(self, **moved)
 

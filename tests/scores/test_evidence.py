@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import oracles
@@ -15,6 +16,7 @@ from streamed import PATHS, rows_of, streamed
 from lightning_logme import Evidence
 from lightning_logme.features.labels import Target
 from lightning_logme.functional import evidence, logme
+from lightning_logme.scores.calibration import fit_temperature
 from lightning_logme.scores.moments import Moments, Rows
 from lightning_logme.scores.spectrum import Spectrum
 
@@ -292,6 +294,58 @@ class TestPosterior:
         assert head.weight.requires_grad
         head(torch.as_tensor(features).float()).sum().backward()
         assert (head(torch.as_tensor(features).float()).argmax(1).numpy() == labels).mean() > 0.95
+
+    @pytest.mark.parametrize("fit_intercept", [False, True])
+    @pytest.mark.parametrize("n", [150, 6000])
+    @torch.no_grad()
+    def test_calibrated_head_is_as_sure_as_it_is_right(self, n, fit_intercept):
+        """On new samples, the mean probability of the predicted class is the accuracy."""
+        features, labels = problem(n + 20000, 12, 4, noise=3.0)
+        head = evidence(features[:n], labels[:n], fit_intercept=fit_intercept).head(calibrated=True)
+        probability = head(torch.as_tensor(features[n:]).float()).softmax(1)
+        accuracy = float((probability.argmax(1).numpy() == labels[n:]).mean())
+        assert accuracy < 0.9
+        assert float(probability.amax(1).mean()) == pytest.approx(accuracy, abs=0.04)
+        plain = evidence(features[:n], labels[:n], fit_intercept=fit_intercept).head()
+        unsure = plain(torch.as_tensor(features[n:]).float()).softmax(1)
+        assert float(unsure.amax(1).mean()) < accuracy - 0.1
+        assert torch.equal(unsure.argmax(1), probability.argmax(1))
+
+    @torch.no_grad()
+    def test_calibrated_head_of_labels_is_as_sure_as_it_is_right(self):
+        features, labels = problem(20300, 12, 4, noise=3.0)
+        target = torch.as_tensor(one_hot(labels, 4))
+        result = evidence(features[:300], target[:300].long(), "multilabel")
+        x, y = torch.as_tensor(features[300:]).float(), target[300:] == 1
+        probability = result.head(calibrated=True)(x).sigmoid()
+        on = probability > 0.5
+        confidence = torch.where(on, probability, 1 - probability)
+        assert float(confidence.mean()) == pytest.approx(float((on == y).float().mean()), abs=0.04)
+        assert torch.equal(on, result.head()(x) > 0.5)
+
+    def test_calibrated_head_divides_by_the_temperature(self):
+        features, labels = problem(200, 6, 3)
+        result = evidence(features, labels)
+        predictions = result.leave_one_out(torch.as_tensor(features), torch.as_tensor(labels))
+        temperature = fit_temperature(predictions, torch.as_tensor(labels), "multiclass", ~result.per_output.isnan())
+        head = result.head(torch.float64, calibrated=True)
+        torch.testing.assert_close(head.weight.detach(), result.weight / temperature)
+        torch.testing.assert_close(head.bias.detach(), torch.full_like(head.bias, -0.5 / temperature))
+        given = replace(result, temperature=2.0).to("cpu").head(torch.float64, calibrated=True)
+        torch.testing.assert_close(given.weight.detach(), result.weight / 2)
+
+    def test_calibration_without_a_temperature_says_what_to_do(self):
+        features, labels = problem(50, 6, 3)
+        with pytest.raises(ValueError, match=r"no temperature, because it is of a regression .* use head\(\)"):
+            evidence(features, features[:, :2], "regression").head(calibrated=True)
+        with pytest.raises(ValueError, match="made without its samples"):
+            streamed(features, labels).head(calibrated=True)
+
+    def test_head_draws_no_random_numbers(self):
+        features, labels = problem(50, 6, 3)
+        state = torch.get_rng_state()
+        evidence(features, labels).head(calibrated=True)
+        assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
