@@ -464,12 +464,23 @@ class TestAccuracy:
         assert metric.subset_features[0].dtype == torch.float32
         assert metric.subset_index[0].dtype == torch.int64
 
+    @pytest.mark.parametrize("number", [3, 200])
+    def test_indices_stay_on_the_cpu(self, number):
+        """Otherwise, updates would wait for the device."""
+        metric = LogME("multiclass", 8, num_classes=4)
+        metric.update(FEATURES[:number], TARGET[:number])
+        metric.to("meta")
+        rows, index = metric.held_features + metric.subset_features, metric.held_index + metric.subset_index
+        assert [each.device.type for each in rows + index + metric.num_seen] == ["meta", "cpu", "cpu"]
+
     @pytest.mark.parametrize("number", [3, 120, 200])
     def test_states_can_be_saved_and_loaded(self, number):
         saved, other = persistent(), persistent()
         saved.update(FEATURES[:number], TARGET[:number])
         other.update(FEATURES[:50], TARGET[:50])
+        other.accuracy()  # This accuracy must not stay in the cache.
         other.load_state_dict(saved.state_dict())
+        assert other.accuracy().num_samples == number
         other.update(FEATURES[number:], TARGET[number:])
         assert other.accuracy().value == pytest.approx(ACCURACY)
         assert other.accuracy().num_samples == 200
@@ -484,13 +495,14 @@ class TestAccuracy:
         metrics[0].merge_state(metrics[1].metric_state if as_dict else metrics[1])
         assert metrics[0].accuracy().value == pytest.approx(ACCURACY)
         assert metrics[0].accuracy().num_samples == 200
+        assert len(torch.cat([*metrics[0].subset_index, *metrics[0].held_index]).unique()) == 200
         metrics[0].update(FEATURES, TARGET)
         assert metrics[0].accuracy().num_samples == 400
 
     def test_of_large_merged_states_is_measured_on_samples_of_both(self):
-        features, target = map(torch.as_tensor, problem(6000, 8, 4, noise=3.0))
+        features, target = map(torch.as_tensor, problem(20_000, 8, 4, noise=3.0))
         metrics = [LogME("multiclass", 8, num_classes=4) for _ in range(2)]
-        for metric, rows, labels in zip(metrics, features.split(3000), target.split(3000), strict=True):
+        for metric, rows, labels in zip(metrics, features.split(10_000), target.split(10_000), strict=True):
             metric.update(rows, labels)
         own = metrics[0].subset_features[0].clone()
         metrics[0].merge_state(metrics[1])

@@ -8,6 +8,7 @@ import torch
 from streamed import rows_of
 
 from lightning_logme.features.labels import Target, conform_target, describe_target, find_mask, find_target
+from lightning_logme.scores.subset import position_of
 
 X = torch.randn(5, 16)
 
@@ -135,3 +136,13 @@ def test_ignored_label_may_have_any_value():
     labels = torch.tensor([0, -7, 0, -7])
     rows = rows_of(torch.randn(4, 2), labels, num_outputs=1, ignore_index=-7)
     assert rows.target.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("ignore_index", [None, 2])
+def test_every_sample_and_token_has_its_own_index_in_the_data_set(ignore_index):
+    samples = Target.checked(torch.arange(6) % 3, "multiclass", 3, ignore_index).index(range(10, 28, 3))
+    assert position_of(samples).tolist() == [10, 13, 19, 22] if ignore_index else list(range(10, 28, 3))
+    tokens = Target.checked(torch.arange(12).view(4, 3) % 3, "multiclass", 3, ignore_index).index(range(10, 18, 2))
+    each = 2 if ignore_index else 3
+    assert position_of(tokens).tolist() == [at for at in range(10, 18, 2) for _ in range(each)]
+    assert len(tokens.unique()) == 4 * each

@@ -214,7 +214,7 @@ class QuietTagger(Quiet):
 
 def _validated(rank, world, path, kind):
     """Return all rows and accuracies of a run in one or several processes."""
-    module, data = (QuietTagger(), sentences(301)) if kind == "tokens" else (Quiet(), vectors(kind))
+    module, data = (QuietTagger(), sentences(501)) if kind == "tokens" else (Quiet(), vectors(kind))
     callback = LogMECallback(curve=True, probes={"news": Probe(loader(data, 40), num_classes=CLASSES)})
     options = {"strategy": DDPStrategy()} if world > 1 else {}
     run = trainer(path, callback, devices=world, precision="64-true", **options)
