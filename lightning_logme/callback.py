@@ -56,9 +56,8 @@ class LogMECallback(AnyCallback):
     With several validation loaders, keys of the validation set end in Lightning's suffix ``/dataloader_idx_<i>``.
 
     During a validation, each scored head or layer with D features needs a D × D matrix of float64 on the device, so L
-    layers need L × D² × 8 bytes. Several loaders each need that much, and so does each point of a ``curve``. While
-    there are fewer than D samples, the features themselves are kept instead. For ``accuracy``, the features of at most
-    2048 samples are kept beside the matrix.
+    layers need L × D² × 8 bytes, and the features of 2048 samples. Several loaders each need that much, and each point
+    of a ``curve`` needs its own matrix. While there are fewer than D samples, their features are kept instead.
 
     Checkpoints contain the history: see :func:`lightning_logme.read_history`.
 

@@ -15,7 +15,7 @@ from torchmetrics.functional.classification import (
 )
 from torchmetrics.functional.regression import r2_score
 
-from lightning_logme.scores.calibration import fit_temperature
+from lightning_logme.scores.calibration import CALIBRATION_SIZE, fit_temperature
 from lightning_logme.scores.evidence import Evidence
 from lightning_logme.scores.jackknife import standard_error
 from lightning_logme.scores.leave_one_out import predict_without_each
@@ -97,7 +97,7 @@ def measure(
         task: the task of the labels.
         last: the last segment in the fit. Samples of later segments are held out. None if all samples are in the fit.
     """
-    if spectrum is None:
+    if spectrum is None or len(chosen) == 0:
         return Accuracy(METRICS[task])
     rows, ratio = chosen.rows, evidence.alpha / evidence.beta
     if last is None:
@@ -109,9 +109,8 @@ def measure(
     accuracy = accuracy_of(decide(predictions, evidence, task), rows.target, chosen.index, evidence, task)
     if last is not None or task == "regression":
         return accuracy
-    return replace(
-        accuracy, temperature=fit_temperature(predictions, rows.target, task, evidence.per_output.isfinite())
-    )
+    some, target = predictions[:CALIBRATION_SIZE], rows.target[:CALIBRATION_SIZE]
+    return replace(accuracy, temperature=fit_temperature(some, target, task, evidence.per_output.isfinite()))
 
 
 def decide(predictions: Tensor, evidence: Evidence, task: Task) -> Tensor:

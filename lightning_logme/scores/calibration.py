@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lightning_logme.utilities.checks import EXCLUSIVE, Task
 
-CALIBRATION_SIZE = 1024  # samples; with more, the temperature would take too large a share of the time
+# Samples for a temperature. With more, it would take too large a share of the time.
+CALIBRATION_SIZE = 1024
 
 _STEPS = 200  # a bisection of any interval of float64 numbers ends earlier
 _TOLERANCE = 1e-10  # relative
@@ -27,8 +28,7 @@ def fit_temperature(predictions: Tensor, target: Tensor, task: Task, present: Te
     m samples give a probability of about 1 − 1/m at most (as in Platt 1999).
 
     Args:
-        predictions: (m, K) estimates of 0/1 targets, such as leave-one-out predictions, in random order. Only the first
-            1024 samples are used.
+        predictions: (m, K) estimates of 0/1 targets, such as leave-one-out predictions.
         target: (m,) int64 class labels, or (m, K) of 0 and 1 for "multilabel".
         task: "binary", "multiclass" or "multilabel".
         present: (K,) bool, False for outputs without evidence. They are left out. No sample may have such a label.
@@ -42,7 +42,7 @@ def fit_temperature(predictions: Tensor, target: Tensor, task: Task, present: Te
     """
     if task == "regression":
         raise ValueError("task='regression' has no probabilities, so there is no temperature.")
-    logits, target = predictions[:CALIBRATION_SIZE].double(), target[:CALIBRATION_SIZE]
+    logits = predictions.double()
     if task in EXCLUSIVE:
         truth = torch.nn.functional.one_hot(target, len(present)).to(logits)[:, present]
         logits = logits[:, present]
