@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
-from lightning_logme import rank_backbones
+from lightning_logme import rank_backbones, score_checkpoints
 
 CLASSES = 4
 
@@ -146,10 +146,28 @@ def test_sequence_classifier_computes_its_loss_with_the_new_classes():
     assert net.num_labels == net.config.num_labels == 2
 
 
-def test_token_classifier_keeps_one_output_for_each_token():
+@pytest.mark.parametrize("normalize", [False, True])
+def test_token_classifier_keeps_one_output_for_each_token(normalize):
     net, data = Net(), tokens()
-    ranking = ranked(net, data, num_classes=CLASSES)
-    check(ranking, captured(net, "head", data.tensors[0]), data.tensors[0])
+    features = captured(net, "head", data.tensors[0])
+    features = nn.functional.normalize(features, dim=-1) if normalize else features
+    check(ranked(net, data, normalize=normalize), features, data.tensors[0])
+
+
+def test_checkpoint_is_loaded(tmp_path):
+    """The module of a checkpoint is a LightningModule, and its head is inside."""
+    module, data = Classifier(ConvNet()), images(64)
+    torch.save({"state_dict": Classifier(ConvNet()).state_dict()}, tmp_path / "last.ckpt")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="LogME")
+        ranking = score_checkpoints(module, tmp_path, DataLoader(data, 16), accelerator="cpu", progress=False)
+    model = ranking.model()
+    assert isinstance(model, Classifier)
+    loaded = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert torch.equal(model.model.features[0].weight, loaded["model.features.0.weight"])
+    with torch.no_grad():
+        expected = ranking.head()(captured(model, "model.fc", data.tensors[0])).argmax(1)
+        assert torch.equal(model.eval()(data.tensors[0]).argmax(1), expected)
 
 
 def test_named_head_of_several_layers_is_replaced_and_its_input_is_pooled():
