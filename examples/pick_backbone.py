@@ -49,6 +49,10 @@ def draw(rankings: dict[str, Ranking], options: Namespace) -> None:
         ranking.plot(row[0])
         ranking.plot_curves(row[1])
         row[0].set_title(TASKS[task])
+        row[0].set_xlabel("gain, nats per sample")
+        row[1].set_xlabel("samples")
+        row[1].set_ylabel("")
+        row[1].set_xticks([256, 512, 1024, 2048], ["256", "", "1024", ""])
     save_picture(figure, "pick_backbone", options)
 
 
