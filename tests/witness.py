@@ -69,7 +69,7 @@ class Witness(pl.Callback):
             features, labels = penultimate(pl_module, "model.2", data)
             curves[key] = [
                 (n, score, float(evidence(features[:n], labels[:n], num_classes=CLASSES).score))
-                for n, score, _ in self.callback.curves[key]
+                for n, score, *_ in self.callback.curves[key]
             ]
         self.reports.append(
             {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import time
 
 import lightning
 import numpy as np
@@ -57,7 +58,13 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="run small sizes and two rounds, to see that everything runs"
     )
+    parser.add_argument(
+        "--processor-time", action="store_true", help="measure processor time of one thread, if other jobs are running"
+    )
     options = parser.parse_args()
+    if options.processor_time:
+        torch.set_num_threads(1)
+        setattr(time, "perf_counter", time.process_time)  # noqa: B010
     print(
         f"{platform.machine()}, {torch.get_num_threads()} threads (default, the same for all); "
         f"Python {platform.python_version()}, torch {torch.__version__}, NumPy {np.__version__}, "

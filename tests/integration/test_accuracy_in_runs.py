@@ -252,6 +252,9 @@ def _metric(rank, world, number, width):
         metric.update(features[mine], labels[mine])
     seen = metric.accuracy(), metric.evidence().num_samples, float(metric.compute())
     metric.update(features[rank::world], labels[rank::world])  # The sync is undone.
+    apart = LogME("multiclass", width, num_classes=4, sync_on_compute=False)
+    apart.update(features[rank::world], labels[rank::world])
+    assert apart.accuracy().num_samples == min(2048, len(features[rank::world]))
     return seen[0].value, seen[0].num_samples, seen[0].confusion.tolist(), *seen[1:], metric.accuracy().num_samples
 
 

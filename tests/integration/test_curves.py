@@ -7,14 +7,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import CLASSES, Classifier, loader, penultimate, trainer, vectors
+from oracles import metric_of_predictions
 from torch.utils.data import TensorDataset
 
 from lightning_logme import LogMECallback, Probe, read_history
 from lightning_logme.features.labels import Labels, Target
 from lightning_logme.features.sampling import Samples
-from lightning_logme.functional import evidence
+from lightning_logme.functional import evidence, leave_one_out
 from lightning_logme.scores.scoring import Scoring
 from lightning_logme.tracking.validation import Pass
+
+
+def accuracy_of_head(features, labels, number):
+    """Return the accuracy on all samples of the head of the first ones, each of which is predicted without itself."""
+    unseen = labels.where(torch.arange(len(labels)) < number, -1)
+    predictions = leave_one_out(features, unseen, num_classes=CLASSES, ignore_index=-1)
+    return metric_of_predictions(predictions, labels)
 
 
 def test_only_the_last_point_of_a_curve_warns():
@@ -35,6 +43,7 @@ def test_points_of_a_validation_are_scores_of_its_first_samples(tmp_path):
         expected = evidence(features[: point.num_samples], labels[: point.num_samples], num_classes=CLASSES)
         assert point.logme == pytest.approx(float(expected.score), rel=1e-6)
         assert point.gain == pytest.approx(float(expected.gain), rel=1e-6)
+        assert point.accuracy == pytest.approx(accuracy_of_head(features, labels, point.num_samples))
     assert callback.history[-1]["curve"] == [list(point) for point in callback.curves["logme"]]
     assert callback.history[-1]["logme"] == callback.curves["logme"][-1].logme
 
@@ -52,7 +61,8 @@ def test_points_of_a_probe_are_scores_of_random_samples(tmp_path):
     assert len(labels[:32].unique()) == CLASSES
     for point, number in zip(callback.curves["logme/news"], [32, 64, 128, 200], strict=True):
         expected = evidence(features[:number], labels[:number], num_classes=CLASSES)
-        assert point == pytest.approx((number, float(expected.score), float(expected.gain)), rel=1e-6)
+        assert point[:3] == pytest.approx((number, float(expected.score), float(expected.gain)), rel=1e-6)
+        assert point.accuracy == pytest.approx(accuracy_of_head(features, labels, number))
 
 
 def test_checkpoints_hold_the_curve_of_every_layer_and_probe(tmp_path):

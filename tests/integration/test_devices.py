@@ -29,7 +29,7 @@ def exchanged(monkeypatch):
         devices.append({tensor.device for tensor in vars(moments).values()})
         return Moments.zeros(4, 3)
 
-    def with_another(alone, mine):
+    def with_another(alone, mine, group=None):
         other = {("other", 0): (4, 3, 8, 6, {0})} if isinstance(mine, dict) and mine else type(mine)()
         return [mine, other]
 
