@@ -3,8 +3,8 @@
 The error bars of LogME are from the leading directions, and those of accuracy from a random subset of the samples.
 
 The candidates share labels, class means and some noise. Each also has noise of its own, so all are equally good in the
-long run. The signal is so weak that accuracies lie between chance and 1. Features are rectified, and their sizes decay as in features of networks. If the signal is in the tail, the
-leading directions contain no information about the labels.
+long run. The signal is so weak that accuracies lie between chance and 1. Features are rectified, and their sizes decay
+as in features of networks. If the signal is in the tail, the leading directions hold no information about the labels.
 """
 
 from __future__ import annotations
