@@ -80,7 +80,8 @@ def rank_backbones(
     candidates, the chance that any is dropped in the whole race is at most 5 %. The difference from the leader is
     measured in paired standard errors, and compared with a quantile of Student's t with seven degrees of freedom. The
     5 % are divided among all pairs of rows and all rounds (Bonferroni). A dropped candidate keeps its last score
-    and number of samples. Evidence grows with samples, so compare only scores with the same number of samples.
+    and number of samples. Evidence grows with samples, so compare only scores with the same number of samples. With
+    ``rank_by="accuracy"``, the race compares accuracies instead of scores, in the same way.
 
     **Error bars.** Standard errors are those of a block jackknife: the samples form eight random blocks, and each block
     is left out once. All candidates see the same blocks, so their differences are paired, and far more certain than the
@@ -88,6 +89,14 @@ def rank_backbones(
     are stratified, the error bars do not include the variation of the class counts. A standard error is itself
     uncertain by about a quarter. Above D = 256 it comes from the 256 leading directions of the features. A class that
     occurs in only one block adds nothing to the standard error.
+
+    The accuracy (R², F1) is measured on all samples, or on a random subset of 2048, which is the same for all
+    candidates. Its standard error comes from 32 random blocks of these samples, so it stops falling at 2048. It holds
+    the linear head fixed. Differences of accuracies are paired, too.
+
+    **Remarks.** The last column of the table gives a remark if a row is surely behind in LogME, but its accuracy is
+    higher than the leader's, or lower by at most .005 or two paired standard errors. Then the difference in nats is
+    certain, but it hardly matters for a linear classifier, or the samples do not show that it does.
 
     **Failures.** If a candidate runs out of memory, cannot be loaded or gives NaN, its row shows the error. The others
     go on. Ctrl-C ends the race, and the results so far are returned.
@@ -124,8 +133,8 @@ def rank_backbones(
         fit_intercept: centre features and targets first. The LogME papers do not.
         ignore_index: label of samples, or tokens, that are left out. Not used in regression.
         normalize: scale each sample's features to length 1 first. The LogME papers do not, but it often ranks better.
-        rank_by: "logme" or "accuracy": what the race compares, and what orders the rows. It decides ``best``, ``tied``
-            and the figures. "accuracy" stands for R² in regression and for F1 in "multilabel".
+        rank_by: "logme" or "accuracy": what the race compares, and what orders the rows. It decides ``best``, ``tied``,
+            ``scores`` and the figures. "accuracy" stands for R² in regression and for F1 in "multilabel".
         race: drop candidates early. With False, all candidates see all samples.
         seed: seed of the order of the samples, and of the factories.
         resume_from: folder that keeps the results of candidates that finished or were dropped. If a ranking was killed,

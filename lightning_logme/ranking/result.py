@@ -85,6 +85,10 @@ class Ranking:
       1, and cannot be compared between tasks.
     - **Compare scores only on the same samples and labels.** Evidence grows with the number of samples, because it
       also measures how a Bayesian regression learns from them. Do not compare a score at 500 samples with one at 5000.
+    - **When gain and accuracy differ**, accuracy says how often the linear head is right, but it saturates where all
+      candidates are good; there the gain still sees how confident the head is, and may be sure of a difference that
+      does not matter. Neither orders backbones better than the other: believe the accuracy about the size of a
+      difference, and the gain where accuracies are too close to be told apart.
     - **How large must a difference be?** In a ranking, rely on ``tied``. Between different sets of samples, ignore a
       difference below two or three standard deviations of the score. On real digits the gain had a standard deviation
       of .024 with 250 samples and .011 with 2000 (``python -m tests.benchmarks --only noise``). On the same samples, as
