@@ -53,7 +53,7 @@ from lightning_logme.functional import evidence
 HEADS = {"random": "0.5", "LogME": "#dd8452", "LogME, calibrated": "#4c72b0"}
 BATCH_SIZE = 32
 BINS = 15
-RATES = [1e-4, 3e-4, 1e-3]
+SEARCHED = [1e-4, 3e-4, 1e-3]
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,12 @@ class Target:
         pool: the samples to draw training sets from.
         test: the held-out samples.
         num_classes: the number of classes.
-        learning_rate: the learning rate of AdamW.
     """
 
     encoder: Callable[[], nn.Module]
     pool: TensorDataset
     test: TensorDataset
     num_classes: int
-    learning_rate: float
 
 
 class MeanOfTokens(nn.Module):
@@ -129,8 +127,8 @@ def load_targets(test: int) -> dict[str, Target]:
         batch = collate(max_length=48)(documents)
         parts.append(TensorDataset(batch["input_ids"], batch["attention_mask"], batch["labels"]))
     return {
-        "MNIST": Target(lite0, *digits(5000 - test, test), 10, 1e-3),
-        "20 Newsgroups": Target(MeanOfTokens, *parts, len(names), 3e-4),
+        "MNIST": Target(lite0, *digits(5000 - test, test), 10),
+        "20 Newsgroups": Target(MeanOfTokens, *parts, len(names)),
     }
 
 
@@ -220,6 +218,9 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--train", type=int, default=300, help="samples to train on")
     parser.add_argument("--test", type=int, default=500, help="samples to test on")
+    parser.add_argument(
+        "--rates", type=float, nargs=2, default=[1e-3, 3e-4], help="learning rates for MNIST and for 20 Newsgroups"
+    )
     parser.add_argument("--search", action="store_true", help="compare learning rates with another seed, and stop")
     add_output_options(parser, "warm_start")
     options = parser.parse_args()
@@ -230,15 +231,13 @@ def main() -> None:
 
     begun = time.perf_counter()
     accuracies: dict[str, dict[str, Tensor]] = {}
-    for name, target in load_targets(options.test).items():
+    for (name, target), learning_rate in zip(load_targets(options.test).items(), options.rates, strict=True):
         if options.search:
-            for (head, rate), found in run(target, options.seeds, RATES, options)[0].items():
+            for (head, rate), found in run(target, options.seeds, SEARCHED, options)[0].items():
                 print(f"{name}, {head}, learning rate {rate:g}: {numbers(found)}", flush=True)
             continue
-        runs = [run(target, seed, [target.learning_rate], options) for seed in range(options.seeds)]
-        accuracies[name] = {
-            head: torch.tensor([found[head, target.learning_rate] for found, _ in runs]) for head in HEADS
-        }
+        runs = [run(target, seed, [learning_rate], options) for seed in range(options.seeds)]
+        accuracies[name] = {head: torch.tensor([found[head, learning_rate] for found, _ in runs]) for head in HEADS}
         errors = torch.tensor([error for _, error in runs])
         print(f"\n{name}: accuracy after 0 to {options.epochs} epochs, means of {options.seeds} seeds")
         for head, values in accuracies[name].items():
