@@ -33,7 +33,6 @@ from _text import collate, encoder
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import binary_auroc
-from torchmetrics.functional.retrieval import retrieval_precision
 
 from lightning_logme.features.pooling import pool
 from lightning_logme.functional import leave_one_out
@@ -100,7 +99,7 @@ def compare(task: str, features: Tensor, labels: Tensor) -> None:
             predictions = predict(features, given)
             seconds = perf_counter() - start
             for name, score in scores(predictions, given).items():
-                precision = retrieval_precision(-score, wrong, top_k=int(wrong.sum()))
+                precision = wrong[score.argsort()[: wrong.sum()]].double().mean()
                 row = torch.tensor([precision, binary_auroc(-score, wrong.int()), seconds])
                 results.setdefault((method, name), []).append(row)
     print(f"\n{task}\n\n{'predictions':<31}{'score':<13}{'precision':<15}{'AUROC':<15}seconds")
@@ -114,7 +113,7 @@ def draw_suspects(images: Tensor, features: Tensor, labels: Tensor, options: Nam
     """Draw the images whose labels have the lowest margins."""
     predictions, figure = leave_one_out(features, labels), make_figure(height=3.2)
     suspects = scores(predictions, labels)["margin"].argsort()
-    figure.suptitle("label → predicted class")
+    figure.suptitle("given label → predicted class", fontsize="medium")
     for axes, index in zip(figure.subplots(3, 10).flat, suspects.tolist(), strict=False):
         axes.imshow(-images[index, 0], cmap="gray")
         axes.set_title(f"{labels[index]} → {predictions[index].argmax()}", loc="center")
