@@ -23,11 +23,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_logme import Ranking, rank_backbones
 
-TASKS = {"mnist": "MNIST", "newsgroups": "20 Newsgroups"}
+TASKS = {"mnist": "MNIST", "newsgroups": "20 Newsgroups", "digits": "scikit-learn's digits"}
 
 
-def rank(task: str, samples: int, race: bool, folder: Path) -> Ranking:
-    data = target(task, samples)
+def rank(task: str, options: Namespace) -> Ranking:
+    data = target(task, options.samples)
     backbones = data.backbones
     return rank_backbones(
         {name: backbone.load for name, backbone in backbones.items()},  # factories, so that one at a time is in memory
@@ -37,8 +37,9 @@ def rank(task: str, samples: int, race: bool, folder: Path) -> Ranking:
         transforms={name: backbone.transform for name, backbone in backbones.items()},
         head={name: backbone.head for name, backbone in backbones.items()},
         pooling={name: backbone.pooling for name, backbone in backbones.items()},
-        race=race,
-        logger=TensorBoardLogger(folder, name=task, version=""),
+        rank_by=options.rank_by,
+        race=options.race,
+        logger=TensorBoardLogger(options.logdir, name=task, version=""),
     )
 
 
@@ -49,7 +50,7 @@ def draw(rankings: dict[str, Ranking], options: Namespace) -> None:
         ranking.plot(row[0])
         ranking.plot_curves(row[1])
         row[0].set_title(TASKS[task])
-        row[0].set_xlabel("gain, nats per sample")
+        row[0].set_xlabel("gain, nats per sample" if options.rank_by == "logme" else "leave-one-out accuracy")
         row[1].set_xlabel("samples")
         row[1].set_ylabel("")
         row[1].set_xticks([256, 512, 1024, 2048], ["256", "", "1024", ""])
@@ -58,9 +59,10 @@ def draw(rankings: dict[str, Ranking], options: Namespace) -> None:
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--tasks", choices=TASKS, nargs="+", default=list(TASKS))
+    parser.add_argument("--tasks", choices=TASKS, nargs="+", default=["mnist", "newsgroups"])
     parser.add_argument("--samples", type=int, default=2000, help="number of samples of each task")
     parser.add_argument("--no-race", dest="race", action="store_false", help="score all candidates on all samples")
+    parser.add_argument("--rank-by", choices=("logme", "accuracy"), default="logme")
     add_output_options(parser, "pick_backbone")
     options = parser.parse_args()
     require("tensorboard", "matplotlib", install=ZOO)
@@ -69,7 +71,7 @@ def main() -> None:
     rankings = {}
     for task in options.tasks:
         start = time.perf_counter()
-        ranking = rankings[task] = rank(task, options.samples, options.race, options.logdir)
+        ranking = rankings[task] = rank(task, options)
         seconds = time.perf_counter() - start
         print(f"\n{TASKS[task]}, {seconds:.0f} s\n\n{ranking}\n")
         passes, all_passes = sum(row.num_samples for row in ranking.rows), len(ranking.rows) * options.samples
