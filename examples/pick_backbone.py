@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import time
 from argparse import Namespace
-from pathlib import Path
 
 from _script import add_output_options, make_figure, make_parser, require, run_quietly_on_one_thread, save_picture
 from _zoo import ZOO, target
