@@ -41,7 +41,11 @@ class Comparison:
         return self.scores[row].accuracy if self.rank_by == "accuracy" else self.scores[row].logme
 
     def behind(self, quantile: float) -> dict[Row, float]:
-        """Return the rows that are behind the leader by more paired standard errors than this, and by how many."""
+        """Return the rows that are behind the leader by more paired standard errors than this, and by how many.
+
+        The error bars of accuracies hold the linear heads fixed, so they leave out a part of the variation. The
+        quantile is that of seven degrees of freedom for them too, although 32 blocks have 31, to leave room for it.
+        """
         by_accuracy = self.rank_by == "accuracy"
         replicates = {
             row: score.accuracy_replicates if by_accuracy else score.replicates for row, score in self.scores.items()

@@ -92,7 +92,7 @@ def rank_backbones(
 
     The accuracy (R², F1) is measured on all samples, or on a random subset of 2048, which is the same for all
     candidates. Its standard error comes from 32 random blocks of these samples, so it stops falling at 2048. It holds
-    the linear head fixed. Differences of accuracies are paired, too.
+    the linear head fixed. Differences of accuracies are paired, too, and compared with the same quantiles.
 
     **Remarks.** The last column of the table gives a remark if a row is surely behind in LogME, but its accuracy is
     higher than the leader's, or lower by at most .005 or two paired standard errors. Then the difference in nats is

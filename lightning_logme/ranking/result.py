@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_MESSAGE_LENGTH = 120  # characters of a message in the table; ``RankingRow.message`` has all of them
+_MESSAGE_LENGTH = 100  # characters of a message in the table; ``RankingRow.message`` has all of them
 _LEFT_ALIGNED = (0, 1, 8, 12)  # columns of words
 
 RankBy = Literal["logme", "accuracy"]
