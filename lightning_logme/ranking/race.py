@@ -15,7 +15,7 @@ from lightning_logme.ranking.candidate import Backbone, Candidate
 from lightning_logme.ranking.collect import Collected, Rules, collect, first_samples, is_constant, score
 from lightning_logme.ranking.comparison import Comparison
 from lightning_logme.ranking.report import Report
-from lightning_logme.ranking.result import in_words, row_name
+from lightning_logme.ranking.result import METRIC_NAMES, in_words, row_name
 from lightning_logme.ranking.resume import (
     FirstSamples,
     Progress,
@@ -113,16 +113,15 @@ class Race:
             name: self.progress[name].rounds[index] for name in self.running if len(self.progress[name].rounds) > index
         }
         self._num_rows = max(self._num_rows, sum(len(one.scores) for one in rounds.values()))
-        comparison = Comparison.of(rounds, self.rules.rank_by)
+        comparison, metric = Comparison.of(rounds, self.rules.rank_by), METRICS[self.rules.scoring.task]
+        compared = f" in {METRIC_NAMES[metric]}" if self.rules.rank_by == "accuracy" else ""
         behind = comparison.behind(quantile_to_drop(self._num_rows, index + 1))
         for name, one in rounds.items():
             known = [row for row in comparison.scores if row[0] == name]
             if known and all(row in behind for row in known):
-                best = max(known, key=comparison.value)
-                self.dropped[name] = (
-                    f"{min(behind[row] for row in known):.1f} standard errors behind at {one.num_samples} samples"
-                    + comparison.remark(best, METRICS[self.rules.scoring.task])
-                )
+                distance = f"{min(behind[row] for row in known):.1f} standard errors behind{compared}"
+                remark = comparison.remark(max(known, key=comparison.value), metric)
+                self.dropped[name] = f"{distance} at {one.num_samples} samples{remark}"
                 self._finish(name)
                 self._report.line(f"{name} is dropped: {self.dropped[name]}.")
 

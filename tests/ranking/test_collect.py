@@ -223,14 +223,16 @@ class TestLayers:
             assert ranking.evidence[name].num_samples == 256
 
     @pytest.mark.filterwarnings("ignore:LogME is NaN. the features contain NaN or Inf")
-    def test_a_row_of_nan_does_not_keep_its_candidate_in_the_race(self):
+    @pytest.mark.parametrize("rank_by", ["logme", "accuracy"])
+    def test_a_row_of_nan_does_not_keep_its_candidate_in_the_race(self, rank_by):
         candidates = {"bad": nn.Sequential(NotANumber(), Columns(16, 24)), "good": Columns(0, 8)}
-        ranking = rank(candidates, target_loader(2000), layers={"bad": ["0"]})
+        ranking = rank(candidates, target_loader(2000), layers={"bad": ["0"]}, rank_by=rank_by)
         assert [(row.name, row.ended, math.isnan(row.logme)) for row in ranking.rows] == [
             ("good", "finished", False),
             ("bad", "dropped", False),
             ("bad/0", "dropped", True),
         ]
+        assert [math.isnan(row.accuracy) for row in ranking.rows] == [False, False, True]
 
     def test_ctrl_c_keeps_complete_rounds(self):
         class Stops(Net):

@@ -143,6 +143,7 @@ def simulated_race(candidates, rng):
     return candidates - len(running), len(behind)
 
 
+@pytest.mark.slow
 def test_equally_accurate_candidates_survive_the_race_and_are_tied():
     rng = np.random.default_rng(0)
     races = [simulated_race(3, rng) for _ in range(60)]
