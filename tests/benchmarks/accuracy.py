@@ -17,7 +17,7 @@ from lightning_logme.scores.moments import Rows
 from lightning_logme.scores.subset import SAMPLE_SIZE
 from tests.benchmarks.common import BATCH_SIZE, class_features, print_table, timed
 
-_CASES = ((256, 1280, 10), (5_000, 1280, 10), (20_000, 768, 100), (20_000, 2048, 1000))
+_CASES = ((256, 1280, 10), (5_000, 1280, 10), (10_000, 256, 10), (20_000, 768, 100), (20_000, 2048, 1000))
 
 
 def report(repeats: int, quick: bool) -> None:
