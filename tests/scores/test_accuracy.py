@@ -165,9 +165,7 @@ class TestAbsentOutputs:
         assert int(found.confusion[:, 4:].sum() + found.confusion[4:].sum()) == 0
 
         head = evidence(features, target, num_classes=6)
-        negative = torch.arange(-6.0, 0.0, dtype=torch.float64)[
-            None
-        ]  # The classes 4 and 5 have the largest predictions.
+        negative = torch.arange(-6.0, 0.0, dtype=torch.float64)[None]  # largest for absent ones
         assert decide(negative, head, "multiclass").tolist() == [3]
 
     def test_label_without_samples_in_the_subset_is_left_out(self):
