@@ -145,14 +145,15 @@ class TestRSquared:
     @pytest.mark.parametrize("fit_intercept", [False, True])
     def test_constant_target_is_left_out(self, constant, fit_intercept):
         features, target, _ = data("regression", 72, 12)
-        both = torch.stack([target[:, 0], torch.full((72,), constant)], 1)
+        both = torch.stack([target[:, 0], torch.full((72,), constant, dtype=torch.float64)], 1)
         found = measured(features, both, 2, "regression", fit_intercept)
         assert found.value == pytest.approx(measured(features, target[:, :1], 1, "regression", fit_intercept).value)
 
     @pytest.mark.parametrize("n", [9, 44, 72])
     def test_constant_target_alone_is_nan(self, n):
         """The mean of n times 0.1 is not 0.1 in float64."""
-        assert math.isnan(measured(torch.randn(n, 4), torch.full((n,), 0.1), 1, "regression").value)
+        target = torch.full((n,), 0.1, dtype=torch.float64)
+        assert math.isnan(measured(torch.randn(n, 4), target, 1, "regression").value)
 
 
 class TestAbsentOutputs:
@@ -162,6 +163,19 @@ class TestAbsentOutputs:
         assert found.value == without.value
         assert found.confusion.shape == (6, 6)
         assert int(found.confusion[:, 4:].sum() + found.confusion[4:].sum()) == 0
+
+        head = evidence(features, target, num_classes=6)
+        negative = torch.arange(-6.0, 0.0, dtype=torch.float64)[None]  # largest for absent ones
+        assert decide(negative, head, "multiclass").tolist() == [3]
+
+    def test_label_without_samples_in_the_subset_is_left_out(self):
+        features, target, _ = data("multilabel", 90, 12)
+        head, index = evidence(features, target, "multilabel"), index_of(torch.arange(90))
+        always = torch.ones(90, 3, dtype=torch.long)
+        subset = target.clone()
+        subset[:, 2] = 0
+        expected = metric_of_predictions(always[:, :2], target[:, :2], "multilabel")
+        assert accuracy_of(always, subset, index, head, "multilabel").value == pytest.approx(expected)
 
     def test_absent_label_is_left_out(self):
         features, target, _ = data("multilabel", 90, 12)
