@@ -175,7 +175,7 @@ class LogMECallback(AnyCallback):
         self.class_names = None if class_names is None else names("class_names", class_names)
         self.accuracy = accuracy
         self.curve = curve
-        self.probes = Probes(probes, probe_every)
+        self.probes = Probes(probes, probe_every, accuracy)
         self._has_probes = bool(self.probes)
         self.validation = validation
 

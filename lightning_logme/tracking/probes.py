@@ -25,16 +25,23 @@ class Probes:
     Args:
         probes: loaders or :class:`~lightning_logme.Probe` objects, by name.
         every: k runs them at the first of every k validations, "checkpoint" for each checkpoint that is saved.
+        accuracy: whether accuracy is measured. Test samples need it.
 
     Raises:
         ValueError: a name or an option does not fit.
     """
 
-    def __init__(self, probes: Mapping[str, Any] | None, every: Every) -> None:
+    def __init__(self, probes: Mapping[str, Any] | None, every: Every, accuracy: bool = True) -> None:
         if not (isinstance(every, str) and every == "checkpoint") and (type(every) is not int or every < 1):
             raise ValueError(f"probe_every must be a positive integer or 'checkpoint', got {every!r}.")
         self.every = every
         self._probes = _by_name(probes)
+        for name, probe in self._probes.items():
+            if probe.test is not None and not accuracy:
+                raise ValueError(
+                    f"probes[{name!r}].test: test samples only serve to measure accuracy, and accuracy=False turns it "
+                    "off; drop one of the two."
+                )
         self._prepared: dict[str, PreparedProbe] = {}
         self._validations = 0
         self._is_rehearsed = False
@@ -173,7 +180,7 @@ class Probes:
             started = time.perf_counter()
             current, _ = prepared.run(trainer, module, extractor, scoring, limit or None)
             results = current.results(trainer.strategy.root_device, alone=trainer.world_size == 1)
-            if prepared.has_test and scoring.accuracy:
+            if prepared.has_test:
                 results = prepared.test(trainer, module, extractor, scoring, results, limit or None)
             seconds = time.perf_counter() - started
             for source, reason in current.errors.items():

@@ -154,21 +154,6 @@ def test_features_are_scaled_like_those_of_the_training_samples(tmp_path, normal
     assert rows_of(callback)[0]["accuracy"] == pytest.approx(expected, abs=1e-6)
 
 
-def test_without_accuracy_the_test_samples_are_not_run(tmp_path):
-    seen = []
-
-    def forward(module, batch):
-        seen.append(len(batch[0]))
-        return module(batch[0])
-
-    train, test = halves()
-    probe = Probe(loader(train, 150), test=loader(test, 60), forward=forward)
-    callback = LogMECallback(probes={"news": probe}, accuracy=False)
-    validate(tmp_path, callback)
-    assert seen == [150]
-    assert "accuracy" not in rows_of(callback)[0]
-
-
 def test_a_checkpoint_holds_the_accuracy_of_its_own_weights(tmp_path):
     train, test = halves()
     callback = LogMECallback(probes={"news": Probe(loader(train), test=loader(test))}, probe_every="checkpoint")
@@ -216,6 +201,12 @@ def test_several_processes_measure_what_one_does(processes, tmp_path, world):
         )
         assert row["logme"] == pytest.approx(expected["logme"], rel=1e-9)
     assert reports[0][1] == replicates
+
+
+def test_test_samples_without_accuracy_are_an_error():
+    train, test = halves()
+    with pytest.raises(ValueError, match=r"probes\['news'\]\.test: test samples only serve to measure accuracy"):
+        LogMECallback(probes={"news": Probe(DataLoader(train), test=DataLoader(test))}, accuracy=False)
 
 
 class TestMistakes:
