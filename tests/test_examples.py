@@ -33,17 +33,17 @@ def test_only_one_script_saves_pictures():
 
 def test_readme_names_each_example_with_its_command():
     scripts = {path.name for path in EXAMPLES.glob("*.py") if not path.name.startswith("_")}
-    assert len(scripts) == 11
+    assert len(scripts) == 12
     assert set(re.findall(r"^python examples/(\w+\.py)", README, flags=re.MULTILINE)) == scripts
     assert set(re.findall(r"^\| \[(\w+\.py)\]", README, flags=re.MULTILINE)) == scripts
 
 
 def test_readme_links_exist():
     pictures = re.findall(r"!\[[^]]+\]\((images/\w+\.png)\)", README)
-    assert len(pictures) == 8
+    assert len(pictures) == 9
     assert all((EXAMPLES / path).is_file() for path in pictures)
     headings = re.findall(r"^#+ (.+)$", README, flags=re.MULTILINE)
     anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
     links = re.findall(r"\]\(#([^)]+)\)", README)
-    assert len(links) == 11
+    assert len(links) == 12
     assert set(links) <= anchors
