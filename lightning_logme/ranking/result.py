@@ -168,8 +168,9 @@ class Ranking:
         In classification, the head is calibrated (see :meth:`Evidence.head`). The result takes the same inputs as the
         candidate, after its entry of ``transforms``. If the input of a head was scored, the head is replaced. If the
         output was scored, it is pooled as in the ranking, and the head follows. The first batch of the ranking is run
-        to check that the outputs are those of the head on the scored features. The ranking keeps the candidates and
-        this batch in memory for it.
+        to check that the outputs are those of the head on the scored features, in eval mode. In training mode, batch
+        norm updates its statistics, and the head may no longer fit: keep such layers in eval mode. The ranking keeps
+        the candidates and this batch in memory.
 
         Args:
             name: name of the candidate; None takes the best row.
