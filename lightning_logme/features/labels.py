@@ -92,6 +92,8 @@ class Target:
         features = _dense("features", features).detach()
         if not features.is_floating_point():
             raise ValueError(f"features must be floating point, got {features.dtype}; convert with features.float().")
+        if features.dtype.itemsize == 1:  # old versions of torch cannot index float8; float16 holds its numbers exactly
+            features = features.half()
         tokens = self.task in EXCLUSIVE and len(self.shape) == 2
         if tokens and features.ndim == 3 and features.shape[:2] == self.shape:
             features, tokens = features.flatten(0, 1), False
