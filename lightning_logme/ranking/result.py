@@ -87,8 +87,8 @@ class Ranking:
       also measures how a Bayesian regression learns from them. Do not compare a score at 500 samples with one at 5000.
     - **When gain and accuracy differ.** Accuracy says how often the linear head is right, but it hardly differs between
       good candidates. The gain also reflects how confident the head is, so it can be sure of a difference that does not
-      matter. Neither orders backbones better than the other. Use accuracy to judge the size
-      of a difference, and the gain where accuracies are too close to distinguish.
+      matter. Neither orders backbones better than the other. Use accuracy to judge the size of a difference, and the
+      gain where accuracies are too close to distinguish.
     - **How large must a difference be?** In a ranking, rely on ``tied``. Between different sets of samples, ignore a
       difference below two or three standard deviations of the score. On real digits the gain had a standard deviation
       of .024 with 250 samples and .011 with 2000 (``python -m tests.benchmarks --only noise``). On the same samples, as

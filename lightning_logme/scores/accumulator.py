@@ -189,7 +189,7 @@ class Accumulator:
         return maximise_moments(total, self.task, fit_intercept)
 
     def prefixes(self) -> Iterator[tuple[int, Rows | Moments]]:
-        """Yield the number of the last segment and the rows or moments, for the first segment, the first two, …, and all."""
+        """Yield the first segment, the first two, …, and all: the number of the last segment, and rows or moments."""
         if self._has_few_rows:
             groups: list[Rows] = []
             for segment, rows in self._by_segment(self.held):

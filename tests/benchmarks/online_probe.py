@@ -185,7 +185,7 @@ class Case:
     truth: float
     seconds: float
     results: dict[str, Result]
-    scoring: tuple[float, float]  # seconds of the evidence, and of leave-one-out predictions beside it
+    scoring: tuple[float, float]  # seconds of the evidence, and those that leave-one-out adds
 
 
 def report(repeats: int, quick: bool) -> None:
