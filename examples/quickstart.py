@@ -1,7 +1,7 @@
 """Fine-tune a pretrained network, and the same network from random weights, and watch LogME tell them apart.
 
 EfficientNet-Lite0 learns real MNIST digits twice: from the weights of ImageNet, and from random weights.
-`LogMECallback` logs at every validation how well the features explain the labels, and the accuracy that a linear head
+At every validation, `LogMECallback` logs how well the features explain the labels, and the accuracy that a linear head
 on these features would have. The first validation comes before any training, when both networks can only guess. The
 script prints a table and draws a picture. It takes two minutes on one core, and downloads nothing except packages:
 
@@ -100,7 +100,7 @@ def print_table(results: dict[str, Rows]) -> None:
 
 
 def draw(results: dict[str, Rows], options: Namespace) -> None:
-    """Draw gain and accuracies of each network against the epochs of training."""
+    """Draw the gain and both accuracies of each network against the epochs of training."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
     from matplotlib.ticker import FuncFormatter, MaxNLocator

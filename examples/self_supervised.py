@@ -3,8 +3,8 @@
 A small convolutional network learns from 4500 MNIST images without their labels, by Barlow Twins (Zbontar et al. 2021):
 two distorted views of an image must get the same features, and no two features may be correlated. The network has no
 classifier. At every validation `LogMECallback` scores its features on two labelled probes: 900 digits of scikit-learn,
-which are the task of interest, and 500 other MNIST images. The linear head of the 900 digits is also tested on 897
-other digits. `ModelCheckpoint` keeps the weights with the highest score on the digits.
+which are the task of interest, and 500 other MNIST images. The linear head that is fitted to the 900 digits is
+also tested on 897 other digits. `ModelCheckpoint` keeps the weights with the highest score on the digits.
 
 To check the score, the script also fits two models of scikit-learn on the features of the 900 digits, a logistic
 regression and a ridge regression, and tests them on the 897 other digits. It takes a minute on one core:

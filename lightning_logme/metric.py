@@ -25,7 +25,7 @@ from lightning_logme.scores.subset import SAMPLE_SIZE, IndexedRows, Subset, inde
 from lightning_logme.utilities.checks import Task, check_flags, check_options, check_task, positive
 
 _LISTS = ("held_features", "held_target", "held_index", "subset_features", "subset_target", "subset_index", "num_seen")
-_ON_CPU = ("held_index", "subset_index", "num_seen")  # so that updates need not wait for the device
+_ON_CPU = ("held_index", "subset_index", "num_seen")  # so that updates do not wait for the device
 
 
 class LogME(Metric):
@@ -35,7 +35,7 @@ class LogME(Metric):
     samples, mainly :math:`F^T F` and :math:`F^T Y`. Memory is therefore O(D² + DK) for any number of samples, and
     batches and processes combine exactly, by addition. While there are fewer than D samples, the sums are 0, and the
     samples themselves are held, which takes less memory and time. For :meth:`accuracy`, the features of at most 2048
-    samples are kept beside the sums.
+    samples are also kept.
 
     ``forward`` and ``update`` accept
 
@@ -127,7 +127,7 @@ class LogME(Metric):
         self.normalize = normalize
         self._evidence: Evidence | None = None
         self._accuracy: Accuracy | None = None
-        self._is_measuring = False  # the processes exchange rows only for the accuracy
+        self._is_measuring = False  # whether accuracy is being computed: only then do processes exchange rows
         # A sum is a scalar 0 until rows are added, because torchmetrics copies every state and its
         # default, and a D × D matrix is large.
         zero = torch.zeros((), dtype=torch.float64)
@@ -173,8 +173,8 @@ class LogME(Metric):
     def accuracy(self) -> Accuracy:
         """Return the leave-one-out accuracy of the evidence's linear head, synchronised as in :meth:`compute`.
 
-        It is measured on all samples, or on a random subset of 2048. It includes the work of :meth:`compute`, so call
-        it first if you need both.
+        It is measured on all samples, or on a random subset of 2048. This method also does the work of :meth:`compute`,
+        so call it first if you need both.
 
         Example:
             >>> import torch
@@ -211,7 +211,7 @@ class LogME(Metric):
         # States of version 0.1 have neither lists nor options.
         missing: dict[str, Any] = {name: [] for name in _LISTS} | {"options": self.options}
         incoming_state = {**missing, **incoming_state}
-        if self._num_seen <= SAMPLE_SIZE:  # all rows are here, so they can get new indices
+        if self._num_seen <= SAMPLE_SIZE:  # every row is still kept, so all can get new indices
             shift = index_of(sum(incoming_state["num_seen"], torch.zeros(1, dtype=torch.int64)) * _world_size())
             self.held_index = [index + shift for index in self.held_index]
             self.subset_index = [index + shift for index in self.subset_index]
@@ -263,7 +263,7 @@ class LogME(Metric):
 
     @property
     def _num_seen(self) -> int:
-        """The number of samples so far, including those that are left out."""
+        """The number of samples so far, including ignored ones."""
         return sum(int(number) for number in self.num_seen)
 
     @property

@@ -29,7 +29,7 @@ class Rules:
 
     Attributes:
         scoring: how to score; its number of outputs is known.
-        rank_by: what ranks the candidates.
+        rank_by: what the candidates are compared by.
         race: whether to drop candidates early.
         seed: seed of random weights.
     """

@@ -12,9 +12,9 @@ from lightning_logme.scores.jackknife import paired_error, trailing
 
 Row = tuple[str, str]  # candidate, source of features
 
-# A smaller difference in accuracy, R² or F1 hardly matters, however certain it is.
+# A difference in accuracy, R² or F1 up to this size hardly matters, however certain it is.
 _NEGLIGIBLE = 0.005
-# Standard errors. A smaller difference in accuracy may be chance.
+# A difference in accuracy up to this number of standard errors may be chance.
 _CERTAIN = 2
 
 
@@ -37,14 +37,14 @@ class Comparison:
         return cls({row: score for row, score in rows.items() if not math.isnan(score.logme)}, rank_by)
 
     def value(self, row: Row) -> float:
-        """Return the value of a row that is compared."""
+        """Return what is compared of a row."""
         return self.scores[row].accuracy if self.rank_by == "accuracy" else self.scores[row].logme
 
     def behind(self, quantile: float) -> dict[Row, float]:
         """Return the rows that are behind the leader by more paired standard errors than this, and by how many.
 
-        The error bars of accuracies hold the linear heads fixed, so they leave out a part of the variation. The
-        quantile is that of seven degrees of freedom for them too, although 32 blocks have 31, to leave room for it.
+        The error bars of accuracies hold the linear heads fixed, so they leave out part of the variation. To allow for
+        it, accuracies are compared with the same quantile of seven degrees of freedom, although 32 blocks have 31.
         """
         by_accuracy = self.rank_by == "accuracy"
         replicates = {
@@ -53,7 +53,7 @@ class Comparison:
         return trailing({row: self.value(row) for row in self.scores}, replicates, quantile)
 
     def remark(self, row: Row, metric: str) -> str:
-        """Return a remark on a row that is surely behind in LogME, but hardly or perhaps not in accuracy; else ""."""
+        """Return a remark if a row is significantly behind in LogME, but not clearly in accuracy; otherwise ""."""
         if self.rank_by == "accuracy":
             return ""
         leader, score = self.scores[max(self.scores, key=self.value)], self.scores[row]

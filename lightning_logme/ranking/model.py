@@ -1,4 +1,4 @@
-"""A candidate with the scored linear head in place of its own."""
+"""Put the linear head of a ranking into a candidate."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Classifier(nn.Module):
     """An encoder without a head, followed by a linear layer.
 
     Args:
-        encoder: takes the inputs of a batch, also as keyword arguments; those that it does not know are dropped.
+        encoder: takes the inputs of a batch, also as keyword arguments; those that it does not accept are dropped.
         head: takes the output of the encoder, and the attention mask among the keyword arguments.
     """
 
@@ -76,8 +76,8 @@ def with_head(
 ) -> nn.Module:
     """Return a candidate with a linear layer in place of its head, or after its output if it has none.
 
-    The first batch is run through the candidate and the result, to make sure that the result's outputs are those of the
-    linear layer on the scored features.
+    The first batch is run through the candidate and through the result, to check that the outputs of the result are
+    those of the linear layer on the scored features.
 
     Args:
         candidate: the candidate. A module is copied, and a factory builds a new one.
@@ -88,7 +88,7 @@ def with_head(
         linear: the linear layer, with D inputs and K outputs.
 
     Raises:
-        ValueError: the outputs cannot be made, or differ. The message says what to do.
+        ValueError: the result cannot be built or run, or its outputs differ. The message says what to do.
     """
     whose = f"model: {candidate.name!r}"
     if len(heads) > 1:
@@ -141,7 +141,7 @@ def _joined(module: nn.Module, heads: Sequence[str], linear: nn.Linear, pooler: 
         new = PooledLinear(linear, pooler if is_pooled else None, normalize)
     *parents, name = heads[0].split(".")
     setattr(module.get_submodule(".".join(parents)), name, new)
-    for depth in range(len(parents) + 1):  # the models of transformers compute their loss with num_labels
+    for depth in range(len(parents) + 1):  # transformers' models use num_labels in their loss
         owner = module.get_submodule(".".join(parents[:depth]))
         holder: Any
         for holder in (owner, getattr(owner, "config", None)):
@@ -160,7 +160,7 @@ def _convolution(old: nn.Conv1d | nn.Conv2d | nn.Conv3d, linear: nn.Linear) -> n
 
 
 def _is_same(output: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    """Return whether the outputs are those expected, or their probabilities."""
+    """Return whether the outputs are as expected: the logits, or their probabilities or log-probabilities."""
     tolerance = torch.finfo(dtype).eps ** 0.5
     for values in (expected, expected.softmax(1), expected.log_softmax(1), expected.sigmoid()):
         atol = tolerance * float(values.abs().max()) if values.numel() else 0.0

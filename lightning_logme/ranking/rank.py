@@ -91,12 +91,12 @@ def rank_backbones(
     occurs in only one block adds nothing to the standard error.
 
     The accuracy (R², F1) is measured on all samples, or on a random subset of 2048, which is the same for all
-    candidates. Its standard error comes from 32 random blocks of these samples, so it stops falling at 2048. It holds
-    the linear head fixed. Differences of accuracies are paired, too, and compared with the same quantiles.
+    candidates. Its standard error comes from 32 random blocks of these samples, so more than 2048 samples do not reduce
+    it. It holds the linear head fixed. Differences of accuracies are also paired, and compared with the same quantiles.
 
-    **Remarks.** The last column of the table gives a remark if a row is surely behind in LogME, but its accuracy is
-    higher than the leader's, or lower by at most .005 or two paired standard errors. Then the difference in nats is
-    certain, but it hardly matters for a linear classifier, or the samples do not show that it does.
+    **Remarks.** The last column of the table gives a remark if a row is significantly behind in LogME, but its accuracy
+    is higher than the leader's, or lower by at most .005 or by at most two paired standard errors. Then the difference
+    in nats is certain, but it hardly matters for a linear classifier, or the samples do not show that it does.
 
     **Failures.** If a candidate runs out of memory, cannot be loaded or gives NaN, its row shows the error. The others
     go on. Ctrl-C ends the race, and the results so far are returned.
@@ -133,8 +133,8 @@ def rank_backbones(
         fit_intercept: centre features and targets first. The LogME papers do not.
         ignore_index: label of samples, or tokens, that are left out. Not used in regression.
         normalize: scale each sample's features to length 1 first. The LogME papers do not, but it often ranks better.
-        rank_by: "logme" or "accuracy": what the race compares, and what orders the rows. It decides ``best``, ``tied``,
-            ``scores`` and the figures. "accuracy" stands for R² in regression and for F1 in "multilabel".
+        rank_by: "logme" or "accuracy": what the race compares, what orders the rows, and what ``best``, ``tied``,
+            ``scores`` and the figures go by. "accuracy" means R² in regression and F1 in "multilabel".
         race: drop candidates early. With False, all candidates see all samples.
         seed: seed of the order of the samples, and of the factories.
         resume_from: folder that keeps the results of candidates that finished or were dropped. If a ranking was killed,
@@ -232,7 +232,7 @@ def _run(
     progress: bool,
     fabric: Fabric,
 ) -> bytes:
-    """Run the ranking in one process, and return it with the heads that were found, by candidate.
+    """Run the ranking in one process. Return the ranking, and the names of the heads that were found, by candidate.
 
     Both are pickled, because this process may be a child that ends.
     """

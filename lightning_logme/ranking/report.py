@@ -38,7 +38,7 @@ class Report:
             tqdm.write(text)
 
     def point(self, name: str, values: Mapping[str, float], num_samples: int) -> None:
-        """Log the values of a row after a round, given by what they are."""
+        """Log the values of a row after a round, by their names."""
         self._board.scalars({_tag(what, name): value for what, value in values.items()}, num_samples)
 
     def finish(self, ranking: Ranking) -> None:

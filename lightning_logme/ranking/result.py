@@ -43,7 +43,7 @@ class RankingRow:
             difference between two rows is far more certain, because both see the same samples in the same blocks.
         accuracy: leave-one-out accuracy of the linear head; R² in regression, F1 in "multilabel". See
             :class:`~lightning_logme.Accuracy`.
-        accuracy_stderr: standard error of ``accuracy``. The difference between two rows is more certain.
+        accuracy_stderr: standard error of ``accuracy``. The difference between two rows is more certain, as above.
         tied_with_best: whether the row is not significantly behind the best row; true for the best row itself. A row
             that is as good as the best is marked as tied with a probability of at least 95 %.
         feature: the scored feature: "input of 'fc'", "output" of the module, or "output of 'layer4'".
@@ -85,10 +85,10 @@ class Ranking:
       1, and cannot be compared between tasks.
     - **Compare scores only on the same samples and labels.** Evidence grows with the number of samples, because it
       also measures how a Bayesian regression learns from them. Do not compare a score at 500 samples with one at 5000.
-    - **When gain and accuracy differ**, accuracy says how often the linear head is right, but it saturates where all
-      candidates are good; there the gain still sees how confident the head is, and may be sure of a difference that
-      does not matter. Neither orders backbones better than the other: believe the accuracy about the size of a
-      difference, and the gain where accuracies are too close to be told apart.
+    - **When gain and accuracy differ.** Accuracy says how often the linear head is right, but it hardly differs between
+      good candidates. The gain also reflects how confident the head is, so it can be sure of a difference that does not
+      matter. Neither orders backbones better than the other. Use accuracy to judge the size of a difference, and the
+      gain where accuracies are too close to distinguish.
     - **How large must a difference be?** In a ranking, rely on ``tied``. Between different sets of samples, ignore a
       difference below two or three standard deviations of the score. On real digits the gain had a standard deviation
       of .024 with 250 samples and .011 with 2000 (``python -m tests.benchmarks --only noise``). On the same samples, as
@@ -107,7 +107,7 @@ class Ranking:
             those with the most samples first, and then rows without a result.
         evidence: the :class:`~lightning_logme.Evidence` behind each score, by name of the row.
         curves: the scores after each round, by name of the row.
-        metric: "accuracy", "r2" or "f1": what ``accuracy`` stands for.
+        metric: what ``accuracy`` means in this task: "accuracy", "r2" or "f1".
         rank_by: what orders the rows, "logme" or "accuracy".
     """
 
@@ -116,7 +116,7 @@ class Ranking:
     curves: dict[str, list[CurvePoint]]
     metric: str = "accuracy"
     rank_by: RankBy = "logme"
-    # For each candidate, a function that puts a linear layer on it. It holds the candidate, so it is not pickled.
+    # For each candidate, a function that puts a linear layer into it. It holds the candidate, so it is not pickled.
     _builders: Mapping[str, Callable[[torch.nn.Linear], torch.nn.Module]] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -136,9 +136,9 @@ class Ranking:
 
     @property
     def scores(self) -> dict[str, float]:
-        """What ranks each row with a result, LogME or accuracy, in the order of ``rows``.
+        """The value that ranks each row with a result: LogME, or accuracy with ``rank_by="accuracy"``.
 
-        The numbers of samples may differ.
+        Rows keep the order of ``rows``. Their numbers of samples may differ.
         """
         values = {row.name: row.accuracy if self.rank_by == "accuracy" else row.logme for row in self.rows}
         return {name: value for name, value in values.items() if not math.isnan(value)}
@@ -151,11 +151,11 @@ class Ranking:
         Args:
             name: name of the row; None takes the best.
             dtype: dtype of the parameters; None takes torch's default.
-            calibrated: whether the outputs are calibrated logits. Not for regression.
+            calibrated: make the outputs calibrated logits. Not for regression.
 
         Raises:
             KeyError: no row of that name has evidence.
-            ValueError: the score of the row is NaN, or it has no temperature although ``calibrated``.
+            ValueError: the score of the row is NaN; or ``calibrated``, and the row has no temperature.
         """
         name = self.best if name is None else name
         if name not in self.evidence:
@@ -163,14 +163,14 @@ class Ranking:
         return self.evidence[name].head(dtype, calibrated=calibrated)
 
     def model(self, name: str | None = None) -> torch.nn.Module:
-        """Return a candidate with the scored head in place of its own, ready to be trained.
+        """Return a candidate with the linear head of its row in place of its own head, ready to be trained.
 
-        In classification, the head is calibrated (see :meth:`Evidence.head`). The result takes the same inputs as the
-        candidate, after its entry of ``transforms``. If the input of a head was scored, the head is replaced. If the
-        output was scored, it is pooled as in the ranking, and the head follows. The first batch of the ranking is run
-        to check that the outputs are those of the head on the scored features, in eval mode. In training mode, batch
-        norm updates its statistics, and the head may no longer fit: keep such layers in eval mode. The ranking keeps
-        the candidates and this batch in memory.
+        In classification, the linear head is calibrated (see :meth:`Evidence.head`). The result takes the same inputs
+        as the candidate, after its entry of ``transforms``. If the input of a head was scored, that head is replaced.
+        If the output was scored, it is pooled as in the ranking, and the linear head follows. The first batch of the
+        ranking is run in eval mode, to check that the outputs are those of the linear head on the scored features. In
+        training mode, batch norm updates its statistics, and the head may no longer fit: keep such layers in eval mode.
+        The ranking keeps the candidates and this batch in memory.
 
         Args:
             name: name of the candidate; None takes the best row.
@@ -180,8 +180,8 @@ class Ranking:
 
         Raises:
             KeyError: no row of that name has evidence.
-            ValueError: the head cannot be part of the candidate: the row is one of an inner layer, several heads were
-                scored together, or the module uses its head in a different way. The message says what to do.
+            ValueError: the linear head cannot be put into the candidate: the row is that of an inner layer, several
+                heads were scored together, or the module uses its head in a different way. The message says what to do.
         """
         name = self.best if name is None else name
         evidence = self.evidence.get(name)
@@ -206,7 +206,7 @@ class Ranking:
         return "\n".join("| " + " | ".join(map(_escaped, line)) + " |" for line in lines)
 
     def plot(self, ax: Axes | None = None) -> Figure:
-        """Plot the gain of each row as a bar, with its standard error; the accuracy with ``rank_by="accuracy"``.
+        """Plot the gain of each row as a bar with its standard error, or the accuracy with ``rank_by="accuracy"``.
 
         Args:
             ax: matplotlib axes to draw in; None makes a new figure.
@@ -225,7 +225,7 @@ class Ranking:
         return plots.by_candidate(names, values, errors, tied, self._shown, ax)
 
     def plot_curves(self, ax: Axes | None = None) -> Figure:
-        """Plot the gain, or the accuracy, of each row against the number of samples.
+        """Plot the gain of each row against the number of samples, or the accuracy with ``rank_by="accuracy"``.
 
         Args:
             ax: matplotlib axes to draw in; None makes a new figure.

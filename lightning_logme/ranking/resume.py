@@ -31,7 +31,7 @@ class Score:
         gain: the gain of these samples.
         replicates: for each block of the jackknife, the score without that block.
         accuracy: the leave-one-out accuracy: see :class:`~lightning_logme.Accuracy`.
-        accuracy_replicates: for each of its blocks, the accuracy without that block.
+        accuracy_replicates: for each block of the accuracy, the accuracy without that block.
     """
 
     logme: float

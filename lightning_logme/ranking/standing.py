@@ -42,7 +42,7 @@ def standing(race: Race) -> Ranking:
         row = _row(race, name, source, last[name].scores[source], is_tied)
         if (name, source) in behind and not row.message:
             remark = comparison.remark((name, source), metric)
-            row = replace(row, message=remark and f"surely behind in LogME{remark}")
+            row = replace(row, message=remark and f"significantly behind in LogME{remark}")
         ranking.rows.append(row)
         if source in progress.evidence:
             ranking.evidence[title] = progress.evidence[source]

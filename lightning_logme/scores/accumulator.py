@@ -81,8 +81,8 @@ class Accumulator:
             rows: rows of this task, with D features each.
             segment: the segment of a curve, or the block of the jackknife: one for all rows, or one for each (int64, on
                 the CPU).
-            index: (m,) int64 on the CPU, the index of each row in the data set; None numbers the samples from
-                ``num_samples`` on.
+            index: (m,) int64 on the CPU, the index of each row in the data set. None counts each row as a
+                sample, and numbers them from ``num_samples`` on.
 
         Raises:
             ValueError: the number of features is not D.
@@ -154,7 +154,7 @@ class Accumulator:
         return {segment: self.sums[segment] for segment in sorted(self.sums)}
 
     def choose(self, groups: Iterable[IndexedRows]) -> None:
-        """Copy the rows that belong to the random subset, because the rows are no longer held."""
+        """Copy the rows that belong to the random subset, because they will no longer be held."""
         if self.subset is not None:
             for group in groups:
                 self.subset.add(group)
@@ -189,7 +189,7 @@ class Accumulator:
         return maximise_moments(total, self.task, fit_intercept)
 
     def prefixes(self) -> Iterator[tuple[int, Rows | Moments]]:
-        """Yield the last segment of, and the rows or moments of, the first segment, the first two, …, and all."""
+        """Yield the first segment, the first two, …, and all: the number of the last segment, and rows or moments."""
         if self._has_few_rows:
             groups: list[Rows] = []
             for segment, rows in self._by_segment(self.held):

@@ -36,8 +36,8 @@ _THRESHOLD = 0.5  # of a label's prediction
 class Accuracy:
     """The accuracy of a linear head on samples that it was not fitted to.
 
-    By default it is the leave-one-out accuracy: the head predicts each sample without having seen it. See
-    :func:`lightning_logme.functional.leave_one_out`.
+    By default it is the leave-one-out accuracy: the head predicts each sample as if it were fitted without this sample.
+    See :func:`lightning_logme.functional.leave_one_out`.
 
     Attributes:
         metric: "accuracy", the share of samples whose class is predicted, in the tasks "binary" and "multiclass"; "f1",
@@ -47,8 +47,8 @@ class Accuracy:
         num_samples: the number of samples that were predicted: all, or a random subset of 2048.
         replicates: the value without each of 32 random blocks of these samples. Candidates that see the same samples
             have the same blocks.
-        confusion: (K, K) int64 on the CPU, the number of samples by label (row) and predicted class (column); None in
-            other tasks, and with more than 30 classes.
+        confusion: the confusion matrix, (K, K) int64 on the CPU: the number of samples by label (row) and predicted
+            class (column). None in other tasks than "binary" and "multiclass", and with more than 30 classes.
         temperature: the temperature that calibrates the head: see :meth:`lightning_logme.Evidence.head`. None in
             regression, and for test samples.
 
@@ -78,8 +78,8 @@ class Accuracy:
     def stderr(self) -> float:
         """The standard error of the value by the block jackknife. It is itself uncertain by about an eighth.
 
-        It holds the head fixed. F1 at a threshold varies with the head as well: in simulations its spread over data
-        sets was up to twice the standard error.
+        It holds the head fixed. F1 at a threshold also varies with the head: in simulations, its spread over data sets
+        was up to twice the standard error.
         """
         return standard_error(self.replicates)
 
@@ -88,12 +88,12 @@ class Accuracy:
 def measure(
     chosen: IndexedRows, evidence: Evidence, spectrum: Spectrum | None, task: Task, last: int | None = None
 ) -> Accuracy:
-    """Return the accuracy of the head on chosen samples, and its temperature if all of them are in the fit.
+    """Return the accuracy of the head on chosen samples. If all of them are in the fit, it includes the temperature.
 
     Args:
         chosen: samples. Some or all of them may be in the fit.
         evidence: the evidence of the samples in the fit.
-        spectrum: their spectrum; None without evidence.
+        spectrum: the spectrum of the samples in the fit; None without evidence.
         task: the task of the labels.
         last: the last segment in the fit. Samples of later segments are held out. None if all samples are in the fit.
     """
@@ -158,7 +158,7 @@ def accuracy_of(decisions: Tensor, target: Tensor, index: Tensor, evidence: Evid
 
 
 def _value(decisions: Tensor, target: Tensor, present: Tensor, task: Task) -> float:
-    """Return the value of the task's metric. It is NaN if no output counts."""
+    """Return the value of the task's metric; NaN if no output or no sample counts."""
     if task in EXCLUSIVE:
         if len(target) == 0:
             return math.nan
@@ -170,9 +170,9 @@ def _value(decisions: Tensor, target: Tensor, present: Tensor, task: Task) -> fl
         decisions, target = decisions[:, present], target[:, present].long()
         return float(multilabel_f1_score(decisions, target, decisions.shape[1], average="macro", validate_args=False))
     centre, spread = target.double().mean(0), target.double().std(0, correction=0)
-    present = present & (target != target[:1]).any(0) & (spread > 0)  # rounding gives a constant a spread
+    present = present & (target != target[:1]).any(0) & (spread > 0)  # rounding can give a constant a spread
     if not bool(present.any()):
         return math.nan
-    # R² does not depend on shift and scale. torchmetrics takes sums of squares below 1e-4 for zero.
+    # R² does not depend on shift and scale, and torchmetrics treats sums of squares below 1e-4 as zero.
     scaled = [((each - centre) / spread)[:, present] for each in (decisions, target)]
     return float(r2_score(scaled[0], scaled[1]))

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from lightning_logme.utilities.checks import EXCLUSIVE, Task
 
-# Samples for a temperature. With more, it would take too large a share of the time.
+# The most samples that a temperature is fitted to. More would take too large a share of the time.
 CALIBRATION_SIZE = 1024
 
-_STEPS = 200  # a bisection of any interval of float64 numbers ends earlier
+_STEPS = 200  # more steps than a bisection of float64 numbers takes
 _TOLERANCE = 1e-10  # relative
 _ROUNDING = 1e-12  # relative to the largest prediction
 _START, _GROWTH = 8.0, 4.0
@@ -23,19 +23,19 @@ def fit_temperature(predictions: Tensor, target: Tensor, task: Task, present: Te
     """Return the temperature T with which predictions of held-out samples have the smallest cross-entropy.
 
     The probabilities are softmax(predictions / T) in "binary" and "multiclass", and sigmoid((predictions − ½) / T) in
-    "multilabel". The cross-entropy is a convex function of 1/T. T > 0 even if all predictions are right, because no
-    number of samples shows that errors are impossible: the loss has one more sample, whose label is unknown, so that
-    m samples give a probability of about 1 − 1/m at most (as in Platt 1999).
+    "multilabel". The cross-entropy is a convex function of 1/T. Even if all predictions are right, errors are possible.
+    The loss therefore has one more sample, whose label is unknown, so that T > 0, and m samples give a probability of
+    about 1 − 1/m at most (as in Platt 1999).
 
     Args:
         predictions: (m, K) estimates of 0/1 targets, such as leave-one-out predictions.
         target: (m,) int64 class labels, or (m, K) of 0 and 1 for "multilabel".
         task: "binary", "multiclass" or "multilabel".
-        present: (K,) bool, False for outputs without evidence. They are left out. No sample may have such a label.
+        present: (K,) bool, False for outputs without evidence, which are left out. No sample may have such a label.
 
     Returns:
-        T, infinite if no T > 0 is better than equal probabilities for all classes. NaN without samples or outputs, or
-        if a prediction is NaN.
+        T. It is infinite if no finite T is better than equal probabilities for all classes, and NaN without samples or
+        outputs, or if a prediction is NaN.
 
     Raises:
         ValueError: the task is "regression".

@@ -25,9 +25,9 @@ class CurvePoint(NamedTuple):
         num_samples: n.
         logme: the logarithm of maximum evidence, in nats per sample; NaN without evidence.
         gain: ``logme`` minus the score of useless features, in nats per sample.
-        accuracy: the accuracy on all samples of the head that is fitted to the first n: see
-            :class:`~lightning_logme.Accuracy`. Each of the n samples is predicted without itself. NaN if accuracy is
-            not measured.
+        accuracy: the accuracy, on all samples, of the linear head fitted to the first n: see
+            :class:`~lightning_logme.Accuracy`. Each of these n is predicted by leave-one-out. NaN if accuracy is not
+            measured.
     """
 
     num_samples: int

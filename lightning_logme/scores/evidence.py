@@ -51,9 +51,9 @@ class Evidence:
         spectrum: (R,) non-zero eigenvalues of the Gram matrix (centred if there is an intercept), descending.
         decomposition: the spectrum with its eigenvectors, which :meth:`leave_one_out` needs. None in the evidence of
             callbacks, rankings and metrics, because it is as large as the Gram matrix (or as the features, if n < D).
-        temperature: the outputs of the head, divided by it, are calibrated logits: see
+        temperature: what the outputs of the head are divided by to become calibrated logits: see
             :func:`~lightning_logme.scores.calibration.fit_temperature`. None in regression, or if it is not known yet.
-        sample: some of the samples, from which :meth:`head` computes a temperature that is not known yet, or None.
+        sample: some of the samples, from which :meth:`head` computes the temperature if it is not known yet; or None.
     """
 
     score: Tensor
@@ -145,8 +145,8 @@ class Evidence:
         Args:
             dtype: the dtype of the parameters; None takes torch's default.
             calibrated: subtract ½ from the outputs, and divide them by the temperature. They are then calibrated
-                logits: of a softmax over the classes, or of a sigmoid for each label of "multilabel". Classes that do
-                not occur do not count in the calibration.
+                logits, for a softmax over the classes, or for a sigmoid of each label in "multilabel". The calibration
+                ignores classes that do not occur.
 
         Returns:
             A ``torch.nn.Linear`` with D inputs and K outputs, on the device of the evidence. It has a bias if the

@@ -21,8 +21,8 @@ def reduced(
 ) -> tuple[dict[Key, Accumulator], dict[Key, str]]:
     """Add up the accumulators of all processes. All processes must call this.
 
-    The moments are reduced key by key and segment by segment. Rows are exchanged only for the random subset that is
-    common to all processes. A process without a key or segment contributes zeros.
+    The moments are reduced key by key and segment by segment. Rows are exchanged only for the random subset of all
+    samples. A process without a key or segment contributes zeros.
 
     Args:
         mine: the accumulators of this process, by sortable keys. They must not be used later.
@@ -76,9 +76,9 @@ def reduced(
 
 
 def gathered_subset(mine: Sequence[IndexedRows], size: int, group: Any = None) -> list[IndexedRows]:
-    """Return the rows of all processes that are in the common random subset, on the CPU. All processes call this.
+    """Return the rows of all processes that are in the random subset of all samples, on the CPU. All must call this.
 
-    The processes exchange all indices first, and then only the rows that are in the common subset.
+    The processes first exchange all indices, and then only the rows in that subset.
 
     Args:
         mine: the rows in the random subset of this process.

@@ -16,7 +16,7 @@ _MOST_TOKENS = 2**20  # the largest number of tokens in a sample
 
 
 def index_of(position: Tensor, token: Tensor | int = 0) -> Tensor:
-    """Return the index of rows in the whole data set, given the positions of their samples and tokens, int64."""
+    """Return the indices (int64) of rows in the data set, given the positions of their samples and tokens."""
     return position * _MOST_TOKENS + token
 
 
@@ -34,7 +34,7 @@ def mixed(numbers: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class IndexedRows:
-    """Rows that are not only summed, with their places in the data set.
+    """Rows that are kept, with their indices in the data set.
 
     Attributes:
         rows: m rows.
@@ -54,7 +54,7 @@ class IndexedRows:
         return IndexedRows(self.rows[at], self.index[at], segment)
 
     def to(self, device: torch.device | str) -> IndexedRows:
-        """Return the same with the rows on another device."""
+        """Return a copy with the rows on another device."""
         return replace(self, rows=self.rows.to(device))
 
     def of(self, segment: int) -> Rows:
@@ -65,7 +65,7 @@ class IndexedRows:
 
     @property
     def segments(self) -> Tensor:
-        """(m,) the segment of each row."""
+        """(m,) int64, the segment of each row."""
         return self.segment if isinstance(self.segment, Tensor) else torch.full_like(self.index, self.segment)
 
 
@@ -74,7 +74,7 @@ class Subset:
 
     Args:
         size: the largest number of rows.
-        contents: what :meth:`contents` of an earlier subset returned. It is not copied, and is changed later.
+        contents: what :meth:`contents` of an earlier subset returned. It is not copied: :meth:`add` writes to it.
 
     Attributes:
         buffer: memory for at most ``size`` rows. The first ``len(index)`` rows are in use. None without rows.

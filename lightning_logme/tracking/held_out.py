@@ -1,4 +1,4 @@
-"""Test samples of a probe: the linear heads of its training samples predict them, batch by batch."""
+"""Predict the test samples of a probe with linear heads that are fitted to its training samples."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class HeldOut:
     """The predictions of linear heads on test samples. The features are not kept.
 
     Args:
-        results: the results of the training samples, whose evidence has the heads.
+        results: the results of the training samples. Their evidence contains the heads.
         scoring: the options.
         device: the device of the features.
 
     Attributes:
         errors: why a source has no accuracy, by source; None stands for all sources.
-        batches: number of batches that this process has read, by loader: there is one.
+        batches: number of batches that this process has read, by loader. There is one loader, 0.
     """
 
     def __init__(self, results: Mapping[Key, Result | None], scoring: Scoring, device: torch.device) -> None:
@@ -62,7 +62,7 @@ class HeldOut:
         return errors
 
     def tested(self, key: str, alone: bool) -> dict[Key, Result | None]:
-        """Return the results with the accuracy on the test samples of all processes, which call this together.
+        """Return the results with the accuracy on the test samples of all processes. All call this together.
 
         Args:
             key: the name of the test samples, for warnings.

@@ -35,9 +35,9 @@ class Probe:
 
     Args:
         dataloader: a loader of batches with labels, which can be iterated over repeatedly.
-        test: another loader of the same task. The linear head of the samples of ``dataloader`` predicts the samples of
-            this loader, and ``logme_accuracy`` is the accuracy there: the linear-probe protocol of papers. Score and
-            gain, and the points of a ``curve``, stay those of ``dataloader``. None measures leave-one-out accuracy.
+        test: a loader of test samples of the same task. The linear head is fitted to ``dataloader``, and
+            ``logme_accuracy`` is its accuracy on this loader: the linear-probe protocol of papers. Score, gain and
+            ``curve`` still come from ``dataloader``. None measures leave-one-out accuracy.
         task: "binary", "multiclass", "multilabel" or "regression".
         num_classes: K for "multiclass", or the number of labels for "multilabel". None counts the labels of a data set
             that exposes them (``targets``, ``labels``, the tensors of a TensorDataset; also through Subset).
@@ -163,7 +163,7 @@ class PreparedProbe:
         return held_out.tested(f"probes[{self._name!r}].test", trainer.world_size == 1)
 
     def _own(self, scoring: Scoring) -> Scoring:
-        """Return the settings of the callback with those of the probe in their place."""
+        """Return the settings of the callback, with the task, number of outputs and ``ignore_index`` of the probe."""
         probe = self._probe
         return replace(scoring, task=probe.task, num_outputs=self._num_outputs, ignore_index=probe.ignore_index)
 

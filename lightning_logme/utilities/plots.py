@@ -82,9 +82,9 @@ def confusion(
     names: Sequence[str] | None = None,
     axes: Axes | None = None,
 ) -> Figure:
-    """Draw the share of each class's samples that is predicted as each class, as a map of squares.
+    """Draw a confusion matrix: for each class, the shares of its samples that are predicted as each class.
 
-    With at most 10 classes, the squares hold percentages.
+    With at most 10 classes, the cells show percentages.
 
     Args:
         counts: the number of samples by class (row) and predicted class (column).

@@ -1,8 +1,8 @@
-"""What accuracy adds to the evidence: seconds from float32 features in memory to the results, without and with it.
+"""What accuracy costs: seconds from float32 features in memory to the results, without and with accuracy.
 
-An accumulator, as in the callback and the rankings, takes batches of 256. Without accuracy, it keeps no rows, and the
-evidence is computed. With accuracy, it keeps a random subset of 2048 rows, and the accuracy of that subset and its
-standard error are measured too. Runs without and with accuracy take turns, and their order changes every round.
+An accumulator, as in the callback and the rankings, takes batches of 256, and the evidence is computed. With accuracy,
+the accumulator also keeps a random subset of 2048 rows, and the accuracy on that subset and its standard error are
+measured too. Runs without and with accuracy take turns, and their order changes every round.
 """
 
 from __future__ import annotations

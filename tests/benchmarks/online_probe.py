@@ -1,14 +1,15 @@
 """Leave-one-out accuracy against the online probes of libraries for self-supervised learning, on frozen features.
 
-Every method says how accurate a linear classifier of 1500 frozen features would be. The truth is ``scores.probe``: a
-logistic regression on standardised features, cross-validated in five folds with the best of four penalties. The tasks
-are MNIST, 20 Newsgroups, and tweets (is the sentiment above 0?), with all their backbones in ``examples/_zoo.py``.
+Every method estimates how accurate a linear classifier on the frozen features of 1500 samples is. The truth is
+``scores.probe``: a logistic regression on standardised features, cross-validated in five folds with the best of four
+penalties. The tasks are MNIST, 20 Newsgroups, and tweets (is the sentiment above 0?), with all their backbones in
+``examples/_zoo.py``.
 
 - Leave-one-out uses all samples, and has no settings.
-- "Evidence, held out" is the same head, fitted and tested like the probes. Its distance from leave-one-out is the error
-  of the estimate. Its distance from the truth is the difference between two linear models.
+- "Evidence, held out" is the same linear head, fitted and tested like the probes. Its distance from leave-one-out is
+  the error of the estimate. Its distance from the truth is the difference between two linear models.
 - The other methods train on four of the five folds and are tested on the fifth, as these libraries test on a validation
-  set. Each of the five folds is left out with each of five seeds, which decide the initial weights and the order.
+  set. Each fold is left out with each of five seeds, which set the initial weights and the order of the samples.
 
 The settings are those that the libraries publish. All five probes have batches of 256, drop the last incomplete batch,
 and train a plain linear layer by cross-entropy without weight decay:
@@ -127,7 +128,7 @@ def left_out(train: Rows, test: Rows, seed: int, **options: bool) -> float:
 
 
 def held_out(train: Rows, test: Rows, seed: int) -> float:
-    """Return the accuracy of the evidence's head on other rows."""
+    """Return the accuracy of the evidence's head on the test rows."""
     head = evidence(*train).head()
     with torch.no_grad():
         return _accuracy(head(test[0]), test[1])
@@ -161,7 +162,7 @@ _METHODS: dict[str, Method] = {
 
 @dataclass(frozen=True)
 class Result:
-    """What a method says about a backbone.
+    """The accuracies of a method for a backbone.
 
     Attributes:
         runs: accuracies, (folds, seeds).
@@ -176,7 +177,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Case:
-    """A backbone on a task, with the accuracy that is the truth, its seconds, and the results by method."""
+    """A backbone on a task, with the true accuracy, the seconds that it took, and the results by method."""
 
     task: str
     backbone: str
@@ -184,7 +185,7 @@ class Case:
     truth: float
     seconds: float
     results: dict[str, Result]
-    scoring: tuple[float, float]  # seconds of the evidence, and of leave-one-out predictions beside it
+    scoring: tuple[float, float]  # seconds of the evidence, and those that leave-one-out adds
 
 
 def report(repeats: int, quick: bool) -> None:

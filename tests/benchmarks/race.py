@@ -1,6 +1,6 @@
 """How often a race drops one of several equally good candidates, by LogME and by accuracy.
 
-The error bars of LogME are from the leading directions, and those of accuracy from a random subset of the samples.
+The error bars of LogME come from the leading directions, and those of accuracy from a random subset of the samples.
 
 The candidates share labels, class means and some noise. Each also has noise of its own, so all are equally good in the
 long run. The signal is so weak that accuracies lie between chance and 1. Features are rectified, and their sizes decay
@@ -69,8 +69,8 @@ def race(
     """Run one race by LogME and one by accuracy, on the same samples.
 
     Returns:
-        By what is compared: how many candidates are dropped, and per round the difference of the first two and its
-        error bar.
+        For each of the two: how many candidates are dropped, and, round by round, the difference of the first two
+        candidates and its error bar.
     """
     features, labels, blocks = candidates(width, classes, decay, where, seed)
     stops = [max(256, 4 * classes) * 2**index for index in range(_ROUNDS)]

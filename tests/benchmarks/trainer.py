@@ -11,8 +11,8 @@ measured with a TensorBoardLogger (plots are on by default) and with ``logger=Fa
 callback. The first run with plots imports matplotlib and is not counted.
 
 The parts are the time of the callback in its hooks, in milliseconds per run: in the batches (labels, pooling, update),
-at the end (evidence, logging), and in pictures (figures and histograms, rendered and passed to TensorBoard). What
-accuracy adds is the median difference of the sums of these parts, with and without accuracy.
+at the end (evidence, logging), and in pictures (figures and histograms, rendered and passed to TensorBoard). The cost
+of accuracy is the median difference between the sums of these parts with and without it.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Subject:
 
 @dataclass
 class Runs:
-    """Seconds of the runs without and with the callback, and of its parts, also with ``accuracy=False``."""
+    """Seconds of the runs without and with the callback, and of its parts with accuracy and without."""
 
     without: list[float] = field(default_factory=list)
     with_callback: list[float] = field(default_factory=list)

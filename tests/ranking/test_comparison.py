@@ -96,7 +96,7 @@ def test_a_row_behind_in_logme_alone_has_a_remark(race):
     rows = {row.name: row for row in ranking.rows}
     assert set(ranking.tied) == {"sure", "too"}
     assert rows["less sure"].ended == rows["worse"].ended == ("dropped" if race else "finished")
-    start = r"\d+\.\d standard errors behind at 256 samples" if race else "surely behind in LogME"
+    start = r"\d+\.\d standard errors behind at 256 samples" if race else "significantly behind in LogME"
     assert re.fullmatch(start + r", but accuracy is only 0\.00\d ± 0\.00\d lower", rows["less sure"].message)
     assert "accuracy" not in rows["worse"].message
     assert rows["less sure"].message in str(ranking)

@@ -295,7 +295,7 @@ class TestAccuracy:
         assert (first.name, second.name, ranking.tied) == ("wide", "narrow", ["wide"])
         assert first.logme - second.logme > 5 * first.stderr
         assert abs(first.accuracy - second.accuracy) < 0.01
-        remark = r"surely behind in LogME, but accuracy is (only )?0\.00\d ± 0\.00\d (lower|higher)"
+        remark = r"significantly behind in LogME, but accuracy is (only )?0\.00\d ± 0\.00\d (lower|higher)"
         assert re.fullmatch(remark, second.message)
 
 
