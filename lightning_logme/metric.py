@@ -211,6 +211,8 @@ class LogME(Metric):
         # States of version 0.1 have neither lists nor options.
         missing: dict[str, Any] = {name: [] for name in _LISTS} | {"options": self.options}
         incoming_state = {**missing, **incoming_state}
+        for name in ("subset_features", "subset_target"):  # later rows overwrite these
+            incoming_state[name] = [rows.clone() for rows in incoming_state[name]]
         if self._num_seen <= SAMPLE_SIZE:  # every row is still kept, so all can get new indices
             shift = index_of(sum(incoming_state["num_seen"], torch.zeros(1, dtype=torch.int64)) * _world_size())
             self.held_index = [index + shift for index in self.held_index]

@@ -512,6 +512,20 @@ class TestAccuracy:
         assert 0.4 < float(share) < 0.6
         assert found.value == pytest.approx(accuracy_of(features, target), abs=4 * found.stderr)
 
+    @pytest.mark.parametrize("number", [0, 3000])
+    def test_a_merged_metric_stays_as_it_was(self, number):
+        features, target = map(torch.as_tensor, problem(9_000, 8, 4, noise=3.0))
+        metrics = [LogME("multiclass", 8, num_classes=4) for _ in range(2)]
+        for metric, rows, labels in zip(metrics, features.split(6_000), target.split(6_000), strict=True):
+            metric.update(rows[:3000], labels[:3000])
+        first = metrics[0] if number else LogME("multiclass", 8, num_classes=4)
+        kept = metrics[1].subset_features[0].clone(), metrics[1].subset_target[0].clone()
+        first.merge_state(metrics[1])
+        first.update(features[3000:6000], target[3000:6000])
+        assert first.accuracy().num_samples == 2048
+        assert torch.equal(metrics[1].subset_features[0], kept[0])
+        assert torch.equal(metrics[1].subset_target[0], kept[1])
+
     def test_members_of_a_collection_share_rows(self):
         collection = MetricCollection(
             {

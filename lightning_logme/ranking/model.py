@@ -85,7 +85,7 @@ def with_head(
         first: the first batch of the ranking.
         rules: the settings of the ranking.
         ranked_with: the Fabric of the ranking. The batch is run on its device.
-        linear: the linear layer, with D inputs and K outputs.
+        linear: the linear layer, float64 on the CPU, with D inputs and K outputs.
 
     Raises:
         ValueError: the result cannot be built or run, or its outputs differ. The message says what to do.
@@ -101,7 +101,7 @@ def with_head(
         module = candidate.build(rules.seed)
         features, pooler = _rows(replace(candidate, source=module), heads, first, rules, fabric)
         features = unit_vectors(features) if rules.scoring.normalize else features
-        expected = linear.to(features.device)(features.double()).detach()
+        expected = linear(features.double()).detach()
         dtype = next((weight.dtype for weight in module.parameters() if weight.is_floating_point()), torch.float32)
         device = next((weight.device for weight in module.parameters()), torch.device("cpu"))
         model = _joined(module, heads, linear.to(device, dtype), pooler, rules.scoring.normalize)
@@ -122,11 +122,11 @@ def with_head(
 def _rows(
     candidate: Candidate, heads: Sequence[str], first: Portion, rules: Rules, fabric: Fabric
 ) -> tuple[Tensor, Pooler]:
-    """Return the features of the first batch, and their pooling."""
+    """Return the features of the first batch, on the CPU, because MPS has no float64, and their pooling."""
     target = rules.target(first.target)
     with candidate.on_device(fabric, rules.seed, heads) as backbone:
         rows = backbone.rows(first.batch, target, fabric)[HEAD]
-        return target.rows(rows).features, backbone.pooler
+        return target.rows(rows).features.cpu(), backbone.pooler
 
 
 def _joined(module: nn.Module, heads: Sequence[str], linear: nn.Linear, pooler: Pooler, normalize: bool) -> nn.Module:

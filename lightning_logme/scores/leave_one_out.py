@@ -8,8 +8,8 @@ from torch import Tensor
 from lightning_logme.scores.moments import Rows
 from lightning_logme.scores.spectrum import Spectrum
 
-# Rows that are projected at once.
-_ROWS = 4096
+# Rows that are projected at once. Several matrices of this many rows and K columns are in memory.
+_ROWS = 512
 # If 1 − leverage is smaller than this, it has lost half of its digits.
 _SMALL = 1e-8
 

@@ -16,7 +16,7 @@ from lightning_logme.scores.evidence import Evidence
 from lightning_logme.scores.moments import moments_device
 from lightning_logme.scores.scoring import Scoring
 from lightning_logme.tracking.validation import Key, Result
-from lightning_logme.utilities.distributed import first_reason, gathered
+from lightning_logme.utilities.distributed import first_reason, gathered, reason_of
 
 Decisions = tuple[Tensor, Tensor, Tensor]  # what the head predicts, the targets, and the indices of the rows
 
@@ -41,7 +41,7 @@ class HeldOut:
         self._results = results
         self._device = moments_device(device)
         self._heads: dict[str, Evidence] = {
-            source: result.evidence.to(self._device)
+            source: result.evidence
             for (source, _), result in results.items()
             if result is not None and not result.evidence.score.isnan()
         }
@@ -52,8 +52,9 @@ class HeldOut:
         errors: Errors = {}
         target, index = labels.target, labels.target.index(positions)
         for source in self._heads.keys() & rows.keys():
-            head, scoring = self._heads[source], self.scoring
+            scoring = self.scoring
             try:
+                head = self._heads[source] = self._heads[source].to(self._device)
                 kept = target.rows(rows[source], head.weight.shape[1], scoring.normalize).to(self._device)
                 decisions = decide(head.predict(kept.features), head, scoring.task)
                 self._decisions[source].append((decisions.cpu(), kept.target.cpu(), index))
@@ -69,21 +70,33 @@ class HeldOut:
             alone: whether the run has only one process.
         """
         everyone = gathered(alone, (dict(self._decisions), self.errors))
-        results, reasons = dict(self._results), []
-        for (source, loader), result in self._results.items():
+        unknown = Accuracy(METRICS[self.scoring.task])
+        accuracies: dict[Key, Accuracy] = {}
+        failed: dict[Key, str] = {}
+        reasons = []
+        for place, result in self._results.items():
             if result is None:
                 continue
-            accuracy = Accuracy(METRICS[self.scoring.task])
+            source = place[0]
+            accuracies[place] = unknown
             parts = [part for decisions, _ in everyone for part in decisions.get(source, [])]
             reason = first_reason([errors.get(source, errors.get(None)) for _, errors in everyone])
             if reason is not None:
                 reasons.append(f"after an error: {reason}")
             elif parts:
-                decided, target, index = map(torch.cat, zip(*parts, strict=True))
-                accuracy = accuracy_of(decided, target, index, result.evidence, self.scoring.task)
+                try:
+                    decided, target, index = map(torch.cat, zip(*parts, strict=True))
+                    accuracies[place] = accuracy_of(decided, target, index, result.evidence, self.scoring.task)
+                except Exception as error:
+                    failed[place] = reason_of(error)
             elif source in self._heads:
                 reasons.append("because the loader gave no batch.")
-            results[source, loader] = result._replace(accuracy=accuracy)
+        # All processes have the same decisions, but one may still fail, for example for lack of memory.
+        for failures in gathered(alone, failed):
+            accuracies.update(dict.fromkeys(failures, unknown))
+            reasons += [f"after an error: {reason}" for reason in failures.values()]
         for reason in dict.fromkeys(reasons):
             warnings.warn(f"{key}: the accuracy is NaN, {reason}", stacklevel=2)
-        return results
+        return {
+            place: result and result._replace(accuracy=accuracies[place]) for place, result in self._results.items()
+        }

@@ -17,6 +17,7 @@ from witness import Quiet
 from lightning_logme import LogMECallback, Probe, read_history
 from lightning_logme.features.labels import Labels, Target
 from lightning_logme.functional import evidence, leave_one_out
+from lightning_logme.scores.evidence import Evidence
 from lightning_logme.scores.scoring import Scoring
 from lightning_logme.tracking.held_out import HeldOut
 from lightning_logme.tracking.validation import Result
@@ -270,6 +271,25 @@ class TestMistakes:
         assert math.isnan(news["accuracy_stderr"])
         assert (news["logme"], news["gain"]) == (whole["logme"], whole["gain"])
         assert math.isfinite(whole["accuracy"])
+
+    @pytest.mark.parametrize("place", ["device", "accuracy"])
+    def test_a_lack_of_memory_does_not_end_the_run(self, tmp_path, monkeypatch, place):
+        def fail(*_, **__):
+            raise torch.OutOfMemoryError("out of memory")
+
+        move = Evidence.to
+        if place == "accuracy":
+            monkeypatch.setattr("lightning_logme.tracking.held_out.accuracy_of", fail)
+        else:  # results go to "cpu", the heads for test samples to the device of the features
+            monkeypatch.setattr(Evidence, "to", lambda self, device: (move if device == "cpu" else fail)(self, device))
+        train, test = halves()
+        callback = LogMECallback(probes={"news": Probe(loader(train), test=loader(test))})
+        reason = r"\.test: the accuracy is NaN, after an error: OutOfMemoryError: out of memory"
+        with pytest.warns(UserWarning, match=reason):
+            trainer(tmp_path, callback, max_epochs=1).fit(Classifier(), loader(), loader())
+        (row,) = rows_of(callback)
+        assert math.isfinite(row["logme"])
+        assert math.isnan(row["accuracy"])
 
     def test_two_sources_with_one_error_give_one_warning(self, tmp_path):
         train, test = halves()
