@@ -142,9 +142,10 @@ def accuracy_of(decisions: Tensor, target: Tensor, index: Tensor, evidence: Evid
         task: the task of the labels.
     """
     present = evidence.per_output.isfinite()
-    valid = decisions.isfinite() if task == "regression" else decisions >= 0
+    valid = decisions.isfinite() & target.isfinite() if task == "regression" else decisions >= 0
     if not bool(valid.all()):
-        warnings.warn("LogME: the accuracy is NaN, because features or predictions contain NaN or Inf.", stacklevel=2)
+        cause = "features, predictions or targets contain NaN or Inf"
+        warnings.warn(f"LogME: the accuracy is NaN, because {cause}.", stacklevel=2)
         return Accuracy(METRICS[task])
     block = moved(torch.unique(mixed(position_of(index)), return_inverse=True)[1] % _BLOCKS, decisions.device)
     replicates = [

@@ -246,5 +246,13 @@ class TestNoEvidence:
         head = evidence(features, target, task)
         features[3, 2] = math.nan
         decisions = decide(head.predict(features), head, task)
-        with pytest.warns(UserWarning, match="the accuracy is NaN, because features or predictions contain NaN or Inf"):
+        with pytest.warns(UserWarning, match="the accuracy is NaN, because features, .* or targets contain NaN or Inf"):
             assert math.isnan(accuracy_of(decisions, target, torch.arange(40), head, task).value)
+
+    def test_targets_that_are_not_finite_are_nan_with_a_warning(self):
+        features, target, _ = data("regression", 40, 12)
+        head = evidence(features, target, "regression")
+        target[3, 1] = math.nan
+        with pytest.warns(UserWarning, match="the accuracy is NaN, because features, .* or targets contain NaN or Inf"):
+            found = accuracy_of(head.predict(features), target, torch.arange(40), head, "regression")
+        assert math.isnan(found.value)

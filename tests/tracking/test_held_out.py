@@ -249,7 +249,7 @@ class TestMistakes:
                 lambda x, y: (x[:, :5], y),
                 r"probes\['news'\]\.test: the accuracy is NaN, after an error: RuntimeError: mat1 and",
             ),
-            (lambda x, y: (x * math.nan, y), "LogME: the accuracy is NaN, because features .* contain NaN or Inf"),
+            (lambda x, y: (x * math.nan, y), "LogME: the accuracy is NaN, because features, .* contain NaN or Inf"),
         ],
     )
     def test_a_later_error_makes_only_the_accuracy_nan(self, tmp_path, last, message):
@@ -284,8 +284,7 @@ class TestMistakes:
             monkeypatch.setattr(Evidence, "to", lambda self, device: (move if device == "cpu" else fail)(self, device))
         train, test = halves()
         callback = LogMECallback(probes={"news": Probe(loader(train), test=loader(test))})
-        reason = r"\.test: the accuracy is NaN, after an error: OutOfMemoryError: out of memory"
-        with pytest.warns(UserWarning, match=reason):
+        with pytest.warns(UserWarning, match=r"\.test: the accuracy is NaN, after an error: OutOfMemoryError: out of"):
             trainer(tmp_path, callback, max_epochs=1).fit(Classifier(), loader(), loader())
         (row,) = rows_of(callback)
         assert math.isfinite(row["logme"])
