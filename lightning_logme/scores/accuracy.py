@@ -41,8 +41,9 @@ class Accuracy:
 
     Attributes:
         metric: "accuracy", the share of samples whose class is predicted, in the tasks "binary" and "multiclass"; "f1",
-            the mean F1 of the labels that occur, in "multilabel"; "r2", the mean R² of the targets that vary, in
-            "regression".
+            the mean F1 of the labels that occur, in "multilabel" (with features of mean zero, it needs
+            ``fit_intercept=True``: without an intercept, few predictions exceed the threshold of ½); "r2", the mean R²
+            of the targets that vary, in "regression".
         value: the value of the metric, at most 1; NaN without evidence.
         num_samples: the number of samples that were predicted: all, or a random subset of 2048.
         replicates: the value without each of 32 random blocks of these samples. Candidates that see the same samples

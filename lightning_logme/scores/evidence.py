@@ -190,8 +190,8 @@ class Evidence:
             return self.temperature
         if self.sample is None:
             raise ValueError(
-                "calibrated: this evidence has no temperature, because it is of a regression or was made without its "
-                "samples; use head(), or lightning_logme.functional.evidence(features, target) for classes."
+                "calibrated: this evidence has no temperature, because it is of a regression, or was made without its "
+                "samples or with accuracy=False; use head(), or functional.evidence(features, target) for classes."
             )
         task: Task = "multiclass" if self.sample.target.ndim == 1 else "multilabel"
         predictions = self.leave_one_out(self.sample.features, self.sample.target)
