@@ -190,7 +190,7 @@ class Evidence:
             return self.temperature
         if self.sample is None:
             raise ValueError(
-                "calibrated: this evidence has no temperature, because it is of a regression, or was made without its "
+                "calibrated: this evidence has no temperature, because it is of a regression or was made without its "
                 "samples or with accuracy=False; use head(), or functional.evidence(features, target) for classes."
             )
         task: Task = "multiclass" if self.sample.target.ndim == 1 else "multilabel"
