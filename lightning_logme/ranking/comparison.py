@@ -18,6 +18,11 @@ _NEGLIGIBLE = 0.005
 _CERTAIN = 2
 
 
+def value_of(score: Score, rank_by: RankBy) -> float:
+    """Return the value of a score that is compared."""
+    return score.accuracy if rank_by == "accuracy" else score.logme
+
+
 @dataclass(frozen=True)
 class Comparison:
     """The rows of candidates that have seen the same samples.
@@ -38,7 +43,7 @@ class Comparison:
 
     def value(self, row: Row) -> float:
         """Return what is compared of a row."""
-        return self.scores[row].accuracy if self.rank_by == "accuracy" else self.scores[row].logme
+        return value_of(self.scores[row], self.rank_by)
 
     def behind(self, quantile: float) -> dict[Row, float]:
         """Return the rows that are behind the leader by more paired standard errors than this, and by how many.

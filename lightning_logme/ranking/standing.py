@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 from lightning_logme.features.extractor import HEAD
-from lightning_logme.ranking.comparison import Comparison
+from lightning_logme.ranking.comparison import Comparison, value_of
 from lightning_logme.ranking.race import Race
 from lightning_logme.ranking.result import Ended, Ranking, RankingRow, in_words, row_name
 from lightning_logme.ranking.resume import Progress, Round, Score
@@ -29,7 +29,7 @@ def standing(race: Race) -> Ranking:
         name, source = pair
         one = comparable.get(name, last[name])
         score = one.scores[source]
-        value = score.accuracy if rank_by == "accuracy" else score.logme
+        value = value_of(score, rank_by)
         if math.isnan(value):
             return 3, 0, 0.0, 0.0
         group = 0 if name in comparable else 1 if name in race.dropped else 2

@@ -180,7 +180,7 @@ class Probes:
             started = time.perf_counter()
             current, _ = prepared.run(trainer, module, extractor, scoring, limit or None)
             results = current.results(trainer.strategy.root_device, alone=trainer.world_size == 1)
-            if prepared.has_test:
+            if prepared.has_test and any(results.values()):  # without a linear head, nothing can be predicted
                 results = prepared.test(trainer, module, extractor, scoring, results, limit or None)
             seconds = time.perf_counter() - started
             for source, reason in current.errors.items():

@@ -1,4 +1,4 @@
-"""What accuracy costs: seconds from float32 features in memory to the results, without and with accuracy.
+"""The cost of accuracy: seconds from float32 features in memory to the results, without and with accuracy.
 
 An accumulator, as in the callback and the rankings, takes batches of 256, and the evidence is computed. With accuracy,
 the accumulator also keeps a random subset of 2048 rows, and the accuracy on that subset and its standard error are

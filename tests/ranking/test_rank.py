@@ -167,8 +167,8 @@ def tasks():
 def sure_or_right(n=2000):
     """Return two candidates, and a bad one, with the data set.
 
-    The features of one are the labels, of which one in nine is wrong: it has the higher LogME. Those of the other are
-    noisy, and rarely wrong: it has the higher accuracy.
+    The features of one are the labels, of which one in nine is wrong: it has the higher LogME. The other has noisy
+    features that are rarely wrong: it has the higher accuracy.
     """
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(n) % CLASSES
